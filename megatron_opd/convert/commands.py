@@ -1,0 +1,77 @@
+"""`megatron-opd convert` and tools/convert_checkpoint.py: from paths to conversions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.convert.hf_files import copy_side_files
+from megatron_opd.convert.to_hf import HF_FOLDER, convert_to_hf
+from megatron_opd.convert.to_mcore import load_hf_weights
+from megatron_opd.cost import provenance
+from megatron_opd.errors import CheckpointError, UserError
+from megatron_opd.lineage import read_lineage, tensor_index, write_json_atomic, write_lineage
+from megatron_opd.model import parallel
+from megatron_opd.model.architecture import read_architecture
+from megatron_opd.model.student import build_student, transformer_config
+from megatron_opd.records import Lineage
+from megatron_opd.train.checkpoint import STATE_FILE, latest_checkpoint
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
+    """Convert a run's latest checkpoint, or one step folder. Raises UserError."""
+    path = Path(checkpoint)
+    if not (path / STATE_FILE).exists():
+        latest = latest_checkpoint(path)
+        if latest is None:
+            raise CheckpointError(f"{path}: neither a checkpoint nor the output of a run with one (checkpoints/latest)")
+        path = latest
+    return convert_to_hf(path, Path(target), dtype=None if dtype is None else getattr(torch, dtype))
+
+
+def to_mcore(model: str, target: str) -> Path:
+    """Write a Hugging Face directory as a Megatron-Core checkpoint (torch_dist), in its dtype. Raises UserError."""
+    folder = Path(target)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{target} exists and is not empty; choose another directory, or remove it")
+    arch = read_architecture(model)
+    layout = ParallelConfig()
+    parallel.start(layout, seed=0)
+    try:
+        student = build_student(arch, transformer_config(arch, parallel=layout, dtype=stored_dtype(model)))
+        load_hf_weights(student, arch, model)
+        staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            metadata = {"singleton_local_shards": False}
+            dist_checkpointing.save({"model": student.sharded_state_dict(metadata=metadata)}, str(staging), content_metadata=metadata)
+            copy_side_files(model, staging / HF_FOLDER)
+            write_lineage(staging, read_lineage(model) or Lineage(), for_weights=False)
+            write_json_atomic(staging / STATE_FILE, {"step": 0, "position": {}, **provenance()})
+            if folder.exists():
+                folder.rmdir()
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        parallel.stop()
+    return folder
+
+
+def stored_dtype(model: str) -> torch.dtype:
+    """The one dtype of the weights. Raises UserError for a mixture, as one would silently be cast to the other."""
+    counts = Counter(dtype for _, _, _, dtype, _ in tensor_index(model).values())
+    if len(counts) != 1 or next(iter(counts)) not in _DTYPES:
+        raise UserError(
+            f"{model}: tensors of {', '.join(f'{dtype} ({n})' for dtype, n in counts.items())}; one of {', '.join(_DTYPES)} for all is expected"
+        )
+    return _DTYPES[next(iter(counts))]

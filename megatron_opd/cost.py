@@ -1,0 +1,86 @@
+"""What a stage cost: wall time, tokens, GPU hours; one JSON row a run of a stage, appended to run_dir/stages.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class StageCost:
+    """Context manager; `tokens` is counted up by the stage. The row is written also when the stage fails, with its error."""
+
+    run_dir: str | Path
+    stage: str
+    num_gpus: int = 0
+    tokens: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> StageCost:
+        self._start = time.time()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        seconds = time.time() - self._start
+        row = {
+            "stage": self.stage,
+            "started": self._start,
+            "seconds": seconds,
+            "tokens": self.tokens,
+            "gpu_hours": seconds * self.num_gpus / 3600,
+        }
+        row |= self.facts | ({"error": f"{type(error).__name__}: {error}"} if error is not None else {})
+        try:
+            append_jsonl(Path(self.run_dir) / "stages.jsonl", row)
+        except OSError:
+            if error is None:  # on a full disk the stage's own error is the one to show
+                raise
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one row; a reader of a running job sees whole lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and time for manifests."""
+    versions = {}
+    for package in ("megatron-opd", "megatron-core", "torch", "transformers", "sglang", "transformer-engine", "zarr"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    record: dict[str, Any] = {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions}
+    if commit := git_commit():
+        record["git_commit"] = commit
+    return record
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package lies in; OPD_GIT_COMMIT in images that have no checkout."""
+    head = Path(__file__).resolve().parent.parent / ".git" / "HEAD"
+    try:
+        text = head.read_text().strip()
+        if not text.startswith("ref: "):
+            return text
+        return (head.parent / text.removeprefix("ref: ")).read_text().strip()
+    except OSError:
+        return os.environ.get("OPD_GIT_COMMIT")

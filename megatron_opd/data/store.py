@@ -1,0 +1,365 @@
+"""The rollout store: parts written whole and sealed, teachers added beside them, read by global rollout index.
+
+Legend: n rollouts of a part, T tokens of a part (or a rollout), K teacher candidates. Layout: docs/store-format.md.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from megatron_opd.data.location import CHUNK_ITEMS, Location, checksum, read_rows
+from megatron_opd.errors import StoreError
+from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
+
+FORMAT_VERSION = 1
+_SMALL_ARRAYS = ("offsets", "prompt_len", "prompt_index", "sample_index", "finish")
+# What may differ between two runs that add to the same store.
+_FREE_FIELDS = {"provenance", "engine"}
+
+
+def part_group(part: int) -> str:
+    return f"parts/{part:06d}"
+
+
+def score_group(part: int, teacher: str) -> str:
+    return f"{part_group(part)}/teacher/{teacher}"
+
+
+def read_manifest(location: Location) -> StoreManifest:
+    """Manifest of the store at `location`. Raises StoreError."""
+    attributes = location.read_attributes("")
+    if attributes is None:
+        raise StoreError(f"{location.url}: no store here; make one with 'megatron-opd rollout' (or 'generate')")
+    if attributes.get("format_version") != FORMAT_VERSION:
+        raise StoreError(f"{location.url}: store format {attributes.get('format_version')}, this program reads {FORMAT_VERSION}")
+    try:
+        return StoreManifest.model_validate(attributes)
+    except ValidationError as error:
+        raise StoreError(f"{location.url}: manifest is not valid: {error}") from None
+
+
+def create_store(url: str, manifest: StoreManifest) -> Location:
+    """Create a store, or join one that was created with the same settings. Raises StoreError naming what differs."""
+    location = Location(url)
+    location.write_attributes("", manifest.model_dump(), exclusive=True)
+    existing = read_manifest(location).model_dump()
+    wanted = manifest.model_dump()
+    if wanted["prompts"]["sha256"] == existing["prompts"]["sha256"]:
+        wanted["prompts"]["name"] = existing["prompts"]["name"]  # the same file under another name
+    for key in wanted:
+        if key not in _FREE_FIELDS and existing[key] != wanted[key]:
+            raise StoreError(
+                f"{url} was made with other settings: {key} is {_brief(existing[key], wanted[key])} there, "
+                f"{_brief(wanted[key], existing[key])} now; use the same settings, or another store path"
+            )
+    location.write_attributes("parts", None)
+    location.remove_leftovers("parts")
+    return location
+
+
+def _brief(value: Any, other: Any) -> str:
+    """The part of `value` that differs from `other`."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return "{" + ", ".join(f"{key}: {_brief(value[key], other.get(key))}" for key in value if value[key] != other.get(key)) + "}"
+    return str(value)
+
+
+def write_part(
+    location: Location, part: int, rollouts: Sequence[Rollout], excluded: Sequence[Excluded], provenance: dict[str, Any]
+) -> None:
+    """Write and seal part `part`; rollouts must be of the part's prompts, each (prompt, sample) once, none missing."""
+    manifest = read_manifest(location)
+    expected = {(p, s) for p in manifest.prompt_range(part) for s in range(manifest.sampling.samples_per_prompt)}
+    given = [(r.prompt_index, r.sample_index) for r in rollouts] + [(e.prompt_index, e.sample_index) for e in excluded]
+    if len(given) != len(set(given)) or set(given) != expected:
+        odd = sorted(set(given) ^ expected)[:5]
+        raise StoreError(
+            f"{location.show(part_group(part))}: {len(given)} rollouts and exclusions for {len(expected)} expected; at odds: {odd}"
+        )
+    for rollout in rollouts:
+        if int(rollout.tokens.max()) >= manifest.vocab_size:
+            raise StoreError(
+                f"prompt {rollout.prompt_index}: token id {int(rollout.tokens.max())} in a vocabulary of {manifest.vocab_size}"
+            )
+    rollouts = sorted(rollouts, key=lambda r: (r.prompt_index, r.sample_index))
+    arrays = {
+        "tokens": _concat([r.tokens for r in rollouts], np.int32),
+        "offsets": np.cumsum([0, *(len(r.tokens) for r in rollouts)], dtype=np.int64),
+        "prompt_len": np.array([r.prompt_len for r in rollouts], np.int32),
+        "prompt_index": np.array([r.prompt_index for r in rollouts], np.int64),
+        "sample_index": np.array([r.sample_index for r in rollouts], np.int32),
+        "finish": np.array([r.finish for r in rollouts], np.uint8),
+        "student_logp": _concat([r.student_logp for r in rollouts], np.float32),
+    }
+    record = PartManifest(
+        part=part,
+        num_rollouts=len(rollouts),
+        num_tokens=len(arrays["tokens"]),
+        num_response_tokens=sum(r.response_len for r in rollouts),
+        excluded=list(excluded),
+        crc32c={name: checksum(array) for name, array in arrays.items()},
+        provenance=provenance,
+    )
+    location.write_sealed_group(part_group(part), arrays, record.model_dump())
+
+
+def write_scores(
+    location: Location,
+    teacher: str,
+    manifest: ScoreManifest,
+    rollouts: Sequence[Rollout],
+    scores: Sequence[TeacherScores],
+    *,
+    topk_dtype: str = "float32",
+) -> None:
+    """Write and seal teacher `teacher`'s scores of a part; `manifest.crc32c` is filled in here. Raises StoreError."""
+    for rollout, score in zip(rollouts, scores, strict=True):
+        try:
+            score.check_against(rollout)
+        except ValueError as error:
+            raise StoreError(f"part {manifest.part}, prompt {rollout.prompt_index}, sample {rollout.sample_index}: {error}") from None
+    arrays = {"logp": _concat([s.logp for s in scores], np.float32)}
+    if manifest.top_k:
+        shape = (0, manifest.top_k)
+        arrays["topk_ids"] = _concat([_required(s.topk_ids) for s in scores], np.int32, shape)
+        arrays["topk_logp"] = _concat([_required(s.topk_logp) for s in scores], np.dtype(topk_dtype), shape)
+    sealed = manifest.model_copy(update={"crc32c": {name: checksum(array) for name, array in arrays.items()}})
+    parent = f"{part_group(manifest.part)}/teacher"
+    location.write_attributes(parent, None)
+    location.remove_leftovers(parent)
+    location.write_sealed_group(score_group(manifest.part, teacher), arrays, sealed.model_dump())
+
+
+def _required(array: np.ndarray | None) -> np.ndarray:
+    if array is None:
+        raise StoreError("top-k scores were asked for and the engine gave none")
+    return array
+
+
+def _concat(arrays: Sequence[np.ndarray], dtype: Any, empty_shape: tuple[int, ...] = (0,)) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(empty_shape, dtype)
+
+
+class StoreReader:
+    """Rollouts and scores by global index over the sealed parts.
+
+    What fits `memory_bytes` is read whole and kept; a larger store is read in blocks that an LRU keeps. `refresh()` sees parts
+    sealed since. Anything missing, unsealed or damaged raises StoreError naming it.
+    """
+
+    def __init__(self, url: str, *, memory_bytes: int = 4 << 30):
+        self.location = Location(url)
+        self.manifest = read_manifest(self.location)
+        self.memory_bytes = memory_bytes
+        self._cache: OrderedDict[tuple[str, str, int], np.ndarray] = OrderedDict()
+        self._cached_bytes = 0
+        self._arrays: dict[tuple[str, str], Any] = {}
+        self._score_manifests: dict[tuple[int, str], ScoreManifest] = {}
+        self.parts: dict[int, PartManifest] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for parts that were sealed since."""
+        small: dict[str, list[np.ndarray]] = {name: [] for name in _SMALL_ARRAYS}
+        self._first_rollout: list[int] = []
+        self.parts = {part: self._part_manifest(part) for part in self._sealed_parts()}
+        first = 0
+        for part, record in self.parts.items():
+            self._first_rollout.append(first)
+            first += record.num_rollouts
+            for name in _SMALL_ARRAYS:
+                small[name].append(self._whole(part_group(part), name, record.crc32c[name]))
+        starts = [offsets[:-1] for offsets in small["offsets"]]
+        lengths = [np.diff(offsets) for offsets in small["offsets"]]
+        self.part_ids = np.repeat(np.array(list(self.parts), np.int64), [record.num_rollouts for record in self.parts.values()])
+        self.starts = _concat(starts, np.int64)
+        self.lengths = _concat(lengths, np.int64)
+        self.prompt_lens = _concat(small["prompt_len"], np.int32)
+        self.prompt_indices = _concat(small["prompt_index"], np.int64)
+        self.sample_indices = _concat(small["sample_index"], np.int32)
+        self.finishes = _concat(small["finish"], np.uint8)
+
+    def _sealed_parts(self) -> list[int]:
+        return [
+            int(name)
+            for name in self.location.children("parts")
+            if name.isdigit() and self.location.read_attributes(part_group(int(name))) is not None
+        ]
+
+    def _part_manifest(self, part: int) -> PartManifest:
+        try:
+            return PartManifest.model_validate(self.location.read_attributes(part_group(part)))
+        except ValidationError as error:
+            raise StoreError(f"{self.location.show(part_group(part))}: manifest is not valid: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def response_lens(self) -> np.ndarray:
+        return self.lengths - self.prompt_lens
+
+    def missing_parts(self) -> list[int]:
+        """Parts that are not sealed yet."""
+        return [part for part in range(self.manifest.num_parts) if part not in self.parts]
+
+    def teachers(self) -> list[str]:
+        """Names of the teachers that scored at least one part."""
+        names = {name for part in self.parts for name in self.location.children(f"{part_group(part)}/teacher")}
+        return sorted(name for name in names if any(self.score_manifest(part, name) for part in self.parts))
+
+    def score_manifest(self, part: int, teacher: str) -> ScoreManifest | None:
+        """Manifest of a teacher's scores of a part, None if it did not score it. Raises StoreError if it scored other rollouts."""
+        key = (part, teacher)
+        if key not in self._score_manifests:
+            attributes = self.location.read_attributes(score_group(part, teacher))
+            if attributes is None:
+                return None
+            try:
+                record = ScoreManifest.model_validate(attributes)
+            except ValidationError as error:
+                raise StoreError(f"{self.location.show(score_group(part, teacher))}: manifest is not valid: {error}") from None
+            if record.part_crc32c != self.parts[part].crc32c:
+                raise StoreError(
+                    f"{self.location.show(score_group(part, teacher))}: scores of other rollouts than part {part} now holds; delete and score again"
+                )
+            self._score_manifests[key] = record
+        return self._score_manifests[key]
+
+    def unscored_parts(self, teacher: str) -> list[int]:
+        """Sealed parts that `teacher` has not scored."""
+        return [part for part in self.parts if self.score_manifest(part, teacher) is None]
+
+    def check_complete(self, teacher: str | None = None) -> None:
+        """Raise StoreError unless every part is sealed and, with `teacher`, scored by one and the same model."""
+        missing = self.missing_parts()
+        if missing:
+            raise StoreError(
+                f"{self.location.url}: {len(missing)} of {self.manifest.num_parts} parts are not sealed (first: {missing[:5]}); run the stage again to finish it"
+            )
+        if teacher is not None:
+            self.check_scored(teacher)
+
+    def check_scored(self, teacher: str) -> None:
+        """Raise StoreError unless `teacher` scored every sealed part, with one and the same model."""
+        unscored = self.unscored_parts(teacher)
+        if unscored:
+            known = self.teachers()
+            raise StoreError(
+                f"{self.location.url}: teacher {teacher!r} has not scored {len(unscored)} of {len(self.parts)} parts (first: {unscored[:5]}); "
+                f"run 'megatron-opd score' (scored by: {', '.join(known) or 'nobody'})"
+            )
+        models = {
+            record.teacher.weights_sha256: record.teacher.short() for part in self.parts if (record := self.score_manifest(part, teacher))
+        }
+        if len(models) > 1:
+            raise StoreError(
+                f"{self.location.url}: teacher {teacher!r} is {len(models)} different models: {', '.join(models.values())}; delete the odd parts and score again"
+            )
+
+    def rollout(self, index: int) -> Rollout:
+        """Rollout `index` (0 <= index < len(self))."""
+        part, rows = self._locate(index)
+        record = self.parts[part]
+        group = part_group(part)
+        try:
+            return Rollout(
+                tokens=self._rows(group, "tokens", rows, record.num_tokens, record.crc32c["tokens"]),
+                prompt_len=int(self.prompt_lens[index]),
+                prompt_index=int(self.prompt_indices[index]),
+                sample_index=int(self.sample_indices[index]),
+                finish=Finish(int(self.finishes[index])),
+                student_logp=self._rows(group, "student_logp", rows, record.num_tokens, record.crc32c["student_logp"]),
+            )
+        except StoreError:
+            raise
+        except ValueError as error:
+            raise StoreError(f"{self.location.show(group)}, rollout {index}: {error}") from None
+
+    def scores(self, index: int, teacher: str, *, topk: bool = False) -> TeacherScores:
+        """Scores of rollout `index` by `teacher`, with its top-K arrays if `topk`. Raises StoreError where there are none."""
+        part, rows = self._locate(index)
+        record = self.score_manifest(part, teacher)
+        if record is None:
+            raise StoreError(f"{self.location.show(part_group(part))}: not scored by teacher {teacher!r}; run 'megatron-opd score'")
+        if topk and not record.top_k:
+            raise StoreError(f"{self.location.show(score_group(part, teacher))}: no top-k scores; score with score.top_k > 0")
+        group, total = score_group(part, teacher), self.parts[part].num_tokens
+        names = ("logp", "topk_ids", "topk_logp") if topk else ("logp",)
+        arrays = [self._rows(group, name, rows, total, record.crc32c[name]) for name in names]
+        return TeacherScores(arrays[0], *(arrays[1:2]), *(array.astype(np.float32) for array in arrays[2:]))
+
+    def part_rollouts(self, part: int) -> list[Rollout]:
+        """All rollouts of a sealed part."""
+        if part not in self.parts:
+            raise StoreError(f"{self.location.show(part_group(part))}: not sealed")
+        first = self._first_rollout[list(self.parts).index(part)]
+        return [self.rollout(first + i) for i in range(self.parts[part].num_rollouts)]
+
+    def verify(self) -> list[str]:
+        """Read everything and compare every checksum; returns what is wrong, a sentence each."""
+        problems = []
+        for part, record in self.parts.items():
+            groups = [(part_group(part), record.crc32c)]
+            for teacher in self.location.children(f"{part_group(part)}/teacher"):
+                try:
+                    scores = self.score_manifest(part, teacher)
+                except StoreError as error:
+                    problems.append(str(error))
+                    continue
+                if scores is not None:
+                    groups.append((score_group(part, teacher), scores.crc32c))
+            for group, sums in groups:
+                for name, crc32c in sums.items():
+                    try:
+                        self.location.read_array(group, name, crc32c=crc32c)
+                    except StoreError as error:
+                        problems.append(str(error))
+        return problems
+
+    def _locate(self, index: int) -> tuple[int, slice]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"rollout {index} of {len(self)}")
+        start = int(self.starts[index])
+        return int(self.part_ids[index]), slice(start, start + int(self.lengths[index]))
+
+    def _rows(self, group: str, name: str, rows: slice, total: int, crc32c: int) -> np.ndarray:
+        """Rows of an array through the cache: the whole array if the store fits in memory, else blocks of it."""
+        num_tokens = sum(record.num_tokens for record in self.parts.values())
+        if num_tokens * 12 <= self.memory_bytes and not name.startswith("topk"):
+            return self._whole(group, name, crc32c)[rows]
+        block = CHUNK_ITEMS
+        pieces = []
+        for number in range(rows.start // block, -(-rows.stop // block)):
+            key = (group, name, number)
+            if key not in self._cache:
+                bounds = slice(number * block, min((number + 1) * block, total))
+                self._remember(key, read_rows(self._open(group, name), f"{self.location.show(group)}/{name}", bounds))
+            self._cache.move_to_end(key)
+            first = number * block
+            pieces.append(self._cache[key][max(0, rows.start - first) : rows.stop - first])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _whole(self, group: str, name: str, crc32c: int) -> np.ndarray:
+        key = (group, name, -1)
+        if key not in self._cache:
+            self._remember(key, read_rows(self._open(group, name), f"{self.location.show(group)}/{name}", crc32c=crc32c))
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _open(self, group: str, name: str) -> Any:
+        if (group, name) not in self._arrays:
+            self._arrays[group, name] = self.location.open_array(group, name)
+        return self._arrays[group, name]
+
+    def _remember(self, key: tuple[str, str, int], array: np.ndarray) -> None:
+        self._cache[key] = array
+        self._cached_bytes += array.nbytes
+        while self._cached_bytes > self.memory_bytes and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= dropped.nbytes

@@ -1,0 +1,25 @@
+"""Errors that people can mend; the command line prints them without a traceback and exits with 2."""
+
+
+class UserError(ValueError):
+    """Something outside the program is wrong: the message says what, got, wanted, next."""
+
+
+class ConfigError(UserError):
+    """The recipe or an override is wrong; names every field at fault."""
+
+
+class StoreError(UserError):
+    """A store or a part of it is missing, unsealed, incomplete, corrupt or not the one expected."""
+
+
+class LineageError(UserError):
+    """A model, tokenizer or teacher is not the one that the data was made with."""
+
+
+class EngineError(UserError):
+    """An inference engine can't do what was asked, or answered wrongly."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, unfinished, or was made by a different run."""

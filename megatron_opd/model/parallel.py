@@ -1,0 +1,61 @@
+"""Starts torch.distributed and Megatron-Core's parallel groups for this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.errors import ConfigError
+
+
+def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -> torch.device:
+    """Join the world that torchrun (or our launcher) describes, or a world of one, and make the groups. Returns the device.
+
+    Raises ConfigError if the world's size is not a multiple of tp * pp.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % (parallel.tp * parallel.pp):
+        raise ConfigError(
+            f"{world} ranks are not a multiple of tp * pp = {parallel.tp} * {parallel.pp}; start {parallel.tp * parallel.pp} ranks (or a multiple)"
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    _quiet()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    torch.manual_seed(seed)
+    return device
+
+
+def stop() -> None:
+    """Leave the world; the next start makes a new one."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    """Megatron-Core's and torch's notices that a reader can do nothing about."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed.*")

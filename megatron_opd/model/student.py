@@ -1,0 +1,143 @@
+"""Builds the student for this rank: Megatron-Core's GPTModel, stopped before the LM head, which the loss applies to chosen rows.
+
+Legend: S packed tokens, N chosen rows, H hidden size, V vocabulary columns of this rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_opd.config import ParallelConfig
+from megatron_opd.model.architecture import Architecture
+from megatron_opd.model.layers import PackedAttention, RMSNorm
+
+logger = logging.getLogger(__name__)
+
+
+class Student(GPTModel):
+    """A GPTModel whose last stage returns hidden states [S(/tp with sequence parallel),1,H] after the final norm.
+
+    `logits` then applies the LM head to the rows that the loss needs, so that logits of prompts are never made and nothing is
+    upcast to fp32 on the way.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    def logits(self, hidden_states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [N,V] of this rank's vocabulary shard for `rows` (int64 [N], into the S packed tokens; all by default)."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
+        hidden_SH = hidden[:, 0]
+        weight_VH = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        assert weight_VH is not None
+        return F.linear(hidden_SH if rows is None else hidden_SH[rows], weight_VH)
+
+    @property
+    def vocab_start(self) -> int:
+        """Global id of the first column of this rank's vocabulary shard."""
+        return parallel_state.get_tensor_model_parallel_rank() * (self.vocab_size // parallel_state.get_tensor_model_parallel_world_size())
+
+
+def transformer_config(arch: Architecture, *, parallel: ParallelConfig, dtype: torch.dtype, recompute: str = "none") -> TransformerConfig:
+    """Megatron-Core's configuration for `arch`. Raises UserError where the parallel sizes do not divide."""
+    arch.check_parallel(parallel)
+    on_gpu = torch.cuda.is_available()
+    recompute_options: dict[str, Any] = (
+        {} if recompute == "none" else {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    )
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        qk_layernorm=arch.qk_norm,
+        add_qkv_bias=arch.qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        autocast_dtype=None,
+        enable_autocast=False,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+        variable_seq_lengths=parallel.pp > 1,
+        moe_token_dispatcher_type="alltoall",  # a dense model has none, but variable lengths check for this name
+        calculate_per_token_loss=True,
+        # Every parameter is loaded right after: random values would cost time and hide what is missing.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        bias_dropout_fusion=on_gpu,
+        bias_activation_fusion=on_gpu,
+        # Fusions that need kernels from apex or Transformer Engine.
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=on_gpu,
+        **recompute_options,
+    )
+
+
+def build_student(arch: Architecture, config: TransformerConfig) -> Student:
+    """This rank's pipeline stage, parameters not yet loaded; parallel state must be initialised."""
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # 0.19 announces HybridModel at each build
+    return Student(
+        config=config,
+        transformer_layer_spec=_layer_spec(arch, config),
+        vocab_size=arch.padded_vocab(config.tensor_model_parallel_size),
+        max_sequence_length=arch.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,  # pyright: ignore[reportArgumentType]
+        rope_scaling=arch.rope_scaling_factor is not None,
+        rope_scaling_factor=arch.rope_scaling_factor or 8.0,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _layer_spec(arch: Architecture, config: TransformerConfig) -> Any:
+    """Transformer Engine's layers on a GPU that has it, otherwise the local ones with our norm and packed attention."""
+    if torch.cuda.is_available() and _has_transformer_engine():
+        logger.info("layers: Transformer Engine")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+    logger.info("layers: Megatron-Core local spec, attention by torch SDPA")
+    layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    parts: Any = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = ModuleSpec(module=PackedAttention)
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _has_transformer_engine() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)

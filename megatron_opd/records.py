@@ -1,0 +1,238 @@
+"""The records that flow between the stages; each checks itself when it is built.
+
+Legend: T tokens of one rollout (prompt and response together), K teacher candidates a position.
+One alignment rule: `logp[t]` is log p(tokens[t] | tokens[:t]), natural logarithm; NaN where there is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+# A log-probability computed in fp32 may exceed 0 by rounding; more than this is an error.
+LOGP_EPSILON = 1e-3
+
+
+class Finish(IntEnum):
+    """Why a rollout ended: its end-of-turn token, the length limit, or the engine gave up."""
+
+    STOP = 0
+    LENGTH = 1
+    ABORT = 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a prompt file. `content` is text, or chat messages [{role, content}, ...]."""
+
+    index: int
+    content: str | list[dict[str, str]]
+    answer: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def check_logp(logp_T: np.ndarray, name: str, start: int) -> None:
+    """Raise ValueError unless `logp_T` is NaN before `start` and a log-probability from there on."""
+    if not np.isnan(logp_T[:start]).all():
+        raise ValueError(f"{name} has values at prompt tokens; position t must hold log p(tokens[t])")
+    response = logp_T[start:]
+    bad = np.flatnonzero(~(np.isfinite(response) & (response <= LOGP_EPSILON)))
+    if bad.size:
+        t = start + int(bad[0])
+        raise ValueError(f"{name}[{t}] is {logp_T[t]}, not a log-probability ({bad.size} such positions)")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt and one sampled response as token ids. tokens int32 [T], student_logp float32 [T] (of the sampler, T=1)."""
+
+    tokens: np.ndarray
+    prompt_len: int
+    prompt_index: int
+    sample_index: int
+    finish: Finish
+    student_logp: np.ndarray
+
+    def __post_init__(self) -> None:
+        T = len(self.tokens)
+        if self.tokens.dtype != np.int32 or self.student_logp.dtype != np.float32:
+            raise ValueError(f"tokens must be int32 and student_logp float32, got {self.tokens.dtype} and {self.student_logp.dtype}")
+        if len(self.student_logp) != T:
+            raise ValueError(f"{T} tokens but {len(self.student_logp)} log-probabilities")
+        if not 0 < self.prompt_len < T:
+            raise ValueError(f"prompt_len {self.prompt_len} of {T} tokens: prompt and response must each have a token")
+        if self.tokens.min() < 0:
+            raise ValueError(f"negative token id {int(self.tokens.min())}")
+        check_logp(self.student_logp, "student_logp", self.prompt_len)
+
+    @property
+    def response_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """Teacher log-probabilities of one rollout. logp float32 [T]; topk_ids int32 [T,K] and topk_logp float32 [T,K] or None."""
+
+    logp: np.ndarray
+    topk_ids: np.ndarray | None = None
+    topk_logp: np.ndarray | None = None
+
+    def check_against(self, rollout: Rollout) -> None:
+        """Raise ValueError unless these scores are complete for `rollout`."""
+        T = len(rollout.tokens)
+        if self.logp.shape != (T,):
+            raise ValueError(f"{T} tokens but teacher log-probabilities of shape {self.logp.shape}")
+        check_logp(self.logp, "teacher logp", rollout.prompt_len)
+        if (self.topk_ids is None) != (self.topk_logp is None):
+            raise ValueError("topk_ids and topk_logp go together")
+        if self.topk_ids is not None and self.topk_logp is not None:
+            if self.topk_ids.shape != self.topk_logp.shape or self.topk_ids.shape[0] != T:
+                raise ValueError(f"top-k arrays of shape {self.topk_ids.shape} and {self.topk_logp.shape} for {T} tokens")
+            if self.topk_ids[rollout.prompt_len :].min() < 0:
+                raise ValueError("a response position has no top-k ids")
+            if not np.isfinite(self.topk_logp[rollout.prompt_len :]).all():
+                raise ValueError("a response position has a top-k log-probability that is not finite")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenizerFingerprint(_Record):
+    """Identity of a tokenizer: its token-to-id table, its special ids and its chat template."""
+
+    vocab_sha256: str
+    num_tokens: int
+    eos_token_id: int | None = None
+    chat_template_sha256: str | None = None
+
+
+class ModelFingerprint(_Record):
+    """Identity of a model directory. `weights_sha256` covers names, dtypes, shapes and bytes, not the split into files."""
+
+    name: str
+    config_sha256: str
+    weights_sha256: str
+    vocab_size: int
+    tokenizer: TokenizerFingerprint
+
+    def short(self) -> str:
+        return f"{self.name} ({self.weights_sha256[:12]})"
+
+
+class Lineage(_Record):
+    """Where a model's behaviour comes from; travels with checkpoints, HF directories and stores."""
+
+    base: ModelFingerprint | None = None
+    sft_teacher: ModelFingerprint | None = None
+    sft_teacher_declared: bool = False
+    opd_teacher: ModelFingerprint | None = None
+    overrides: list[str] = Field(default_factory=list)
+
+
+class PromptFile(_Record):
+    """Identity of a prompt file: sha256 of its bytes and its number of prompts."""
+
+    name: str
+    sha256: str
+    num_prompts: int
+
+
+class SamplingParams(_Record):
+    """How responses are sampled. Seeds make the `transformers` engine reproducible."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0 samples from the whole vocabulary")
+    max_new_tokens: int = Field(default=4096, gt=0)
+    samples_per_prompt: int = Field(default=1, gt=0)
+    seed: int = 0
+
+
+class StoreManifest(_Record):
+    """Attributes of a store's root group."""
+
+    format_version: int = 1
+    sampler_role: str
+    sampler: ModelFingerprint
+    lineage: Lineage
+    prompts: PromptFile
+    prompts_per_part: int = Field(gt=0)
+    sampling: SamplingParams
+    encoding: dict[str, Any] = Field(default_factory=dict)
+    engine: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.prompts.num_prompts // self.prompts_per_part)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sampler.vocab_size
+
+    def prompt_range(self, part: int) -> range:
+        """Rows of the prompt file that part `part` holds."""
+        start = part * self.prompts_per_part
+        return range(start, min(start + self.prompts_per_part, self.prompts.num_prompts))
+
+
+class Excluded(_Record):
+    """A rollout that was asked for and is not in the store, with the reason."""
+
+    prompt_index: int
+    sample_index: int
+    reason: str
+
+
+class PartManifest(_Record):
+    """Attributes of a sealed part; written last. `crc32c` is of each array's raw bytes."""
+
+    part: int
+    num_rollouts: int
+    num_tokens: int
+    num_response_tokens: int
+    excluded: list[Excluded] = Field(default_factory=list)
+    crc32c: dict[str, int]
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class ScoreManifest(_Record):
+    """Attributes of a teacher's group in a part; written last."""
+
+    part: int
+    teacher: ModelFingerprint
+    top_k: int = Field(default=0, ge=0)
+    allow_teacher_mismatch: bool = False
+    part_crc32c: dict[str, int]
+    crc32c: dict[str, int]
+    engine: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over the response tokens of a global batch; means are made where they are printed."""
+
+    loss: float = 0.0
+    denominator: float = 0.0
+    tokens: float = 0.0
+    sequences: float = 0.0
+    nll: float = 0.0
+    reverse_kl: float = 0.0
+    abs_advantage: float = 0.0
+    clipped: float = 0.0
+    entropy: float = 0.0
+    ratio: float = 0.0
+    ratio_squared: float = 0.0
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(**{name: getattr(self, name) + getattr(other, name) for name in LOSS_SUM_NAMES})
+
+
+LOSS_SUM_NAMES = tuple(LossSums.__dataclass_fields__)

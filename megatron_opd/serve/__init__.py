@@ -1,0 +1,1 @@
+"""Inference: one engine interface, its implementations, and the stages that use it."""

@@ -1,0 +1,102 @@
+"""What every inference engine does: sample responses to token ids, and score token ids. Text never passes through here.
+
+Legend: P prompt tokens, R response tokens, T = P + R, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_opd.config import EngineConfig
+from megatron_opd.errors import ConfigError, EngineError
+from megatron_opd.records import Finish, ModelFingerprint, SamplingParams, TeacherScores
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A prompt (int32 [P]) to answer once; (prompt_index, sample_index) name it and seed it."""
+
+    prompt: np.ndarray
+    prompt_index: int
+    sample_index: int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """tokens int32 [R], end-of-turn token kept; logp float32 [R] of the sampler at temperature 1 over the whole vocabulary."""
+
+    tokens: np.ndarray
+    logp: np.ndarray
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """tokens int32 [T]; positions from `start` on are scored."""
+
+    tokens: np.ndarray
+    start: int
+
+
+class Engine(Protocol):
+    """An inference engine for one model. `progress` is called with the number of tokens finished since its last call."""
+
+    fingerprint: ModelFingerprint
+    context_length: int
+
+    def describe(self) -> dict[str, Any]:
+        """Name, version and numeric settings, for manifests."""
+        ...
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingParams, progress: Callable[[int], Any] | None = None
+    ) -> list[Generated]:
+        """One response a request, in order. Raises EngineError."""
+        ...
+
+    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0, progress: Callable[[int], Any] | None = None) -> list[TeacherScores]:
+        """Log-probabilities at temperature 1, aligned with tokens (NaN, id -1 before `start`), in order. Raises EngineError."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def check_requests(requests: Sequence[GenerateRequest] | Sequence[ScoreRequest], *, vocab_size: int, context_length: int) -> None:
+    """Refuse, before anything is sent, what an engine would choke on. Raises EngineError naming the request."""
+    for number, request in enumerate(requests):
+        tokens = request.prompt if isinstance(request, GenerateRequest) else request.tokens
+        if len(tokens) == 0:
+            raise EngineError(f"request {number}: no tokens")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise EngineError(
+                f"request {number}: token id {low if low < 0 else high} in a vocabulary of {vocab_size}; was the text encoded with another tokenizer?"
+            )
+        if len(tokens) > context_length:
+            raise EngineError(f"request {number}: {len(tokens)} tokens, the engine takes {context_length}")
+        if isinstance(request, ScoreRequest) and not 0 < request.start < len(tokens):
+            raise EngineError(f"request {number}: scoring from position {request.start} of {len(tokens)} tokens")
+
+
+def open_engine(config: EngineConfig, model: str | Path) -> Engine:
+    """The engine that `config` names for a Hugging Face directory. 'auto': SGLang if urls are given, else transformers."""
+    if config.kind == "sglang" or (config.kind == "auto" and config.urls):
+        if not config.urls:
+            raise ConfigError(
+                "engine.kind is 'sglang' but engine.urls is empty; start a server and give its address (engine.urls='[\"http://127.0.0.1:30000\"]')"
+            )
+        from megatron_opd.serve.sglang import SglangEngine
+
+        return SglangEngine(config, model)
+    if config.urls:
+        raise ConfigError("engine.urls are given but engine.kind is 'transformers'; drop one of them")
+    from megatron_opd.serve.transformers_engine import TransformersEngine
+
+    return TransformersEngine(config, model)

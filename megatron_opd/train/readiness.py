@@ -1,0 +1,103 @@
+"""Everything that must hold before training starts; `megatron-opd check` runs the same. Needs no GPU and no process group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_opd.config import SftStage, TrainerConfig, TrainStage
+from megatron_opd.data.store import StoreReader
+from megatron_opd.errors import LineageError, StoreError, UserError
+from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, read_lineage, same_model
+from megatron_opd.model.architecture import Architecture, read_architecture
+from megatron_opd.records import Lineage, ModelFingerprint
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """What the checks found out."""
+
+    arch: Architecture
+    init: ModelFingerprint
+    lineage: Lineage
+    notes: list[str]
+
+
+def check_sft(stage: SftStage) -> Readiness:
+    """Raises UserError unless the base student can be fine-tuned on this store of teacher answers."""
+    reader, arch, init = _check_common(stage)
+    if reader.manifest.sampler_role != "teacher":
+        raise StoreError(f"{stage.store}: rollouts of a student; SFT needs teacher answers (megatron-opd generate)")
+    teacher = reader.manifest.sampler
+    earlier = read_lineage(stage.init) or Lineage()
+    overrides = list(earlier.overrides)
+    if earlier.sft_teacher is not None and not same_model(earlier.sft_teacher, teacher):
+        overrides.append(f"SFT on answers of {teacher.short()} after SFT on answers of {earlier.sft_teacher.short()}")
+    return Readiness(arch, init, Lineage(base=init, sft_teacher=teacher, overrides=overrides), _notes(reader, overrides))
+
+
+def check_train(stage: TrainStage) -> Readiness:
+    """Raises UserError unless the student can be distilled on this store: right student, right teacher, every score there."""
+    reader, arch, init = _check_common(stage)
+    manifest = reader.manifest
+    if manifest.sampler_role != "student":
+        raise StoreError(f"{stage.store}: answers of a teacher; distillation needs rollouts of the student (megatron-opd rollout)")
+    if not same_model(manifest.sampler, init):
+        raise LineageError(
+            f"{stage.store} holds rollouts of {manifest.sampler.short()}, but training starts from {init.short()} (train.init={stage.init}); "
+            "train the student that was sampled, or collect rollouts of this one"
+        )
+    reader.check_scored(stage.teacher)
+    lineage = manifest.lineage
+    overrides = list(lineage.overrides)
+    records = [record for part in reader.parts if (record := reader.score_manifest(part, stage.teacher))]
+    teacher = records[0].teacher
+    check_same_tokenizer(manifest.sampler, teacher)
+    allowed = stage.allow_teacher_mismatch or any(record.allow_teacher_mismatch for record in records)
+    override = check_teacher(lineage, teacher, allow_mismatch=allowed)
+    if override is not None:
+        overrides.append(override)
+    lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
+    return Readiness(arch, init, lineage, _notes(reader, overrides))
+
+
+def _check_common(stage: TrainerConfig) -> tuple[StoreReader, Architecture, ModelFingerprint]:
+    arch = read_architecture(stage.init)
+    arch.check_parallel(stage.parallel)
+    reader = StoreReader(stage.store)
+    if not stage.allow_incomplete:
+        reader.check_complete()
+    if len(reader) == 0:
+        raise StoreError(f"{stage.store}: no rollouts in it")
+    init = fingerprint_model(stage.init)
+    check_same_tokenizer(init, reader.manifest.sampler)
+    if reader.manifest.sampler.tokenizer.num_tokens > arch.vocab_size:
+        raise LineageError(
+            f"{stage.init}: an embedding of {arch.vocab_size} rows for a tokenizer of {reader.manifest.sampler.tokenizer.num_tokens} tokens"
+        )
+    cut = stage.max_response_tokens
+    lengths = reader.lengths if cut is None else np.minimum(reader.lengths, reader.prompt_lens.astype(np.int64) + cut)
+    longest = int(lengths.max())
+    if longest > arch.max_positions:
+        raise UserError(
+            f"{stage.store}: a rollout has {longest} tokens, the model takes {arch.max_positions}; cut with max_response_tokens"
+        )
+    if longest > stage.micro_batch_tokens:
+        raise UserError(
+            f"{stage.store}: a rollout has {longest} tokens, over micro_batch_tokens = {stage.micro_batch_tokens}; raise it, or cut with max_response_tokens"
+        )
+    return reader, arch, init
+
+
+def _notes(reader: StoreReader, overrides: list[str]) -> list[str]:
+    notes = [f"WARNING: {override}" for override in overrides]
+    missing = reader.missing_parts()
+    if missing:
+        notes.append(
+            f"WARNING: {len(missing)} of {reader.manifest.num_parts} parts are not sealed; training on the others (allow_incomplete)"
+        )
+    excluded = sum(len(record.excluded) for record in reader.parts.values())
+    if excluded:
+        notes.append(f"{excluded} rollouts were excluded when the store was made; 'megatron-opd inspect' gives the reasons")
+    return notes

@@ -1,0 +1,110 @@
+"""One optimizer step over this rank's micro-batches, through Megatron's pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from opd_kernels import vocab_parallel_stats
+
+from megatron_opd.model.architecture import Architecture
+from megatron_opd.model.student import Student
+from megatron_opd.records import LOSS_SUM_NAMES, LossSums
+from megatron_opd.train.batches import MicroBatch
+from megatron_opd.train.loss import pack_sums
+from megatron_opd.train.optim import Trainee
+
+LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over the global batch, the gradient norm before clipping, and the learning rate used."""
+
+    sums: LossSums
+    grad_norm: float
+    learning_rate: float
+
+
+def train_step(trainee: Trainee, arch: Architecture, loss: LossFunction, micro_batches: list[MicroBatch], *, seed: int) -> StepResult:
+    """Forward, backward, reduction, optimizer. `seed` restarts the random state, so that a step depends on nothing before it."""
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    trainee.ddp.zero_grad_buffer()
+    trainee.optimizer.zero_grad()
+    sums = forward_backward(trainee.ddp, trainee.student, arch, loss, micro_batches)
+    if not torch.isfinite(sums).all():
+        return StepResult(LossSums(*sums.tolist()), float("nan"), _learning_rate(trainee))
+    learning_rate = _learning_rate(trainee)
+    _, grad_norm, _ = trainee.optimizer.step()
+    trainee.scheduler.step(increment=1)
+    return StepResult(LossSums(*sums.tolist()), float(grad_norm or 0.0), learning_rate)
+
+
+def forward_backward(
+    model: torch.nn.Module,
+    student: Student,
+    arch: Architecture,
+    loss: LossFunction,
+    micro_batches: list[MicroBatch],
+    *,
+    forward_only: bool = False,
+) -> torch.Tensor:
+    """Gradients into `main_grad` (divided by the global denominator), and the sums [len(LOSS_SUM_NAMES)] on every rank."""
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, student=student, arch=arch, loss=loss),
+        data_iterator=iter(micro_batches),
+        model=model,
+        num_microbatches=len(micro_batches),
+        seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    device = micro_batches[0].tokens.device
+    sums = torch.zeros(len(LOSS_SUM_NAMES), dtype=torch.float64, device=device)
+    if parallel_state.is_pipeline_last_stage():
+        sums += torch.stack([output["sums"] for output in outputs]).sum(0)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return sums
+
+
+def _forward_step(
+    batches: Iterator[MicroBatch], model: torch.nn.Module, *, student: Student, arch: Architecture, loss: LossFunction
+) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,  # of the longest sequence: RoPE is made this long, and restarts in each sequence
+        max_seqlen_kv=batch.max_seqlen,
+    )
+    hidden = model(batch.tokens, batch.positions, None, packed_seq_params=packed)
+    return hidden, partial(_loss_sums, batch=batch, student=student, arch=arch, loss=loss)
+
+
+def _loss_sums(
+    hidden: torch.Tensor, *, batch: MicroBatch, student: Student, arch: Architecture, loss: LossFunction
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    logp, entropy = vocab_parallel_stats(
+        student.logits(hidden, batch.rows),
+        batch.labels[:, None],
+        vocab_start=student.vocab_start,
+        vocab_size=arch.vocab_size,
+        tp_group=student.pg_collection.tp,
+    )
+    total, extra = loss(logp[:, 0], batch)
+    sums = pack_sums(total, logp[:, 0], entropy, batch, extra)
+    return total, torch.tensor(batch.denominator, dtype=torch.int, device=total.device), {"sums": sums}
+
+
+def _learning_rate(trainee: Trainee) -> float:
+    return float(trainee.optimizer.param_groups[0]["lr"])

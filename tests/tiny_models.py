@@ -1,0 +1,88 @@
+"""Tiny Hugging Face models of each supported architecture, made on the spot, with a byte-level tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 300
+ARCHITECTURES = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8}),
+}
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def make_tokenizer(directory: Path, *, extra_token: str = "<extra>") -> None:
+    """Ids 0 <pad>, 1 <eos>, 2 an extra token, then the 256 bytes."""
+    vocab = {"<pad>": 0, "<eos>": 1, extra_token: 2}
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[character] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(str(directory))
+
+
+def make_model(
+    directory: Path,
+    kind: str = "qwen3",
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 4.0,
+    vocab: int = VOCAB,
+    **overrides: object,
+) -> Path:
+    """A random model whose logits are of order 1 (`scale` multiplies the matrices), norms and biases not trivial."""
+    config_class, model_class, extra = ARCHITECTURES[kind]
+    options = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        **extra,
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    model = model_class(config_class(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(scale)
+    model.to(dtype).save_pretrained(str(directory))
+    make_tokenizer(directory)
+    return directory
+
+
+def write_prompts(path: Path, count: int = 40) -> Path:
+    """Short prompts of different lengths, each with an answer."""
+    path.write_text("".join(json.dumps({"prompt": "ab" * (1 + i % 5) + f" {i}", "answer": str(i)}) + "\n" for i in range(count)))
+    return path
