@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from megatron_opd import __version__
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for what the user can mend, 1 for our own faults."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(arguments)
+    # Notices of libraries that a reader can do nothing about (which optional packages are not there).
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         return int(args.run(args, arguments) or 0)
     except UserError as error:

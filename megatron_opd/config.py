@@ -6,20 +6,25 @@ Every path may use {run_dir} and {name}. `None` means "off" or "not given"; ther
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from megatron_opd.errors import ConfigError
 from megatron_opd.records import SamplingParams
 
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+# Text for the model may hold braces of its own.
+_FREE_TEXT = {"system"}
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelsConfig(_Section):
@@ -130,7 +135,7 @@ class TrainerConfig(_Section):
     micro_batch_tokens: int = Field(default=16384, gt=0, description="token slots of one packed micro-batch")
     packing: bool = Field(default=True, description="several sequences a micro-batch; False: one")
     max_response_tokens: int | None = Field(default=None, gt=0, description="cut responses after this many tokens")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     save_every: int = Field(default=50, gt=0)
     keep_last: int = Field(default=2, gt=0, description="checkpoints kept")
     allow_incomplete: bool = Field(default=False, description="train on the sealed parts of a store that is not complete")
@@ -177,10 +182,15 @@ class EvalStage(_Section):
     prompts: str
     output: str = "{run_dir}/eval"
     grader: Literal["exact", "number", "math", "reasoning_gym", "none"] = "exact"
-    teacher: str | None = Field(default="{teacher}", description="score samples with this model for the reverse KL")
+    teacher: str | None = Field(default="{teacher}", description="score samples with this model for the reverse KL; 'none' does not")
     num_prompts: int | None = Field(default=None, gt=0)
     sampling: SamplingParams = SamplingParams()
     encoding: EncodingConfig = EncodingConfig()
+
+    @field_validator("teacher")
+    @classmethod
+    def _none_is_off(cls, teacher: str | None) -> str | None:
+        return None if teacher == "none" else teacher
 
 
 class Recipe(_Section):
@@ -199,7 +209,10 @@ class Recipe(_Section):
 
     def to_toml(self) -> str:
         """The resolved recipe, every default included; options that are off are left out, as TOML has no null."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+        tree = self.model_dump(exclude_none=True)
+        if self.eval is not None and self.eval.teacher is None:
+            tree["eval"]["teacher"] = "none"  # left out, it would be the default again
+        return tomli_w.dumps(tree)
 
 
 def shipped_recipes() -> list[str]:
@@ -225,10 +238,12 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     if not sign or not key or any(not piece for piece in key.split(".")):
         raise ConfigError(f"override {override!r} is not of the form section.field=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = None if text == "null" else text
-    return key.split("."), value
+        parsed = {"value": None if text == "null" else text}
+    if len(parsed) > 1:
+        raise ConfigError(f"override {override!r} holds more than one value; give each field an override of its own")
+    return key.split("."), parsed["value"]
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -249,7 +264,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """Read, override, resolve and check a recipe. Raises ConfigError with every fault and its field path."""
     try:
         tree = tomllib.loads(read_recipe_text(name))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name}: not TOML: {error}") from None
     return build_recipe(apply_overrides(tree, overrides or []), name)
 
@@ -258,22 +273,27 @@ def build_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
     """Check a raw tree and fill in the {placeholders}. Raises ConfigError."""
     try:
         recipe = Recipe.model_validate(tree)
-        names = {"name": recipe.name, "teacher": recipe.models.teacher, "student": recipe.models.student}
-        names["run_dir"] = _fill(recipe.run_dir, names)
+        names = {"name": recipe.name}
+        names |= {"run_dir": _fill(recipe.run_dir, names, "run_dir")}
+        names |= _fill({"teacher": recipe.models.teacher, "student": recipe.models.student}, names, "models")
         return Recipe.model_validate(_fill(recipe.model_dump(), names))
     except ValidationError as error:
         raise ConfigError(f"{name}: {_explain(error)}") from None
 
 
-def _fill(node: Any, names: dict[str, str]) -> Any:
+def _fill(node: Any, names: dict[str, str], where: str = "") -> Any:
+    """A copy of `node` with {placeholders} replaced. Raises ConfigError naming the field `where` for one that is not in `names`."""
     if isinstance(node, dict):
-        return {key: _fill(value, names) for key, value in node.items()}
+        return {key: value if key in _FREE_TEXT else _fill(value, names, f"{where}.{key}".lstrip(".")) for key, value in node.items()}
     if isinstance(node, list):
-        return [_fill(value, names) for value in node]
-    if isinstance(node, str):
-        for key, value in names.items():
-            node = node.replace("{" + key + "}", value)
-    return node
+        return [_fill(value, names, f"{where}.{number}") for number, value in enumerate(node)]
+    if not isinstance(node, str):
+        return node
+    unknown = [key for key in _PLACEHOLDER.findall(node) if key not in names]
+    if unknown:
+        known = ", ".join("{" + key + "}" for key in names)
+        raise ConfigError(f"{where}: no placeholder {{{unknown[0]}}} here (got {node!r}); there are {known}")
+    return _PLACEHOLDER.sub(lambda match: names[match[1]], node)
 
 
 def _known_fields(location: tuple[int | str, ...]) -> list[str]:

@@ -26,6 +26,8 @@ class StageCost:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None and not self.tokens:
+            return  # nothing was left to do
         seconds = time.time() - self._start
         row = {
             "stage": self.stage,

@@ -30,7 +30,7 @@ def fingerprint_model(directory: str | Path, *, name: str | None = None) -> Mode
         name=name or directory.resolve().name,
         config_sha256=_sha256_json({key: value for key, value in config.items() if not key.startswith("_")}),
         weights_sha256=_weights_sha256(directory),
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=config["vocab_size"],
         tokenizer=fingerprint_tokenizer(directory),
     )
 
@@ -40,14 +40,16 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: no such file; a Hugging Face model directory is expected (config.json, *.safetensors, tokenizer)"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
-    if "vocab_size" not in config:
+    if not isinstance(config, dict) or "vocab_size" not in config:
         raise UserError(f"{path}: no 'vocab_size'; only text models are supported")
+    if type(config["vocab_size"]) is not int:
+        raise UserError(f"{path}: vocab_size is {config['vocab_size']!r}, not a whole number")
     return config
 
 
@@ -57,7 +59,7 @@ def fingerprint_tokenizer(directory: str | Path) -> TokenizerFingerprint:
 
 
 def fingerprint_loaded_tokenizer(tokenizer: Any) -> TokenizerFingerprint:
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     template = tokenizer.chat_template
     return TokenizerFingerprint(
         vocab_sha256=_sha256_json(vocab),
@@ -75,7 +77,7 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise UserError(f"{directory}: no such directory; a Hugging Face model directory is expected")
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # for a damaged file the tokenizers library raises the bare class
         raise UserError(f"{directory}: no tokenizer could be loaded: {error}") from None
 
 
@@ -95,8 +97,10 @@ def tensor_index(directory: str | Path) -> dict[str, tuple[Path, int, int, str, 
             with path.open("rb") as file:
                 header_len = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(header_len)) if 0 < header_len < 1 << 30 else None
+            if not isinstance(header, dict):
+                raise ValueError("no header")
             size = path.stat().st_size
-            for name, entry in (header or {}).items():
+            for name, entry in header.items():
                 if name == "__metadata__":
                     continue
                 start, end = (8 + header_len + offset for offset in entry["data_offsets"])
@@ -105,9 +109,7 @@ def tensor_index(directory: str | Path) -> dict[str, tuple[Path, int, int, str, 
                 if name in index:
                     raise ValueError(f"tensor {name} is also in {index[name][0].name}")
                 index[name] = (path, start, end, entry["dtype"], entry["shape"])
-            if header is None:
-                raise ValueError("no header")
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a whole safetensors file ({error}); copy or convert it again") from None
     return index
 
@@ -122,6 +124,8 @@ def hash_tensors(directory: str | Path) -> dict[str, str]:
             file.seek(start)
             while start < end:
                 block = file.read(min(_BLOCK, end - start))
+                if not block:
+                    raise UserError(f"{path}: became shorter while it was read; is it still being written?")
                 digest.update(block)
                 start += len(block)
         return name, digest.hexdigest()
@@ -137,7 +141,7 @@ def _weights_sha256(directory: Path) -> str:
         cached = json.loads(cache.read_text())
         if cached["files"] == stamp:
             return cached["weights_sha256"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = _sha256_json(sorted(hash_tensors(directory).items()))
     with contextlib.suppress(OSError):  # a read-only model directory: the hash is made again next time
@@ -163,7 +167,7 @@ def read_lineage(directory: str | Path) -> Lineage | None:
     try:
         content = json.loads(path.read_text())
         lineage = Lineage.model_validate(content["lineage"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise LineageError(f"{path}: not a lineage file: {error}") from None
     written_for = content.get("weights_sha256")
     if written_for is not None and written_for != _weights_sha256(Path(directory)):

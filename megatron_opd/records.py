@@ -91,16 +91,19 @@ class TeacherScores:
         if (self.topk_ids is None) != (self.topk_logp is None):
             raise ValueError("topk_ids and topk_logp go together")
         if self.topk_ids is not None and self.topk_logp is not None:
-            if self.topk_ids.shape != self.topk_logp.shape or self.topk_ids.shape[0] != T:
+            start = rollout.prompt_len
+            if self.topk_ids.shape != self.topk_logp.shape or self.topk_ids.shape[:1] != (T,) or self.topk_ids.ndim != 2:
                 raise ValueError(f"top-k arrays of shape {self.topk_ids.shape} and {self.topk_logp.shape} for {T} tokens")
-            if self.topk_ids[rollout.prompt_len :].min() < 0:
+            if (self.topk_ids[:start] != -1).any() or not np.isnan(self.topk_logp[:start]).all():
+                raise ValueError("top-k arrays have values at prompt tokens; there the ids are -1 and the log-probabilities NaN")
+            if self.topk_ids[start:].min() < 0:
                 raise ValueError("a response position has no top-k ids")
-            if not np.isfinite(self.topk_logp[rollout.prompt_len :]).all():
-                raise ValueError("a response position has a top-k log-probability that is not finite")
+            if not (np.isfinite(self.topk_logp[start:]) & (self.topk_logp[start:] <= LOGP_EPSILON)).all():
+                raise ValueError("a response position has a top-k value that is not a log-probability")
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TokenizerFingerprint(_Record):
@@ -151,7 +154,7 @@ class SamplingParams(_Record):
     top_k: int = Field(default=0, ge=0, description="0 samples from the whole vocabulary")
     max_new_tokens: int = Field(default=4096, gt=0)
     samples_per_prompt: int = Field(default=1, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
 
 
 class StoreManifest(_Record):

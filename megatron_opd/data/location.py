@@ -7,9 +7,11 @@ the attributes carry a CRC-32C of every array, which readers check.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 from typing import Any
 
@@ -35,7 +37,10 @@ class Location:
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None):
         self.url = str(url)
         self.storage_options = storage_options or {}
-        self.fs, self.root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"{self.url}: no file system for this address: {error}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, relative: str) -> str:
@@ -54,11 +59,9 @@ class Location:
         except NotADirectoryError:
             raise StoreError(f"{self.url} is a file; a store is a directory") from None
         try:
-            content = json.loads(text)
-            attributes = content.get("attributes", {})
+            return json.loads(text).get("attributes", {}).get(ATTRIBUTE)
         except (ValueError, AttributeError) as error:
             raise StoreError(f"{self.show(group)}/zarr.json is damaged ({error}); delete this group and make it again") from None
-        return attributes.get(ATTRIBUTE)
 
     def write_attributes(self, group: str, attributes: dict[str, Any] | None, *, exclusive: bool = False) -> bool:
         """Write the group's zarr.json whole; with `exclusive`, False if there is one already."""
@@ -122,7 +125,7 @@ class Location:
             Location(staging).write_attributes("", attributes)
             _sync_tree(staging)
             if os.path.isdir(self.path(group)) and self.read_attributes(group) is None:
-                shutil.rmtree(self.path(group))
+                shutil.rmtree(self.path(group), ignore_errors=True)  # another worker may be at it too
             os.rename(staging, self.path(group))
         except OSError:
             # Another worker sealed the same group first: its data is whole, ours is dropped.
@@ -135,11 +138,11 @@ class Location:
         """Remove temporary folders that a killed worker left in `group`, older than a day."""
         if not self.is_local or not os.path.isdir(self.path(group)):
             return
-        import time
-
         for entry in os.scandir(self.path(group)):
-            if entry.name.startswith(".") and entry.name.endswith(".tmp") and time.time() - entry.stat().st_mtime > 86400:
-                shutil.rmtree(entry.path, ignore_errors=True)
+            if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+                with contextlib.suppress(FileNotFoundError):  # another worker has just renamed it into place
+                    if time.time() - entry.stat().st_mtime > 86400:
+                        shutil.rmtree(entry.path, ignore_errors=True)
 
     def open_array(self, group: str, name: str) -> zarr.Array:
         """Raises StoreError naming the array that can't be opened."""

@@ -19,15 +19,15 @@ def read_prompts(path: str | Path, *, limit: int | None = None) -> tuple[PromptF
     path = Path(path)
     try:
         lines = path.read_bytes().splitlines()
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such prompt file; a JSONL file with a 'prompt' field in each row is expected") from None
-    lines = [line for line in lines if line.strip()][:limit]
-    if limit is not None and len(lines) < limit:
-        raise UserError(f"{path}: {len(lines)} prompts, but num_prompts asks for {limit}")
-    if not lines:
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:limit]
+    if limit is not None and len(rows) < limit:
+        raise UserError(f"{path}: {len(rows)} prompts, but num_prompts asks for {limit}")
+    if not rows:
         raise UserError(f"{path}: no prompts in it")
-    prompts = [_parse(line, f"{path}:{number + 1}", number) for number, line in enumerate(lines)]
-    digest = hashlib.sha256(b"\n".join(lines)).hexdigest()
+    prompts = [_parse(line, f"{path}:{number}", index) for index, (number, line) in enumerate(rows)]
+    digest = hashlib.sha256(b"\n".join(line for _, line in rows)).hexdigest()
     return PromptFile(name=path.name, sha256=digest, num_prompts=len(prompts)), prompts
 
 
@@ -47,5 +47,9 @@ def _parse(line: bytes, where: str, index: int) -> Prompt:
         content = [{"role": message["role"], "content": message["content"]} for message in content]
     elif not isinstance(content, str) or not content:
         raise UserError(f"{where}: 'prompt' must be text or a list of {{role, content}} messages, not {content!r}")
+    try:
+        "".join([content] if isinstance(content, str) else [message["content"] for message in content]).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: 'prompt' holds half a character ({error.object[error.start]!a}); tokenizers refuse it") from None
     answer: Any = row.pop("answer", None)
     return Prompt(index=index, content=content, answer=None if answer is None else str(answer), meta=row)

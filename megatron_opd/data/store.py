@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -18,6 +18,8 @@ from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreM
 
 FORMAT_VERSION = 1
 _SMALL_ARRAYS = ("offsets", "prompt_len", "prompt_index", "sample_index", "finish")
+_Manifest = TypeVar("_Manifest", StoreManifest, PartManifest, ScoreManifest)
+_MAKE_AGAIN = "delete this group and make it again"
 # What may differ between two runs that add to the same store.
 _FREE_FIELDS = {"provenance", "engine"}
 
@@ -37,10 +39,18 @@ def read_manifest(location: Location) -> StoreManifest:
         raise StoreError(f"{location.url}: no store here; make one with 'megatron-opd rollout' (or 'generate')")
     if attributes.get("format_version") != FORMAT_VERSION:
         raise StoreError(f"{location.url}: store format {attributes.get('format_version')}, this program reads {FORMAT_VERSION}")
+    return _parse(StoreManifest, attributes, location.url)
+
+
+def _parse(kind: type[_Manifest], attributes: dict[str, Any] | None, where: str, arrays: Sequence[str] = ()) -> _Manifest:
+    """A manifest, with a checksum of each of `arrays`. Raises StoreError."""
     try:
-        return StoreManifest.model_validate(attributes)
+        record = kind.model_validate(attributes)
     except ValidationError as error:
-        raise StoreError(f"{location.url}: manifest is not valid: {error}") from None
+        raise StoreError(f"{where}: manifest is not valid: {error}") from None
+    if lacking := set(arrays) - set(getattr(record, "crc32c", {})):
+        raise StoreError(f"{where}: no checksum of {', '.join(sorted(lacking))} in the manifest; {_MAKE_AGAIN}")
+    return record
 
 
 def create_store(url: str, manifest: StoreManifest) -> Location:
@@ -74,6 +84,8 @@ def write_part(
 ) -> None:
     """Write and seal part `part`; rollouts must be of the part's prompts, each (prompt, sample) once, none missing."""
     manifest = read_manifest(location)
+    if not 0 <= part < manifest.num_parts:
+        raise StoreError(f"{location.url}: part {part} of {manifest.num_parts}")
     expected = {(p, s) for p in manifest.prompt_range(part) for s in range(manifest.sampling.samples_per_prompt)}
     given = [(r.prompt_index, r.sample_index) for r in rollouts] + [(e.prompt_index, e.sample_index) for e in excluded]
     if len(given) != len(set(given)) or set(given) != expected:
@@ -117,17 +129,25 @@ def write_scores(
     *,
     topk_dtype: str = "float32",
 ) -> None:
-    """Write and seal teacher `teacher`'s scores of a part; `manifest.crc32c` is filled in here. Raises StoreError."""
+    """Write and seal teacher `teacher`'s scores of a part; `manifest.crc32c` is filled in here.
+
+    `rollouts` are all rollouts of the part in the store's order. Raises StoreError for scores that are missing or not theirs.
+    """
+    if len(rollouts) != len(scores) or checksum(_concat([r.tokens for r in rollouts], np.int32)) != manifest.part_crc32c["tokens"]:
+        raise StoreError(
+            f"{location.show(part_group(manifest.part))}: {len(scores)} scores of {len(rollouts)} rollouts, which are not all of the part's in their order"
+        )
     for rollout, score in zip(rollouts, scores, strict=True):
         try:
             score.check_against(rollout)
+            _check_topk(score, manifest)
         except ValueError as error:
             raise StoreError(f"part {manifest.part}, prompt {rollout.prompt_index}, sample {rollout.sample_index}: {error}") from None
     arrays = {"logp": _concat([s.logp for s in scores], np.float32)}
     if manifest.top_k:
         shape = (0, manifest.top_k)
-        arrays["topk_ids"] = _concat([_required(s.topk_ids) for s in scores], np.int32, shape)
-        arrays["topk_logp"] = _concat([_required(s.topk_logp) for s in scores], np.dtype(topk_dtype), shape)
+        arrays["topk_ids"] = _concat([s.topk_ids for s in scores if s.topk_ids is not None], np.int32, shape)
+        arrays["topk_logp"] = _concat([s.topk_logp for s in scores if s.topk_logp is not None], np.dtype(topk_dtype), shape)
     sealed = manifest.model_copy(update={"crc32c": {name: checksum(array) for name, array in arrays.items()}})
     parent = f"{part_group(manifest.part)}/teacher"
     location.write_attributes(parent, None)
@@ -135,10 +155,16 @@ def write_scores(
     location.write_sealed_group(score_group(manifest.part, teacher), arrays, sealed.model_dump())
 
 
-def _required(array: np.ndarray | None) -> np.ndarray:
-    if array is None:
-        raise StoreError("top-k scores were asked for and the engine gave none")
-    return array
+def _check_topk(score: TeacherScores, manifest: ScoreManifest) -> None:
+    """Raise ValueError unless `score` has the candidates that the manifest promises."""
+    if not manifest.top_k:
+        return
+    if score.topk_ids is None:
+        raise ValueError("top-k scores were asked for and the engine gave none")
+    if score.topk_ids.shape[1] != manifest.top_k:
+        raise ValueError(f"{score.topk_ids.shape[1]} candidates a position, {manifest.top_k} were asked for")
+    if int(score.topk_ids.max()) >= manifest.teacher.vocab_size:
+        raise ValueError(f"candidate {int(score.topk_ids.max())} in a vocabulary of {manifest.teacher.vocab_size}")
 
 
 def _concat(arrays: Sequence[np.ndarray], dtype: Any, empty_shape: tuple[int, ...] = (0,)) -> np.ndarray:
@@ -156,9 +182,10 @@ class StoreReader:
         self.location = Location(url)
         self.manifest = read_manifest(self.location)
         self.memory_bytes = memory_bytes
-        self._cache: OrderedDict[tuple[str, str, int], np.ndarray] = OrderedDict()
+        # The checksum in the keys: a part that was deleted and made again is another part.
+        self._cache: OrderedDict[tuple[str, str, int, int], np.ndarray] = OrderedDict()
         self._cached_bytes = 0
-        self._arrays: dict[tuple[str, str], Any] = {}
+        self._arrays: dict[tuple[str, str, int], Any] = {}
         self._score_manifests: dict[tuple[int, str], ScoreManifest] = {}
         self.parts: dict[int, PartManifest] = {}
         self.refresh()
@@ -166,19 +193,22 @@ class StoreReader:
     def refresh(self) -> None:
         """Look for parts that were sealed since."""
         small: dict[str, list[np.ndarray]] = {name: [] for name in _SMALL_ARRAYS}
-        self._first_rollout: list[int] = []
-        self.parts = {part: self._part_manifest(part) for part in self._sealed_parts()}
-        first = 0
-        for part, record in self.parts.items():
-            self._first_rollout.append(first)
-            first += record.num_rollouts
+        parts = {part: self._part_manifest(part) for part in self._sealed_parts()}
+        for part, record in parts.items():
             for name in _SMALL_ARRAYS:
                 small[name].append(self._whole(part_group(part), name, record.crc32c[name]))
-        starts = [offsets[:-1] for offsets in small["offsets"]]
-        lengths = [np.diff(offsets) for offsets in small["offsets"]]
-        self.part_ids = np.repeat(np.array(list(self.parts), np.int64), [record.num_rollouts for record in self.parts.values()])
-        self.starts = _concat(starts, np.int64)
-        self.lengths = _concat(lengths, np.int64)
+            counts = (len(small["offsets"][-1]) - 1, int(small["offsets"][-1][-1]))
+            if counts != (record.num_rollouts, record.num_tokens):
+                raise StoreError(
+                    f"{self.location.show(part_group(part))}: {counts[0]} rollouts of {counts[1]} tokens, "
+                    f"but the manifest says {record.num_rollouts} of {record.num_tokens}; {_MAKE_AGAIN}"
+                )
+        self._score_manifests.clear()
+        self.parts = parts
+        self._num_tokens = sum(record.num_tokens for record in parts.values())
+        self.part_ids = np.repeat(np.array(list(parts), np.int64), [record.num_rollouts for record in parts.values()])
+        self.starts = _concat([offsets[:-1] for offsets in small["offsets"]], np.int64)
+        self.lengths = _concat([np.diff(offsets) for offsets in small["offsets"]], np.int64)
         self.prompt_lens = _concat(small["prompt_len"], np.int32)
         self.prompt_indices = _concat(small["prompt_index"], np.int64)
         self.sample_indices = _concat(small["sample_index"], np.int32)
@@ -192,10 +222,12 @@ class StoreReader:
         ]
 
     def _part_manifest(self, part: int) -> PartManifest:
-        try:
-            return PartManifest.model_validate(self.location.read_attributes(part_group(part)))
-        except ValidationError as error:
-            raise StoreError(f"{self.location.show(part_group(part))}: manifest is not valid: {error}") from None
+        where = self.location.show(part_group(part))
+        attributes = self.location.read_attributes(part_group(part))
+        record = _parse(PartManifest, attributes, where, ("tokens", "student_logp", *_SMALL_ARRAYS))
+        if record.part != part:
+            raise StoreError(f"{where}: holds part {record.part}; was the folder renamed?")
+        return record
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -220,14 +252,10 @@ class StoreReader:
             attributes = self.location.read_attributes(score_group(part, teacher))
             if attributes is None:
                 return None
-            try:
-                record = ScoreManifest.model_validate(attributes)
-            except ValidationError as error:
-                raise StoreError(f"{self.location.show(score_group(part, teacher))}: manifest is not valid: {error}") from None
+            where = self.location.show(score_group(part, teacher))
+            record = _parse(ScoreManifest, attributes, where, ("logp", "topk_ids", "topk_logp") if attributes.get("top_k") else ("logp",))
             if record.part_crc32c != self.parts[part].crc32c:
-                raise StoreError(
-                    f"{self.location.show(score_group(part, teacher))}: scores of other rollouts than part {part} now holds; delete and score again"
-                )
+                raise StoreError(f"{where}: scores of other rollouts than part {part} now holds; delete and score again")
             self._score_manifests[key] = record
         return self._score_manifests[key]
 
@@ -267,19 +295,20 @@ class StoreReader:
         part, rows = self._locate(index)
         record = self.parts[part]
         group = part_group(part)
+        tokens, student_logp = (
+            self._rows(group, name, rows, record.num_tokens, record.crc32c[name]) for name in ("tokens", "student_logp")
+        )
         try:
             return Rollout(
-                tokens=self._rows(group, "tokens", rows, record.num_tokens, record.crc32c["tokens"]),
+                tokens=tokens,
                 prompt_len=int(self.prompt_lens[index]),
                 prompt_index=int(self.prompt_indices[index]),
                 sample_index=int(self.sample_indices[index]),
                 finish=Finish(int(self.finishes[index])),
-                student_logp=self._rows(group, "student_logp", rows, record.num_tokens, record.crc32c["student_logp"]),
+                student_logp=student_logp,
             )
-        except StoreError:
-            raise
         except ValueError as error:
-            raise StoreError(f"{self.location.show(group)}, rollout {index}: {error}") from None
+            raise StoreError(f"{self.location.show(group)}, rollout {index}: {error}; {_MAKE_AGAIN}") from None
 
     def scores(self, index: int, teacher: str, *, topk: bool = False) -> TeacherScores:
         """Scores of rollout `index` by `teacher`, with its top-K arrays if `topk`. Raises StoreError where there are none."""
@@ -292,14 +321,19 @@ class StoreReader:
         group, total = score_group(part, teacher), self.parts[part].num_tokens
         names = ("logp", "topk_ids", "topk_logp") if topk else ("logp",)
         arrays = [self._rows(group, name, rows, total, record.crc32c[name]) for name in names]
-        return TeacherScores(arrays[0], *(arrays[1:2]), *(array.astype(np.float32) for array in arrays[2:]))
+        scores = TeacherScores(arrays[0], *(arrays[1:2]), *(array.astype(np.float32) for array in arrays[2:]))
+        rollout = self.rollout(index)
+        try:
+            scores.check_against(rollout)
+        except ValueError as error:
+            raise StoreError(f"{self.location.show(group)}, rollout {index}: {error}; {_MAKE_AGAIN}") from None
+        return scores
 
     def part_rollouts(self, part: int) -> list[Rollout]:
         """All rollouts of a sealed part."""
         if part not in self.parts:
             raise StoreError(f"{self.location.show(part_group(part))}: not sealed")
-        first = self._first_rollout[list(self.parts).index(part)]
-        return [self.rollout(first + i) for i in range(self.parts[part].num_rollouts)]
+        return [self.rollout(int(index)) for index in np.flatnonzero(self.part_ids == part)]
 
     def verify(self) -> list[str]:
         """Read everything and compare every checksum; returns what is wrong, a sentence each."""
@@ -330,34 +364,34 @@ class StoreReader:
 
     def _rows(self, group: str, name: str, rows: slice, total: int, crc32c: int) -> np.ndarray:
         """Rows of an array through the cache: the whole array if the store fits in memory, else blocks of it."""
-        num_tokens = sum(record.num_tokens for record in self.parts.values())
-        if num_tokens * 12 <= self.memory_bytes and not name.startswith("topk"):
+        if self._num_tokens * 12 <= self.memory_bytes and not name.startswith("topk"):
             return self._whole(group, name, crc32c)[rows]
         block = CHUNK_ITEMS
         pieces = []
         for number in range(rows.start // block, -(-rows.stop // block)):
-            key = (group, name, number)
+            key = (group, name, crc32c, number)
             if key not in self._cache:
                 bounds = slice(number * block, min((number + 1) * block, total))
-                self._remember(key, read_rows(self._open(group, name), f"{self.location.show(group)}/{name}", bounds))
+                self._remember(key, read_rows(self._open(group, name, crc32c), f"{self.location.show(group)}/{name}", bounds))
             self._cache.move_to_end(key)
             first = number * block
             pieces.append(self._cache[key][max(0, rows.start - first) : rows.stop - first])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _whole(self, group: str, name: str, crc32c: int) -> np.ndarray:
-        key = (group, name, -1)
+        key = (group, name, crc32c, -1)
         if key not in self._cache:
-            self._remember(key, read_rows(self._open(group, name), f"{self.location.show(group)}/{name}", crc32c=crc32c))
+            self._remember(key, read_rows(self._open(group, name, crc32c), f"{self.location.show(group)}/{name}", crc32c=crc32c))
         self._cache.move_to_end(key)
         return self._cache[key]
 
-    def _open(self, group: str, name: str) -> Any:
-        if (group, name) not in self._arrays:
-            self._arrays[group, name] = self.location.open_array(group, name)
-        return self._arrays[group, name]
+    def _open(self, group: str, name: str, crc32c: int) -> Any:
+        key = (group, name, crc32c)
+        if key not in self._arrays:
+            self._arrays[key] = self.location.open_array(group, name)
+        return self._arrays[key]
 
-    def _remember(self, key: tuple[str, str, int], array: np.ndarray) -> None:
+    def _remember(self, key: tuple[str, str, int, int], array: np.ndarray) -> None:
         self._cache[key] = array
         self._cached_bytes += array.nbytes
         while self._cached_bytes > self.memory_bytes and len(self._cache) > 1:

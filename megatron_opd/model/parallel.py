@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from datetime import timedelta
 
 import torch
@@ -29,7 +28,7 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    _quiet()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
@@ -39,7 +38,7 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _drop_groups()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
@@ -54,8 +53,9 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _quiet() -> None:
-    """Megatron-Core's and torch's notices that a reader can do nothing about."""
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
+def _drop_groups() -> None:
+    """Forget the groups of an earlier layout: each gloo group keeps threads that wake up all the time."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from megatron_opd.config import EncodingConfig
 from megatron_opd.errors import UserError
@@ -30,7 +31,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> np.
         if config.system is not None:
             messages = [{"role": "system", "content": config.system}, *messages]
         options = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        except TemplateError as error:
+            raise UserError(f"prompt {prompt.index}: the chat template of {tokenizer.name_or_path} refuses it: {error}") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"prompt {prompt.index} has no tokens: {prompt.content!r}")

@@ -35,7 +35,7 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         index, sign, count = text.partition("/")
-        if not sign or not index.isdigit() or not count.isdigit():
+        if not sign or not index.isdecimal() or not count.isdecimal():
             raise UserError(f"--shard {text!r}: i/N is expected, for example 0/8")
         return cls(int(index), int(count))
 

@@ -27,7 +27,7 @@ class TransformersEngine:
     def __init__(self, config: EngineConfig, model: str | Path):
         self.config = config
         self.fingerprint = fingerprint_model(model)
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+        self.device = _open_device(config.device)
         dtype = config.dtype
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
@@ -38,10 +38,15 @@ class TransformersEngine:
         self.stop_ids = _stop_ids(model, hf_config)
         transformers.utils.logging.disable_progress_bar()  # the stage has its own
         try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=self.dtype, local_files_only=True)
-            self.model.to(self.device).eval()
-        except (OSError, ValueError) as error:
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                str(model), dtype=self.dtype, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{model}: transformers can't load this model: {error}") from None
+        missing = sorted(found["missing_keys"])
+        if missing:  # transformers would draw them at random
+            raise UserError(f"{model}: {len(missing)} tensors are in no *.safetensors file (first: {missing[0]}); copy or convert it again")
+        self.model: Any = loaded.to(self.device).eval()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -62,19 +67,35 @@ class TransformersEngine:
         check_requests(requests, vocab_size=self.vocab_size, context_length=self.context_length)
         results: list[Generated | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        for start in range(0, len(order), self.config.batch_sequences):
-            numbers = order[start : start + self.config.batch_sequences]
+        for numbers in self._generate_batches(order, [self._max_new(request, sampling) for request in requests]):
             for number, generated in zip(numbers, self._generate_batch([requests[i] for i in numbers], sampling), strict=True):
                 results[number] = generated
                 if progress is not None:
                     progress(len(generated.tokens))
         return [result for result in results if result is not None]
 
+    def _max_new(self, request: GenerateRequest, sampling: SamplingParams) -> int:
+        """Most tokens of a response: what is asked for, or what the context has left."""
+        max_new = min(sampling.max_new_tokens, self.context_length - len(request.prompt))
+        if max_new < 1:
+            raise EngineError(
+                f"a prompt of {len(request.prompt)} tokens leaves no room for a response in a context of {self.context_length}"
+            )
+        return max_new
+
+    def _generate_batches(self, order: list[int], max_new: list[int]) -> list[list[int]]:
+        """Batches in which every response may be equally long, so that a response does not depend on its neighbours."""
+        batches: list[list[int]] = []
+        for number in order:
+            if batches and len(batches[-1]) < self.config.batch_sequences and max_new[batches[-1][0]] == max_new[number]:
+                batches[-1].append(number)
+            else:
+                batches.append([number])
+        return batches
+
     def _generate_batch(self, requests: list[GenerateRequest], sampling: SamplingParams) -> list[Generated]:
         longest = max(len(request.prompt) for request in requests)
-        max_new = min(sampling.max_new_tokens, self.context_length - longest)
-        if max_new < 1:
-            raise EngineError(f"a prompt of {longest} tokens leaves no room for a response in a context of {self.context_length}")
+        max_new = self._max_new(requests[0], sampling)
         pad_id = self.stop_ids[0] if self.stop_ids else 0
         ids_BP = torch.full((len(requests), longest), pad_id, dtype=torch.long)
         mask_BP = torch.zeros_like(ids_BP)
@@ -188,6 +209,16 @@ def _draw(weights_BV: torch.Tensor, uniform: list[float]) -> torch.Tensor:
     # Rounding can put the target on the total itself: the last column with a weight is then the one.
     last_B = weights_BV.shape[1] - 1 - (weights_BV > 0).flip(-1).int().argmax(-1)
     return torch.minimum(drawn_B, last_B)
+
+
+def _open_device(name: str) -> torch.device:
+    """Raises UserError for a device that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second from a torch built without CUDA
+        raise UserError(f"engine.device is {name!r}: {str(error).splitlines()[0]}; 'auto' takes what is there") from None
+    return device
 
 
 def _stop_ids(model: str | Path, hf_config: dict[str, Any]) -> list[int]:

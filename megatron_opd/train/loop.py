@@ -142,6 +142,7 @@ def train(job: Job, trainee: Trainee, loss: LossFunction, first_step: int, cost:
         if stopping and done < job.steps:
             say(f"{job.name}: stopped after step {done} as asked; the same command goes on from {checkpoint}")
             break
+    stop.close()
     assert checkpoint is not None
     say(f"{job.name}: {checkpoint}")
     return checkpoint
@@ -213,11 +214,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._flag = torch.zeros(1)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._set)
+        self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _set(self, number: int, frame: Any) -> None:
         self._flag.fill_(1.0)
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def requested(self) -> bool:
         flag = self._flag.clone()

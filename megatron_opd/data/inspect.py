@@ -1,0 +1,85 @@
+"""`megatron-opd inspect`: what is in a store, for people."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_opd.data.store import StoreReader
+from megatron_opd.records import Finish, ModelFingerprint
+
+_BAR = 40
+
+
+def inspect_store(url: str, *, verify: bool = False) -> int:
+    """Print manifest, lineage, counts, lengths, scores; with `verify` compare every checksum. Returns 0, or 2 if something is damaged."""
+    reader = StoreReader(url)
+    manifest = reader.manifest
+    lineage = manifest.lineage
+    rows = [
+        ("store", f"{url} (format {manifest.format_version})"),
+        ("sampled by", f"{manifest.sampler_role} {_model(manifest.sampler)}"),
+        ("base model", _model(lineage.base)),
+        ("SFT teacher", _model(lineage.sft_teacher) + (" (declared by the user)" if lineage.sft_teacher_declared else "")),
+        *(("OVERRIDE", text) for text in lineage.overrides),
+        ("tokenizer", f"{manifest.sampler.tokenizer.num_tokens} tokens, table {manifest.sampler.tokenizer.vocab_sha256[:12]}"),
+        ("prompts", f"{manifest.prompts.name}: {manifest.prompts.num_prompts} (sha256 {manifest.prompts.sha256[:12]})"),
+        ("sampling", ", ".join(f"{key} {value}" for key, value in manifest.sampling.model_dump().items())),
+        ("made", f"{manifest.provenance.get('created', '?')} at commit {manifest.provenance.get('git_commit', 'unknown')}"),
+        ("parts", f"{len(reader.parts)} of {manifest.num_parts} sealed, {manifest.prompts_per_part} prompts each"),
+        ("rollouts", _counts(reader)),
+    ]
+    for teacher in reader.teachers():
+        rows.append((f"scores {teacher!r}", _scores(reader, teacher)))
+    if not reader.teachers():
+        rows.append(("scores", "none; run 'megatron-opd score'"))
+    for name, text in rows:
+        print(f"{name:<18} {text}")
+    _print_exclusions(reader)
+    if len(reader):
+        print("response length, tokens")
+        print("\n".join(histogram(reader.response_lens)))
+    if not verify:
+        return 0
+    problems = reader.verify()
+    for problem in problems:
+        print(f"DAMAGED: {problem}")
+    print(f"verified: {'every checksum holds' if not problems else f'{len(problems)} arrays are damaged'}")
+    return 2 if problems else 0
+
+
+def _model(model: ModelFingerprint | None) -> str:
+    return "not known" if model is None else f"{model.name} (weights {model.weights_sha256[:12]})"
+
+
+def _counts(reader: StoreReader) -> str:
+    if not len(reader):
+        return "none"
+    finishes = ", ".join(
+        f"{(reader.finishes == finish).mean():.1%} {finish.name.lower()}" for finish in Finish if (reader.finishes == finish).any()
+    )
+    return f"{len(reader)} ({finishes}); {int(reader.response_lens.sum()):,} response tokens, {int(reader.lengths.sum()):,} in all"
+
+
+def _scores(reader: StoreReader, teacher: str) -> str:
+    records = [record for part in reader.parts if (record := reader.score_manifest(part, teacher)) is not None]
+    mismatch = "; TEACHER MISMATCH ALLOWED" if any(record.allow_teacher_mismatch for record in records) else ""
+    top_k = f", top-{records[0].top_k}" if records[0].top_k else ""
+    return f"{_model(records[0].teacher)}{top_k}, {len(records)} of {len(reader.parts)} parts{mismatch}"
+
+
+def _print_exclusions(reader: StoreReader) -> None:
+    reasons: dict[str, int] = {}
+    for record in reader.parts.values():
+        for excluded in record.excluded:
+            reasons[excluded.reason] = reasons.get(excluded.reason, 0) + 1
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:10]:
+        print(f"{'excluded':<18} {count} x {reason}")
+
+
+def histogram(values: np.ndarray, *, bins: int = 10) -> list[str]:
+    """Lines of a text histogram."""
+    counts, edges = np.histogram(values, bins=min(bins, max(1, int(values.max() - values.min()))))
+    return [
+        f"{low:>10.0f} to {high:<8.0f} {count:>8} {'#' * round(_BAR * count / counts.max())}"
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]

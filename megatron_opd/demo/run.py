@@ -1,0 +1,123 @@
+"""`megatron-opd demo`: the whole way through the same subcommands that a cluster user runs, then a table and a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from megatron_opd.config import Recipe, load_recipe
+from megatron_opd.cost import read_jsonl
+from megatron_opd.demo import arithmetic, smollm2
+from megatron_opd.evaluate.report import evaluation_cells, stage_cells, write_report
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A recipe and what makes its models and prompts; `prepare` may be run again."""
+
+    recipe: str
+    prepare: Callable[[Path], None]
+
+
+def run_demo(model: str, *, run_dir: str | None = None, overrides: list[str]) -> int:
+    """Run, or go on with, a demo; returns the exit code of the first stage that fails. Raises UserError."""
+    demo = DEMOS[model]
+    folder = Path(run_dir or f"runs/demo-{model}")
+    settings = [f"run_dir={str(folder)!r}", *overrides]
+    recipe = load_recipe(demo.recipe, settings)
+    started = time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    demo.prepare(folder)
+    for stage in _stages(recipe):
+        command = [*stage, *settings] if stage[0] in ("generate", "sft", "rollout", "score", "check", "train", "eval") else stage
+        print(f"\n$ megatron-opd {' '.join(command)}", flush=True)
+        code = _run(command)
+        if code:
+            return code
+    page = write_report([str(folder)])
+    print(summary(folder, seconds=time.time() - started))
+    print(f"report: {page}")
+    return 0
+
+
+def _stages(recipe: Recipe) -> list[list[str]]:
+    """Subcommands in order; a conversion that was made before is left out, as it refuses to write over anything."""
+    name, folder = recipe.name, recipe.run_dir
+
+    def convert(source: str, target: str) -> list[list[str]]:
+        return [] if (Path(target) / "config.json").exists() else [["convert", "to-hf", source, target]]
+
+    def evaluate(label: str, model: str) -> list[str]:
+        return ["eval", name, f"eval.name={label}", f"eval.model={model!r}"]
+
+    return [
+        ["generate", name],
+        ["sft", name],
+        *convert(recipe.sft.output, f"{folder}/sft-hf"),
+        ["rollout", name],
+        ["score", name],
+        ["inspect", recipe.train.store],
+        ["check", name],
+        ["train", name],
+        *convert(recipe.train.output, f"{folder}/opd-hf"),
+        evaluate("teacher", recipe.models.teacher),
+        evaluate("sft", f"{folder}/sft-hf"),
+        evaluate("opd", f"{folder}/opd-hf"),
+    ]
+
+
+def _run(command: list[str]) -> int:
+    from megatron_opd.cli import main
+
+    return main(command)
+
+
+def summary(folder: Path, *, seconds: float) -> str:
+    """The closing table: models, then the cost of every stage."""
+    evaluations = [json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("teacher", "sft", "opd")]
+    models = [["model", "accuracy (95 % interval)", "reverse KL to the teacher, nat/token", "tokens a response", "ended by itself"]]
+    models += [evaluation_cells(evaluation) for evaluation in evaluations]
+    stages = [["stage", "seconds", "tokens", "tokens/s", "GPU hours"], *(stage_cells(row) for row in read_jsonl(folder / "stages.jsonl"))]
+    return f"\n{_table(models)}\n\n{_table(stages)}\n\n{seconds:.0f} s in all"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _prepare_arithmetic(folder: Path) -> None:
+    """The shipped teacher, a random student, and prompts of splits that do not overlap."""
+    if not (folder / "teacher").exists():
+        _copy_whole(Path(str(resources.files("megatron_opd") / "demo" / "teacher")), folder / "teacher")
+    if not (folder / "student").exists():
+        arithmetic.make_model_dir(folder / "student", **STUDENT)
+    for split, count in PROMPTS.items():
+        if not (folder / "prompts" / f"{split}.jsonl").exists():
+            arithmetic.write_prompts(folder / "prompts" / f"{split}.jsonl", split=split, count=count, seed=0)
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    staging = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    staging.rename(target)
+
+
+def _prepare_smollm2(folder: Path) -> None:
+    """SmolLM2-135M-Instruct from its package, a cut of ten of its thirty layers, and questions from reasoning-gym."""
+    smollm2.make_teacher(folder / "teacher")
+    smollm2.make_student(folder / "teacher", folder / "student", layers=10)
+    for seed, (split, count) in enumerate({"sft": 768, "rollout": 384, "eval": 96}.items()):
+        smollm2.write_prompts(folder / "prompts" / f"{split}.jsonl", count=count, seed=seed)
+
+
+STUDENT = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 128, "seed": 0}
+PROMPTS = {"sft": 600, "rollout": 1500, "eval": 600}
+DEMOS = {"arithmetic": Demo("demo", _prepare_arithmetic), "smollm2": Demo("smollm2", _prepare_smollm2)}

@@ -1,0 +1,1 @@
+"""Evaluation of a model, grading of answers, and reports of runs."""
