@@ -125,7 +125,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest], top_k: int = 0, progress: Callable[[int], Any] | None = None) -> list[TeacherScores]:
         check_requests(requests, vocab_size=self.vocab_size, context_length=self.context_length)
-        if top_k > self.vocab_size:
+        if not 0 <= top_k <= self.vocab_size:
             raise EngineError(f"top_k {top_k} of a vocabulary of {self.vocab_size}")
         results: list[TeacherScores | None] = [None] * len(requests)
         for numbers in _batches([len(request.tokens) for request in requests], self.config.batch_tokens):

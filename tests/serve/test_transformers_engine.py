@@ -1,0 +1,52 @@
+"""The transformers engine does what every engine must, and is reproducible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from serve.engine_conformance import CHECKS, Reference, random_prompts, random_score_requests, write_model
+
+from megatron_opd.config import EngineConfig
+from megatron_opd.records import SamplingParams
+from megatron_opd.serve.engine import GenerateRequest
+from megatron_opd.serve.transformers_engine import TransformersEngine
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(write_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def engine(reference: Reference) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(EngineConfig(kind="transformers", device="cpu"), reference.directory)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conformance(check, engine: TransformersEngine, reference: Reference) -> None:
+    check(engine, reference)
+
+
+def test_samples_depend_on_seed_prompt_and_sample_alone(engine: TransformersEngine, reference: Reference) -> None:
+    """Whatever is in the batch, and in which order."""
+    sampling = SamplingParams(temperature=0.9, top_p=0.95, max_new_tokens=20, seed=3)
+    requests = [GenerateRequest(prompt, number, sample) for number, prompt in enumerate(random_prompts(4)) for sample in range(2)]
+    together = engine.generate(requests, sampling)
+    small_batches = TransformersEngine(EngineConfig(kind="transformers", device="cpu", batch_sequences=3), reference.directory)
+    for request, want, backwards in zip(requests, together, reversed(small_batches.generate(requests[::-1], sampling)), strict=True):
+        (alone,) = engine.generate([request], sampling)
+        assert alone.tokens.tolist() == want.tokens.tolist() == backwards.tokens.tolist()
+        np.testing.assert_allclose(alone.logp, want.logp, atol=1e-5)
+    other_seed = engine.generate(requests, sampling.model_copy(update={"seed": 4}))
+    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(together, other_seed, strict=True))
+
+
+def test_scores_do_not_depend_on_the_batch(engine: TransformersEngine, reference: Reference) -> None:
+    requests = random_score_requests()
+    one_by_one = TransformersEngine(EngineConfig(kind="transformers", device="cpu", batch_tokens=1), reference.directory)
+    for left, right in zip(engine.score(requests), one_by_one.score(requests), strict=True):
+        np.testing.assert_allclose(left.logp, right.logp, atol=1e-5)
