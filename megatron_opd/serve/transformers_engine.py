@@ -47,6 +47,8 @@ class TransformersEngine:
         if missing:  # transformers would draw them at random
             raise UserError(f"{model}: {len(missing)} tensors are in no *.safetensors file (first: {missing[0]}); copy or convert it again")
         self.model: Any = loaded.to(self.device).eval()
+        # transformers fills what our own config leaves unset from the model's: penalties there would change the distribution.
+        self.model.generation_config = GenerationConfig()
 
     def describe(self) -> dict[str, Any]:
         return {
