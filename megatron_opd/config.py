@@ -137,6 +137,7 @@ class TrainerConfig(_Section):
     max_response_tokens: int | None = Field(default=None, gt=0, description="cut responses after this many tokens")
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     save_every: int = Field(default=50, gt=0)
+    log_every: int = Field(default=1, gt=0, description="steps between console lines; metrics.jsonl has every step")
     keep_last: int = Field(default=2, gt=0, description="checkpoints kept")
     allow_incomplete: bool = Field(default=False, description="train on the sealed parts of a store that is not complete")
     distributed_optimizer: bool = True
@@ -312,8 +313,9 @@ def _explain(error: ValidationError) -> str:
         where = ".".join(str(piece) for piece in fault["loc"])
         text = fault["msg"]
         if fault["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(fault["loc"][-1]), _known_fields(fault["loc"]), n=1)
-            text = "no such field" + (f"; did you mean {close[0]!r}?" if close else "")
+            known = _known_fields(fault["loc"])
+            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            text = "no such field; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
         elif fault["type"] != "missing":
             text = f"{text} (got {fault['input']!r})"
         lines.append(f"  {where}: {text}")

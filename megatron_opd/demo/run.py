@@ -119,5 +119,5 @@ def _prepare_smollm2(folder: Path) -> None:
 
 
 STUDENT = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 128, "seed": 0}
-PROMPTS = {"sft": 600, "rollout": 1500, "eval": 600}
+PROMPTS = {"sft": 500, "rollout": 1600, "eval": 600}
 DEMOS = {"arithmetic": Demo("demo", _prepare_arithmetic), "smollm2": Demo("smollm2", _prepare_smollm2)}

@@ -196,7 +196,8 @@ def report(job: Job, step: int, result: Any, *, seconds: float) -> dict[str, Any
     row = step_row(step + 1, result, seconds=seconds, batch_tokens=tokens, flops=flops, num_ranks=dist.get_world_size())
     if dist.get_rank() == 0:
         append_jsonl(job.output / "metrics.jsonl", row)
-        print(console_line(row, total=job.steps, distils=job.name == "train"), flush=True)
+        if step == 0 or (step + 1) % job.config.log_every == 0 or step + 1 == job.steps:
+            print(console_line(row, total=job.steps, distils=job.name == "train"), flush=True)
     return row
 
 
