@@ -73,7 +73,10 @@ class Location:
                 return False
             self.fs.pipe_file(target, text)
             return True
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise StoreError(f"{self.url} is a file; a store is a directory") from None
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
             with open(temporary, "wb") as file:

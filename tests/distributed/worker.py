@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-warnings.filterwarnings("ignore")
+from megatron_opd.model import parallel  # isort: skip  (prepares megatron.core, so it comes first)
 
 import torch
 import torch.distributed as dist
@@ -25,7 +22,6 @@ from megatron_opd.config import ParallelConfig, TrainStage
 from megatron_opd.convert.mapping import table
 from megatron_opd.convert.to_mcore import load_hf_weights, sharded_tensors
 from megatron_opd.data.store import StoreReader
-from megatron_opd.model import parallel
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.model.student import Student, build_student, transformer_config
 from megatron_opd.records import Lineage
@@ -153,7 +149,7 @@ def reference_gradients(
 def gradient_error(student: Student, expected: dict[str, torch.Tensor]) -> tuple[float, int]:
     """Largest difference of main_grad from the expected global tensors, over this rank's shards, relative to the largest gradient."""
     largest = max(gradient.abs().max().item() for gradient in expected.values())
-    parameters = [p for p in student.parameters()]
+    parameters = list(student.parameters())
     sharded = dict(student.sharded_state_dict(metadata={"singleton_local_shards": False}))
     apply_factories(sharded)
     worst, compared = 0.0, 0

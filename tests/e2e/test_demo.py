@@ -1,0 +1,52 @@
+"""What the README says, small: the demo through the real command, its files, its report, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_opd.data.store import StoreReader
+from megatron_opd.lineage import fingerprint_model, read_lineage
+
+SMALL = [
+    "generate.num_prompts=24", "sft.steps=6", "sft.save_every=6", "rollout.num_prompts=16", "eval.num_prompts=16",
+    "train.steps=3", "train.global_batch=8", "train.save_every=3",
+]  # fmt: skip
+
+
+def demo(folder: Path) -> str:
+    command = [sys.executable, "-m", "megatron_opd", "demo", "--run-dir", str(folder), *SMALL]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    output = demo(folder)
+    for stage in ("generate", "sft", "convert to-hf", "rollout", "score", "inspect", "check", "train", "eval"):
+        assert f"$ megatron-opd {stage}" in output
+    table = output[output.rindex("\nmodel ") :]
+    assert all(f"\n{name} " in table for name in ("teacher", "sft", "opd", "generate", "rollout", "score", "train"))
+
+    evaluations = {name: json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("teacher", "sft", "opd")}
+    assert abs(evaluations["teacher"]["reverse_kl"]["mean"]) < 1e-4
+    assert evaluations["teacher"]["accuracy"]["mean"] > 0.8
+    page = (folder / "report" / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 2
+    assert (folder / "report" / "results.png").stat().st_size > 5000
+
+    teacher = fingerprint_model(folder / "teacher")
+    lineage = read_lineage(folder / "opd-hf")
+    assert lineage is not None
+    assert lineage.sft_teacher == lineage.opd_teacher == teacher
+    assert lineage.overrides == []
+    reader = StoreReader(str(folder / "rollouts.opd.zarr"))
+    assert reader.verify() == []
+    assert reader.manifest.lineage.sft_teacher == teacher
+
+    again = demo(folder)
+    assert "has all its parts" in again
+    assert again.count("step ") == 0 or "step     1/" not in again

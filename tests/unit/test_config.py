@@ -1,0 +1,232 @@
+"""Recipes: every shipped one loads, every fault is named with its path and what would be right, overrides do what they say."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from megatron_opd.config import Recipe, apply_overrides, build_recipe, load_recipe, parse_override, require, shipped_recipes
+from megatron_opd.errors import ConfigError
+
+MINIMAL = 'name = "mine"\n[models]\nteacher = "models/big"\nstudent = "models/small"\n'
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_resolves(name: str) -> None:
+    recipe = load_recipe(name)
+    assert load_recipe(f"{name}.toml") == recipe
+    text = recipe.to_toml()
+    assert not re.search(r"\{(name|run_dir|teacher|student)\}", text)
+    assert build_recipe(tomllib.loads(text)) == recipe
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert "tiny" in shipped_recipes()
+
+
+def test_the_resolved_recipe_of_any_settings_round_trips() -> None:
+    overrides = [
+        "eval.teacher=null", "generate=null", "rollout.num_prompts=3", "train.max_response_tokens=9", "train.loss.advantage_clip=2.5", "engine.context_length=64",
+        'rollout.encoding.system="Say \\"hi\\" to {someone}.\\nThen stop. é"', "score.top_k=4", 'engine.urls=["http://127.0.0.1:1"]', "sft.steps=5",
+    ]  # fmt: skip
+    recipe = load_recipe("tiny", overrides)
+    assert recipe.generate is None
+    assert recipe.eval is not None
+    assert recipe.eval.teacher is None
+    assert build_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_every_optional_field_that_is_off_round_trips() -> None:
+    """TOML has no null: a field that is off must not come back as its default."""
+
+    def optional(model: type[BaseModel], path: str) -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            if type(None) in kinds:
+                found.append(f"{path}{name}")
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    found += optional(kind, f"{path}{name}.")
+        return found
+
+    fields = [field for field in optional(Recipe, "") if field not in ("generate", "rollout", "eval")]
+    assert len(fields) > 10
+    for field in fields:
+        recipe = load_recipe("tiny", [f"{field}=null"])
+        assert build_recipe(tomllib.loads(recipe.to_toml())) == recipe, field
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", r"train\.lrr: no such field; did you mean 'lr'\?"),
+        ("trian.lr=1", r"trian: no such field; did you mean 'train'\?"),
+        ("train.parallel.tq=2", r"train\.parallel\.tq: no such field; there are tp, pp, "),
+        ("rollout.sampling.temprature=1", r"rollout\.sampling\.temprature: no such field; did you mean 'temperature'\?"),
+        ("rollout.encoding.sistem=x", r"rollout\.encoding\.sistem: no such field; did you mean 'system'\?"),
+        ("models.zzz=x", r"models\.zzz: no such field; there are teacher, student$"),
+        ("train.lr=fast", r"train\.lr: .*valid number.*\(got 'fast'\)"),
+        ("train.global_batch=0", r"train\.global_batch: .*greater than 0 \(got 0\)"),
+        ("train.global_batch=2.5", r"train\.global_batch: .*valid integer.*\(got 2.5\)"),
+        ("engine.kind=vllm", r"engine\.kind: .*'auto', 'transformers' or 'sglang' \(got 'vllm'\)"),
+        ("train=3", r"train: .*\(got 3\)"),
+        ("train.lr=inf", r"train\.lr: .*finite.*\(got inf\)"),
+        ("train.lr=nan", r"train\.lr: .*\(got nan\)"),
+        ("rollout.sampling.temperature=inf", r"rollout\.sampling\.temperature: .*finite"),
+        ("rollout.sampling.temperature=-1", r"rollout\.sampling\.temperature: .*\(got -1\)"),
+        ("rollout.sampling.top_p=0", r"rollout\.sampling\.top_p: .*greater than 0"),
+        ("rollout.sampling.seed=-1", r"rollout\.sampling\.seed: .*\(got -1\)"),
+        ("train.seed=99999999999999999999", r"train\.seed: .*less than"),
+        ("score.teacher=../other", r"score\.teacher: .*\(got '../other'\)"),
+        ("name=a/b", r"name: .*\(got 'a/b'\)"),
+        ("models.teacher=null", r"models\.teacher: .*valid string.*\(got None\)"),
+        ("models.teacher=7", r"models\.teacher: .*valid string.*\(got 7\)"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_named_with_its_path_and_value(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"(?s)^tiny: 1 field\(s\) wrong\n  {message}"):
+        load_recipe("tiny", [override])
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(
+            "tiny", ["train.lrr=3", "trian.x=4", "engine.kind=foo", "rollout.sampling.top_p=2", "sft.steps=-1", "models.student=null"]
+        )
+    message = str(caught.value)
+    assert "6 field(s) wrong" in message
+    for path in ("train.lrr", "trian", "engine.kind", "rollout.sampling.top_p", "sft.steps", "models.student"):
+        assert f"\n  {path}: " in message
+
+
+def test_what_a_recipe_must_have(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"(?s)empty.toml: 2 field\(s\) wrong\n  name: Field required\n  models: Field required"):
+        load_recipe(str(path))
+    path.write_text(MINIMAL + "[rollout]\n[eval]\n")
+    with pytest.raises(ConfigError, match=r"(?s)rollout\.prompts: Field required.*eval\.prompts: Field required"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "keys", "value"),
+    [
+        ("train.lr=1e-6", ["train", "lr"], 1e-6),
+        ("a=3", ["a"], 3),
+        ("a.b.c=true", ["a", "b", "c"], True),
+        ("a=null", ["a"], None),
+        ("a='null'", ["a"], "null"),
+        ("a=", ["a"], ""),
+        ("a=some/path.jsonl", ["a"], "some/path.jsonl"),
+        ("a=s3://bucket/x=y", ["a"], "s3://bucket/x=y"),
+        ('a="quoted = text"', ["a"], "quoted = text"),
+        ("a=[1, 2]", ["a"], [1, 2]),
+        ("a={b = 1}", ["a"], {"b": 1}),
+        ("a=007", ["a"], "007"),
+        ("a=dir #1", ["a"], "dir #1"),
+    ],
+)
+def test_override_values(override: str, keys: list[str], value: Any) -> None:
+    assert parse_override(override) == (keys, value)
+    assert type(parse_override(override)[1]) is type(value)
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=3", ".lr=3", "train.=3", "train..lr=3", ""])
+def test_malformed_overrides(override: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"override {override!r} is not of the form section.field=value")):
+        load_recipe("tiny", [override])
+
+
+def test_an_override_holds_one_value() -> None:
+    with pytest.raises(ConfigError, match="more than one value"):
+        load_recipe("tiny", ["train.lr=3\nsteps = 4"])
+
+
+@pytest.mark.parametrize(
+    "overrides", [["train.lr.x=3"], ["name.x=3"], ["engine.urls=[]", "engine.urls.0=x"], ["generate=null", "generate.prompts=x"]]
+)
+def test_overriding_through_a_value(overrides: list[str]) -> None:
+    key = overrides[-1].split("=")[0].split(".")[-2]
+    with pytest.raises(ConfigError, match=rf"override '{re.escape(overrides[-1])}': '{key}' is a value, not a section"):
+        load_recipe("tiny", overrides)
+
+
+def test_overrides_take_effect_in_order_and_make_sections(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        str(recipe_file),
+        ["train.lr=1e-3", "train.lr=1e-4", "rollout.prompts=p.jsonl", "train.parallel.tp=2", "train.steps=7", "train.steps=null"],
+    )
+    assert (recipe.train.lr, recipe.train.parallel.tp, recipe.train.steps) == (1e-4, 2, None)
+    assert require(recipe.rollout, "rollout").prompts == "p.jsonl"
+    with pytest.raises(ConfigError, match=r"no \[generate\] section; .* \(generate.prompts=\.\.\.\)"):
+        require(recipe.generate, "generate")
+
+
+def test_overrides_leave_the_tree_alone() -> None:
+    tree = {"name": "x", "train": {"lr": 1.0}}
+    assert apply_overrides(tree, ["train.lr=2.0", "train.steps=1"]) == {"name": "x", "train": {"lr": 2.0, "steps": 1}}
+    assert tree == {"name": "x", "train": {"lr": 1.0}}
+
+
+def test_placeholders(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        str(recipe_file),
+        ["generate.prompts={run_dir}/p.jsonl", "rollout.prompts=p", "eval.prompts=p", "rollout.store=/data/{name}/{name}.zarr"],
+    )
+    assert require(recipe.generate, "generate").model == "models/big"
+    assert require(recipe.generate, "generate").prompts == "runs/mine/p.jsonl"
+    assert require(recipe.rollout, "rollout").store == "/data/mine/mine.zarr"
+    assert require(recipe.eval, "eval").teacher == "models/big"
+    assert recipe.sft.init == "models/small"
+    assert recipe.score.store == recipe.train.store == "runs/mine/rollouts.opd.zarr"
+
+
+def test_placeholders_inside_of_placeholders(recipe_file: Path) -> None:
+    recipe = load_recipe(str(recipe_file), ["models.teacher={run_dir}/{name}-teacher", "models.student=/m/{name}", "run_dir=out/{name}"])
+    assert recipe.models.teacher == recipe.score.model == "out/mine/mine-teacher"
+    assert recipe.models.student == recipe.sft.init == "/m/mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.store={rundir}/x",
+            r"train\.store: no placeholder \{rundir\} here \(got '\{rundir\}/x'\); there are \{name\}, \{run_dir\}, \{teacher\}, \{student\}",
+        ),
+        ("run_dir={run_dir}/x", r"run_dir: no placeholder \{run_dir\} here .*there are \{name\}"),
+        ("models.teacher={teacher}", r"models\.teacher: no placeholder \{teacher\}"),
+        ('engine.urls=["http://{host}:1"]', r"engine\.urls\.0: no placeholder \{host\}"),
+    ],
+)
+def test_unknown_placeholders(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("tiny", [override])
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("tinny", "no/such/file.toml", "../tiny", str(tmp_path)):
+        with pytest.raises(ConfigError, match=rf"no recipe '{re.escape(name)}': neither a file nor one of the shipped recipes .*\btiny\b"):
+            load_recipe(name)
+
+
+@pytest.mark.parametrize("content", [b"name = ", b"\xff\xfe\x00\x01", b"[train]\nlr = 1\nlr = 2\n"])
+def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken.toml: not TOML: .+"):
+        load_recipe(str(path))

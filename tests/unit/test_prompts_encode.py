@@ -1,0 +1,184 @@
+"""Prompt files and their encoding: faults named by file and line, and token ids exactly as the tokenizer and its template give them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import make_tokenizer
+
+from megatron_opd.config import EncodingConfig
+from megatron_opd.data.prompts import read_prompts
+from megatron_opd.errors import UserError
+from megatron_opd.lineage import load_tokenizer
+from megatron_opd.records import Prompt
+from megatron_opd.serve.encode import encode_prompt, encode_prompts
+
+GOOD = b'{"prompt": "hello"}'
+
+
+def write(tmp_path: Path, *lines: bytes, end: bytes = b"\n") -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(end.join(lines) + end)
+    return path
+
+
+def test_rows(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    rows = [{"prompt": "a", "answer": 7, "level": 3}, {"prompt": messages}, {"prompt": " \u2028é"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    identity, prompts = read_prompts(path)
+    assert prompts == [Prompt(0, "a", "7", {"level": 3}), Prompt(1, messages), Prompt(2, " \u2028é")]
+    assert (identity.name, identity.num_prompts) == ("p.jsonl", 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[]", r"no field 'prompt' \(fields: list\)"),
+        (b'{"question": "x", "answer": 1}', r"no field 'prompt' \(fields: question, answer\)"),
+        (b'{"prompt": ""}', "'prompt' must be text or a list of {role, content} messages, not ''"),
+        (b'{"prompt": null}', "must be text or a list .* not None"),
+        (b'{"prompt": 5}', "must be text or a list .* not 5"),
+        (b'{"prompt": []}', "must be text or a list"),
+        (b'{"prompt": ["x"]}', "must be text or a list"),
+        (b'{"prompt": [{"role": "user"}]}', "must be text or a list"),
+        (b'{"prompt": [{"role": "user", "content": null}]}', "must be text or a list"),
+        (b'{"prompt": "half \\ud83d"}', r"half a character \('\\ud83d'\)"),
+        (b'{"prompt": [{"role": "user", "content": "\\udc00"}]}', "half a character"),
+    ],
+)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: bytes, message: str, end: bytes) -> None:
+    """The line as an editor counts it, empty lines included."""
+    path = write(tmp_path, GOOD, b"", b"   ", GOOD, line, GOOD, end=end)
+    with pytest.raises(UserError, match=rf"prompts.jsonl:5: .*{message}"):
+        read_prompts(path)
+
+
+def test_limit_and_identity(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"p{i}"}).encode() for i in range(5)]
+    whole, prompts = read_prompts(write(tmp_path, *lines))
+    first, head = read_prompts(write(tmp_path, *lines), limit=3)
+    assert head == prompts[:3]
+    assert (whole.num_prompts, first.num_prompts) == (5, 3)
+    assert first.sha256 != whole.sha256
+    # The head is the same whatever comes after it, empty lines and line ends included.
+    assert read_prompts(write(tmp_path, b"", *lines, b"broken", end=b"\r\n"), limit=3)[0] == first
+    assert read_prompts(write(tmp_path, *lines[1:]), limit=3)[0].sha256 != first.sha256
+    with pytest.raises(UserError, match=r"5 prompts, but num_prompts asks for 6"):
+        read_prompts(write(tmp_path, *lines), limit=6)
+
+
+def test_no_prompts(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "prompts.jsonl" / "below"):
+        write(tmp_path, GOOD)
+        with pytest.raises(UserError, match=f"{path}: no such prompt file"):
+            read_prompts(path)
+    with pytest.raises(UserError, match="no prompts in it"):
+        read_prompts(write(tmp_path, b"", b"  "))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def tokenizer(tokenizer_dir: Path):
+    return load_tokenizer(tokenizer_dir)
+
+
+def text_of(tokenizer, content, **options) -> str:
+    ids = encode_prompt(tokenizer, Prompt(0, content), EncodingConfig(**options))
+    assert ids.dtype == np.int32
+    assert ids.ndim == 1
+    return tokenizer.decode(ids)
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "text"),
+    [
+        ("hi", {}, "hi"),
+        ("hi", {"chat_template": "never"}, "hi"),
+        ("hi", {"chat_template": "always"}, "<user>hi<assistant>"),
+        ("hi", {"chat_template": "always", "system": "s"}, "<system>s<user>hi<assistant>"),
+        (MESSAGES, {}, "<user>hi<assistant>"),
+        (MESSAGES, {"system": "s"}, "<system>s<user>hi<assistant>"),
+        (
+            [*MESSAGES, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "so?"}],
+            {},
+            "<user>hi<assistant>yo<user>so?<assistant>",
+        ),
+        ("<eos>", {}, "<eos>"),
+    ],
+)
+def test_text_and_template(tokenizer, content, options: dict, text: str) -> None:
+    assert text_of(tokenizer, content, **options) == text
+    assert MESSAGES == [{"role": "user", "content": "hi"}]
+
+
+def test_enable_thinking_reaches_the_template(tokenizer) -> None:
+    tokenizer.chat_template = "{% if enable_thinking is defined %}{{ enable_thinking }}{% else %}none{% endif %}"
+    assert [text_of(tokenizer, MESSAGES, enable_thinking=value) for value in (None, True, False)] == ["none", "True", "False"]
+
+
+def test_special_tokens_come_once(tokenizer_dir: Path) -> None:
+    """A tokenizer that puts a token before every text must not do so before the template's text, which has its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<extra> $A", special_tokens=[("<extra>", 2)])
+    assert encode_prompt(tokenizer, Prompt(0, "hi"), EncodingConfig())[0] == 2
+    assert 2 not in encode_prompt(tokenizer, Prompt(0, MESSAGES), EncodingConfig())
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "template", "message"),
+    [
+        (MESSAGES, {"chat_template": "never"}, None, r"prompt 4 is a list of messages, but encoding.chat_template is 'never'"),
+        ("hi", {"system": "s"}, None, "encoding.system and encoding.enable_thinking need the chat template"),
+        ("hi", {"enable_thinking": False}, None, "encoding.system and encoding.enable_thinking need the chat template"),
+        (MESSAGES, {}, "", "prompt 4 has no tokens"),
+        (MESSAGES, {}, "{{ raise_exception('no such role') }}", "prompt 4: the chat template of .* refuses it: no such role"),
+        (MESSAGES, {}, "{% if %}", "prompt 4: the chat template of .* refuses it"),
+    ],
+)
+def test_what_can_not_be_encoded(tokenizer, content, options: dict, template: str | None, message: str) -> None:
+    if template is not None:
+        tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        encode_prompt(tokenizer, Prompt(4, content), EncodingConfig(**options))
+
+
+def test_no_chat_template(tokenizer) -> None:
+    tokenizer.chat_template = None
+    assert text_of(tokenizer, "hi") == "hi"
+    for content, options in ((MESSAGES, {}), ("hi", {"chat_template": "always"})):
+        with pytest.raises(UserError, match=r"the tokenizer has no chat template; .*encoding.chat_template='never'"):
+            text_of(tokenizer, content, **options)
+
+
+def test_overlong_prompts(tokenizer) -> None:
+    prompts = [Prompt(10 + i, "x" * length) for i, length in enumerate((3, 8, 2, 12, 7))]
+    encoded, overlong = encode_prompts(tokenizer, prompts, EncodingConfig(overlong_prompt="skip"), max_tokens=7)
+    assert [len(ids) for ids in encoded] == [3, 8, 2, 12, 7]
+    assert overlong == [1, 3]
+    with pytest.raises(
+        UserError, match=r"2 prompt\(s\) are longer than the 7 tokens .* \(rows 11, 13; longest 12\); .*overlong_prompt='skip'"
+    ):
+        encode_prompts(tokenizer, prompts, EncodingConfig(), max_tokens=7)
+    assert encode_prompts(tokenizer, prompts, EncodingConfig(), max_tokens=12)[1] == []
+    limited = EncodingConfig(overlong_prompt="skip", max_prompt_tokens=2)
+    assert encode_prompts(tokenizer, prompts, limited, max_tokens=7)[1] == [0, 1, 3, 4]
+    assert encode_prompts(tokenizer, prompts, EncodingConfig(overlong_prompt="skip", max_prompt_tokens=100), max_tokens=7)[1] == [1, 3]
