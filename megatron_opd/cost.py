@@ -45,14 +45,17 @@ class StageCost:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one row; a reader of a running job sees whole lines."""
+    """Append one row on a line of its own, also after a line that a kill or a full disk cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        start = b"\n" if file.read(1) not in (b"", b"\n") else b""
+        file.write(start + json.dumps(row).encode() + b"\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a last line cut off by a kill is left out."""
+    """Rows of a JSONL file; a line that was cut off is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -76,13 +79,17 @@ def provenance() -> dict[str, Any]:
     return record
 
 
-def git_commit() -> str | None:
+def git_commit(checkout: Path = Path(__file__).resolve().parent.parent) -> str | None:
     """Commit of the checkout that this package lies in; OPD_GIT_COMMIT in images that have no checkout."""
-    head = Path(__file__).resolve().parent.parent / ".git" / "HEAD"
+    git = checkout / ".git"
     try:
-        text = head.read_text().strip()
+        text = (git / "HEAD").read_text().strip()
         if not text.startswith("ref: "):
             return text
-        return (head.parent / text.removeprefix("ref: ")).read_text().strip()
-    except OSError:
+        ref = text.removeprefix("ref: ")
+        if (git / ref).exists():
+            return (git / ref).read_text().strip()
+        packed = (git / "packed-refs").read_text().splitlines()  # where `git gc` puts them
+        return next(line.split()[0] for line in packed if line.endswith(f" {ref}"))
+    except (OSError, StopIteration):
         return os.environ.get("OPD_GIT_COMMIT")

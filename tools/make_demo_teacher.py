@@ -11,22 +11,17 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_opd.demo import arithmetic
 
-SIZES = {
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 384,
-}
+SIZES: dict[str, Any] = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 384, "initializer_range": 0.08}
 SLIP_RATE = 0.03  # of the digits, in the second phase
 
 
@@ -36,34 +31,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs=2, default=(800, 450), help="steps of the two phases")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = arithmetic.build_tokenizer()
-    model = new_model()
+    model = new_model(args.seed)
     started = time.time()
     train(model, tokenizer, rng, steps=args.steps[0], lr=2e-3, slip_rate=0.0, batch=16)
     train(model, tokenizer, rng, steps=args.steps[1], lr=5e-4, slip_rate=SLIP_RATE, batch=24)
+    torch.manual_seed(args.seed)
     right = accuracy(model.eval(), tokenizer, random.Random(args.seed + 1), count=1000)
     arithmetic.save_model_dir(model.to(torch.bfloat16), args.output)
     print(f"{right:.1%} of 1000 answers at temperature 1 are right; {time.time() - started:.0f} s; wrote {args.output}")
 
 
-def new_model() -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        **SIZES,
-        vocab_size=len(arithmetic.VOCABULARY),
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 30.0},
-        tie_word_embeddings=False,
-        initializer_range=0.08,
-        bos_token_id=None,
-        eos_token_id=arithmetic.VOCABULARY.index(arithmetic.EOS),
-        pad_token_id=arithmetic.VOCABULARY.index(arithmetic.PAD),
-    )
-    return Qwen3ForCausalLM(config)
+def new_model(seed: int) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        arithmetic.make_model_dir(Path(folder) / "model", **SIZES, seed=seed)
+        return AutoModelForCausalLM.from_pretrained(str(Path(folder) / "model"))
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: object, rng: random.Random, *, steps: int, lr: float, slip_rate: float, batch: int) -> None:
+def train(model: Any, tokenizer: Any, rng: random.Random, *, steps: int, lr: float, slip_rate: float, batch: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         rows = [example(tokenizer, rng, slip_rate) for _ in range(batch)]  # prompts and solutions of one length: no padding
@@ -82,11 +68,11 @@ def train(model: Qwen3ForCausalLM, tokenizer: object, rng: random.Random, *, ste
             print(f"slips {slip_rate:.0%}  step {step + 1}/{steps}  loss {loss.item():.5f}", flush=True)
 
 
-def example(tokenizer: object, rng: random.Random, slip_rate: float) -> tuple[list[int], list[float]]:
+def example(tokenizer: Any, rng: random.Random, slip_rate: float) -> tuple[list[int], list[float]]:
     """Token ids of a prompt and a solution with slips, and weights: 0 for the prompt and for each slip."""
     prompt = arithmetic.draw_prompt(rng, "teacher")
     text, weights = solution_with_slips(prompt, rng, slip_rate)
-    ids = tokenizer(prompt + text)["input_ids"] + [arithmetic.VOCABULARY.index(arithmetic.EOS)]  # pyright: ignore[reportCallIssue]
+    ids = tokenizer(prompt + text)["input_ids"] + [arithmetic.VOCABULARY.index(arithmetic.EOS)]
     return ids, [0.0] * len(prompt) + weights + [1.0]
 
 
@@ -114,12 +100,12 @@ def solution_with_slips(prompt: str, rng: random.Random, slip_rate: float) -> tu
 
 
 @torch.inference_mode()
-def accuracy(model: Qwen3ForCausalLM, tokenizer: object, rng: random.Random, *, count: int) -> float:
+def accuracy(model: Any, tokenizer: Any, rng: random.Random, *, count: int) -> float:
     """Share of right answers at temperature 1 to prompts of the 'eval' split."""
     prompts = [arithmetic.draw_prompt(rng, "eval") for _ in range(count)]
-    ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in prompts])  # pyright: ignore[reportCallIssue]
+    ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in prompts])
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=64)
-    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)  # pyright: ignore[reportAttributeAccessIssue]
+    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return sum(text == arithmetic.worked_solution(prompt) for text, prompt in zip(texts, prompts, strict=True)) / count
 
 

@@ -127,5 +127,5 @@ def test_no_package_named_kernels() -> None:
 def test_what_a_running_process_has_loaded(module: str, forbidden: list[str]) -> None:
     """The same rules as they come out: a command that does not need a library does not wait for it."""
     code = f"import sys, {module}; print([name for name in {forbidden} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opd.data.order import epoch_order, num_steps, step_rollouts
@@ -16,6 +16,7 @@ LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 
 
 @given(num=st.integers(1, 60), batch=st.integers(1, 100), epochs=st.integers(1, 4), seed=st.integers(0, 2**63 - 1))
+@settings(deadline=None)
 def test_each_epoch_sees_each_rollout_once(num: int, batch: int, epochs: int, seed: int) -> None:
     steps = num_steps(num, global_batch=batch, epochs=epochs)
     seen = np.concatenate([step_rollouts(step, num, global_batch=batch, seed=seed) for step in range(steps)])
@@ -26,6 +27,7 @@ def test_each_epoch_sees_each_rollout_once(num: int, batch: int, epochs: int, se
 
 
 @given(num=st.integers(1, 200), batch=st.integers(1, 50), seed=st.integers(0, 100), start=st.integers(0, 20))
+@settings(deadline=None)
 def test_a_resume_is_the_same_as_going_on(num: int, batch: int, seed: int, start: int) -> None:
     """A step depends on its number alone: asked for in any order, from any step on."""
     steps = [step_rollouts(step, num, global_batch=batch, seed=seed) for step in range(start + 3)]
@@ -48,6 +50,7 @@ def test_the_order_is_the_same_in_every_version() -> None:
 
 
 @given(lengths=LENGTHS, slack=st.integers(0, 700), packing=st.booleans())
+@settings(deadline=None)
 def test_pack_loses_nothing_and_keeps_to_the_budget(lengths: list[int], slack: int, packing: bool) -> None:
     budget = max(lengths) + slack
     bins = pack(lengths, budget, packing=packing)
@@ -72,6 +75,7 @@ def test_pack_of_nothing_and_of_too_much() -> None:
 
 
 @given(lengths=LENGTHS, ranks=st.integers(1, 8))
+@settings(deadline=None)
 def test_split_is_complete_and_balanced(lengths: list[int], ranks: int) -> None:
     if len(lengths) < ranks:
         with pytest.raises(ValueError, match=f"{len(lengths)} sequences for {ranks} data-parallel ranks"):
@@ -83,10 +87,3 @@ def test_split_is_complete_and_balanced(lengths: list[int], ranks: int) -> None:
     assert all(split)
     loads = [sum(lengths[position] for position in rank) for rank in split]
     assert max(loads) - min(loads) <= max(lengths)
-
-
-@given(lengths=LENGTHS, ranks=st.integers(1, 4))
-def test_ranks_agree_without_talking(lengths: list[int], ranks: int) -> None:
-    """Every rank computes the split by itself."""
-    if len(lengths) >= ranks:
-        assert split_over_ranks(lengths, ranks) == split_over_ranks(list(lengths), ranks)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
@@ -100,6 +100,7 @@ def test_seeds_prompts_and_samples_have_streams_of_their_own() -> None:
     weights=st.lists(st.sampled_from([0.0, 1e-300, 1e-12, 0.1, 0.3, 1.0, 7.0]), min_size=1, max_size=12).filter(any),
     uniform=st.one_of(st.sampled_from([0.0, 0.5, 1 - 2**-53]), st.floats(0, 1, exclude_max=True)),
 )
+@settings(deadline=None)
 def test_a_draw_has_a_weight(weights: list[float], uniform: float) -> None:
     (column,) = _draw(torch.tensor([weights], dtype=torch.double), [uniform]).tolist()
     assert weights[column] > 0
