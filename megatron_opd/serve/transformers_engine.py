@@ -5,6 +5,7 @@ Legend: B sequences of a batch, P prompt tokens (left-padded), R response tokens
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class TransformersEngine:
         try:
             load: Any = AutoModelForCausalLM.from_pretrained
             loaded, found = load(str(model), dtype=self.dtype, local_files_only=True, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{model}: transformers can't load this model: {error}") from None
+        except Exception as error:  # it raises any type for what it does not like in a config or a file
+            raise UserError(f"{model}: transformers can't load this model: {type(error).__name__}: {error}") from error
         missing = sorted(found["missing_keys"])
         if missing:  # transformers would draw them at random
             raise UserError(f"{model}: {len(missing)} tensors are in no *.safetensors file (first: {missing[0]}); copy or convert it again")
@@ -224,18 +225,16 @@ def _open_device(name: str) -> torch.device:
 
 def _stop_ids(model: str | Path, hf_config: dict[str, Any]) -> list[int]:
     """End-of-turn ids from generation_config.json, config.json and the tokenizer, each once."""
-    found: list[int] = []
     path = Path(model) / "generation_config.json"
-    sources = [
-        GenerationConfig.from_pretrained(str(model), local_files_only=True).eos_token_id if path.exists() else None,
-        hf_config.get("eos_token_id"),
-        load_tokenizer(model).eos_token_id,
-    ]
-    for source in sources:
-        for token_id in source if isinstance(source, list) else [source]:
-            if token_id is not None and token_id not in found:
-                found.append(int(token_id))
-    return found
+    try:
+        settings = json.loads(path.read_text()) if path.exists() else {}
+        sources = [settings.get("eos_token_id"), hf_config.get("eos_token_id"), load_tokenizer(model).eos_token_id]
+        ids = [token_id for source in sources for token_id in (source if isinstance(source, list) else [source])]
+        return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} or config.json: no valid end-of-turn ids (eos_token_id): {error}") from None
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:

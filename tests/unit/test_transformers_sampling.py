@@ -153,7 +153,24 @@ def test_a_device_that_is_not_there(model: Path) -> None:
             TransformersEngine(EngineConfig(device=device), model)
 
 
-@pytest.mark.parametrize("fault", ["missing tensor", "other shape", "unknown architecture"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, {}]}'])
+def test_a_broken_generation_config_is_named(model: Path, tmp_path: Path, content: str) -> None:
+    copied = Path(shutil.copytree(model, tmp_path / "copied"))
+    (copied / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"copied/generation_config.json or config.json: no valid end-of-turn ids"):
+        engine_for(copied)
+
+
+def test_end_of_turn_ids_come_from_all_files_each_once(model: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(model, tmp_path / "copied"))
+    assert engine_for(copied).stop_ids == [1]
+    (copied / "generation_config.json").write_text('{"eos_token_id": [7, 1, 9, 7]}')
+    assert engine_for(copied).stop_ids == [7, 1, 9]
+    (copied / "generation_config.json").unlink()
+    assert engine_for(copied).stop_ids == [1]
+
+
+@pytest.mark.parametrize("fault", ["missing tensor", "other shape", "unknown architecture", "unknown activation"])
 def test_a_model_that_is_not_whole_is_refused(model: Path, tmp_path: Path, fault: str) -> None:
     """transformers would draw a missing tensor at random, with a warning."""
     copied = Path(shutil.copytree(model, tmp_path / "copied"))
@@ -165,7 +182,8 @@ def test_a_model_that_is_not_whole_is_refused(model: Path, tmp_path: Path, fault
     elif fault == "other shape":
         tensors[name] = tensors[name][:-1].contiguous()
     else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "abacus", "architectures": ["AbacusForCausalLM"]}))
+        change = {"model_type": "abacus", "architectures": ["Abacus"]} if fault == "unknown architecture" else {"hidden_act": "abacus"}
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
     save_file(tensors, weights, metadata={"format": "pt"})
     message = (
         rf"1 tensors are in no \*.safetensors file \(first: {name}\)" if fault == "missing tensor" else "transformers can't load this model"
