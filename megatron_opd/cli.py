@@ -19,7 +19,13 @@ _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for what the user can mend, 1 for our own faults."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments after an option: overrides may stand there too.
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     # Notices of libraries that a reader can do nothing about (which optional packages are not there).
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:

@@ -86,8 +86,9 @@ def transformer_config(arch: Architecture, *, parallel: ParallelConfig, dtype: t
         variable_seq_lengths=parallel.pp > 1,
         moe_token_dispatcher_type="alltoall",  # a dense model has none, but variable lengths check for this name
         calculate_per_token_loss=True,
-        # Every parameter is loaded right after: random values would cost time and hide what is missing.
-        perform_initialization=False,
+        # All weights are loaded right after, but 0.16.1 marks tensor-parallel parameters only where it initialises them, and without
+        # the mark the gradient norm leaves out every rank's shard but the first.
+        perform_initialization=True,
         use_cpu_initialization=not on_gpu,
         bias_dropout_fusion=on_gpu,
         bias_activation_fusion=on_gpu,
