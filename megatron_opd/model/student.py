@@ -129,13 +129,14 @@ def _layer_spec(arch: Architecture, config: TransformerConfig) -> Any:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
     logger.info("layers: Megatron-Core local spec, attention by torch SDPA")
     layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    norm: Any = RMSNorm  # what a spec may hold differs between versions
     parts: Any = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     attention = parts.self_attention.submodules
     attention.core_attention = ModuleSpec(module=PackedAttention)
     if arch.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+        attention.q_layernorm = attention.k_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def _has_transformer_engine() -> bool:
