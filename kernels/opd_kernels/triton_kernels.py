@@ -12,6 +12,8 @@ applied to the values: masked by `num_real`, the compiler could not prove alignm
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,24 @@ LOAD_BYTES = 16  # of one thread's load; the columns of one load are the tile's 
 FORWARD_TILE, FORWARD_WARPS = 1024, 8  # loads of a tile: four a thread
 BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 8
 CHOSEN_WARPS = 1
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+MINUS_HUGE = tl.constexpr(-1e30)  # stands for -inf where a product with 0 must be 0
+
+
+@triton.jit
+def _absorb(z, unit, running_max, total, weighted, WITH_ENTROPY: tl.constexpr):
+    """Add a tile z [TILE,LANES] to the running maximum (of z) and sums [TILE] of exp2(u) and exp2(u) u, u = unit (z - max)."""
+    z = tl.maximum(z, MINUS_HUGE, propagate_nan=tl.PropagateNan.ALL)  # -inf * 0 would be NaN
+    new_max = tl.maximum(running_max, tl.max(z, 1))
+    u = z * unit - (new_max * unit)[:, None]
+    e = tl.exp2(u)
+    delta = (running_max - new_max) * unit
+    decay = tl.exp2(delta)
+    if WITH_ENTROPY:
+        weighted = decay * (weighted + total * delta) + tl.sum(e * u, 1)
+    return new_max, decay * total + tl.sum(e, 1), weighted
 
 
 @triton.jit
@@ -40,35 +60,44 @@ def stats_kernel(
             tl.store(out_ptr + (2 + k).to(tl.int64) * N, tl.zeros((KP,), tl.float32), mask=k < K)
             return
     z_row = z_ptr + row * stride_z
-    NEG_INF: tl.constexpr = float("-inf")
+    unit = inv_temperature * LOG2_E
     tile = tl.arange(0, TILE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    running_max = tl.full((TILE,), NEG_INF, tl.float32)
+    running_max = tl.full((TILE,), MINUS_HUGE, tl.float32)
     total = tl.zeros((TILE,), tl.float32)
-    weighted = tl.zeros((TILE,), tl.float32)  # sum of exp(z - max) (z - max)
-    for start in range(0, V, TILE * LANES):
-        column = start + tile
-        z = tl.load(z_row + column, mask=column < V, other=NEG_INF).to(tl.float32) * inv_temperature
-        z = tl.where(column < num_real, z, NEG_INF)
-        new_max = tl.maximum(running_max, tl.max(z, 1))
-        shift = tl.where(new_max == NEG_INF, 0.0, new_max)  # nothing but -inf so far: keep inf - inf out
-        centred = z - shift[:, None]
-        e = tl.exp(centred)
-        delta = tl.where(running_max == NEG_INF, 0.0, running_max - shift)
-        decay = tl.exp(delta)
-        if WITH_ENTROPY:
-            weighted = decay * (weighted + total * delta) + tl.sum(tl.where(z == NEG_INF, 0.0, e * centred), 1)
-        total = decay * total + tl.sum(e, 1)
-        running_max = new_max
+    weighted = tl.zeros((TILE,), tl.float32)
+    whole = num_real // (TILE * LANES) * (TILE * LANES)
+    for start in range(0, whole, TILE * LANES):
+        z = tl.load(z_row + start + tile).to(tl.float32)
+        running_max, total, weighted = _absorb(z, unit, running_max, total, weighted, WITH_ENTROPY)
+    if whole < num_real:
+        column = whole + tile
+        z = tl.load(z_row + column, mask=column < V, other=0.0).to(tl.float32)
+        z = tl.where(column < num_real, z, float("-inf"))
+        running_max, total, weighted = _absorb(z, unit, running_max, total, weighted, WITH_ENTROPY)
     row_max = tl.max(running_max, 0)
-    delta = tl.where(running_max == NEG_INF, 0.0, running_max - row_max)
-    decay = tl.exp(delta)
-    tl.store(max_ptr + row, row_max)
-    tl.store(out_ptr, tl.sum(decay * total, 0))
-    tl.store(out_ptr + N, tl.sum(decay * (weighted + total * delta), 0))
+    delta = (running_max - row_max) * unit
+    decay = tl.exp2(delta)
+    any_real = row_max > MINUS_HUGE  # false: padding or -inf alone; not so for NaN, which the maximum skips and the sums keep
+    tl.store(max_ptr + row, tl.where(any_real, row_max * inv_temperature, float("-inf")))
+    row_total = tl.sum(decay * total, 0)
+    tl.store(out_ptr, tl.where(any_real | (row_total != row_total), row_total, 0.0))
+    tl.store(out_ptr + N, tl.where(any_real, tl.sum(decay * (weighted + total * delta), 0) * LN_2, 0.0))
     column = tl.load(ids_ptr + row * K + k, mask=k < K, other=-1)
     own = (column >= vocab_start) & (column < vocab_start + num_real) & (column >= 0)
     z = tl.load(z_row + tl.where(own, column - vocab_start, 0), mask=own, other=0.0).to(tl.float32) * inv_temperature
     tl.store(out_ptr + (2 + k).to(tl.int64) * N, z, mask=k < K)
+
+
+@triton.jit
+def _gradient(z, row, lse_ptr, entropy_ptr, g_sum_ptr, g_entropy_ptr, inv_temperature, WITH_ENTROPY: tl.constexpr):
+    """-p (sum of g + g_entropy (log p + entropy)) / T of logits z of one row."""
+    z = tl.maximum(z, MINUS_HUGE, propagate_nan=tl.PropagateNan.ALL)
+    u = z * (inv_temperature * LOG2_E) - tl.load(lse_ptr + row) * LOG2_E  # log2 p
+    scale = -inv_temperature * tl.load(g_sum_ptr + row)
+    if WITH_ENTROPY:
+        g_entropy = -inv_temperature * tl.load(g_entropy_ptr + row)
+        scale = (scale + g_entropy * tl.load(entropy_ptr + row)) + (g_entropy * LN_2) * u
+    return tl.exp2(u) * scale
 
 
 @triton.jit
@@ -83,14 +112,10 @@ def gradient_kernel(
         if tl.load(mask_ptr + row) == 0:
             tl.store(out, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=column < V)
             return
-    NEG_INF: tl.constexpr = float("-inf")
-    z = tl.load(z_ptr + row * stride_z + column, mask=column < V, other=NEG_INF).to(tl.float32) * inv_temperature
-    z = tl.where(column < num_real, z, NEG_INF)
-    logp = z - tl.load(lse_ptr + row)
-    scale = tl.load(g_sum_ptr + row)
-    if WITH_ENTROPY:
-        scale += tl.load(g_entropy_ptr + row) * tl.where(z == NEG_INF, 0.0, logp + tl.load(entropy_ptr + row))
-    tl.store(out, (-tl.exp(logp) * scale * inv_temperature).to(out_ptr.dtype.element_ty), mask=column < V)
+    z = tl.load(z_ptr + row * stride_z + column, mask=column < V, other=0.0).to(tl.float32)
+    dz = _gradient(z, row, lse_ptr, entropy_ptr, g_sum_ptr, g_entropy_ptr, inv_temperature, WITH_ENTROPY)
+    dz = tl.where(column < num_real, dz, 0.0)
+    tl.store(out, dz.to(out_ptr.dtype.element_ty), mask=column < V)
 
 
 @triton.jit
@@ -110,12 +135,8 @@ def chosen_kernel(
     g = tl.zeros((KP,), tl.float32)
     for other in range(K):
         g += tl.where(column == tl.load(ids_ptr + row * K + other), tl.load(g_ptr + row * K + other), 0.0)
-    z = tl.load(z_ids_ptr + k.to(tl.int64) * N + row, mask=own, other=0.0)
-    logp = z - tl.load(lse_ptr + row)
-    scale = tl.load(g_sum_ptr + row)
-    if WITH_ENTROPY:
-        scale += tl.load(g_entropy_ptr + row) * tl.where(z == float("-inf"), 0.0, logp + tl.load(entropy_ptr + row))
-    dz = (g - tl.exp(logp) * scale) * inv_temperature
+    z = tl.load(z_ids_ptr + k.to(tl.int64) * N + row, mask=own, other=0.0) / inv_temperature
+    dz = _gradient(z, row, lse_ptr, entropy_ptr, g_sum_ptr, g_entropy_ptr, inv_temperature, WITH_ENTROPY) + g * inv_temperature
     tl.store(out_ptr + row * stride_out + tl.where(own, column - vocab_start, 0), dz.to(out_ptr.dtype.element_ty), mask=own)
 
 
