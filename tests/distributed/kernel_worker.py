@@ -8,38 +8,48 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from float64 import definition, random_case, tolerance
 from opd_kernels import vocab_parallel_stats
 
 
-def tensor_parallel(folder: Path, vocab: int, padded: int) -> dict[str, float]:
-    """Largest difference of log-probabilities, entropy and gradient between one rank with all columns and each rank with its own."""
-    generator = torch.Generator().manual_seed(3)
-    logits = 5.0 * torch.randn(7, padded, generator=generator)
-    ids = torch.randint(-1, vocab, (7, 4), generator=generator)
-    g_logp, g_entropy = torch.randn(7, 4, generator=generator), torch.randn(7, generator=generator)
-    whole = logits.clone().requires_grad_()
-    expected = vocab_parallel_stats(whole, ids, vocab_size=vocab)
-    ((expected[0] * g_logp).sum() + (expected[1] * g_entropy).sum()).backward()
+def tensor_parallel(folder: Path, impl: str, dtype: str, vocab: int, padded: int) -> dict[str, float]:
+    """Largest error against float64, over its tolerance, of log-probabilities, entropy and gradient with the columns split over the ranks."""
+    logits, ids, g_logp, g_entropy = random_case(3, 7, padded, 4, vocab_size=vocab)
+    logits = logits.to(getattr(torch, dtype))
+    row_mask = torch.arange(7) != 2
     width = padded // dist.get_world_size()
     mine = slice(dist.get_rank() * width, (dist.get_rank() + 1) * width)
-    shard = logits[:, mine].clone().requires_grad_()
-    found = vocab_parallel_stats(shard, ids, vocab_start=mine.start, vocab_size=vocab, tp_group=dist.group.WORLD)
-    ((found[0] * g_logp).sum() + (found[1] * g_entropy).sum()).backward()
-    assert shard.grad is not None
-    assert whole.grad is not None
-    pairs = {"logp": (found[0], expected[0]), "entropy": (found[1], expected[1]), "gradient": (shard.grad, whole.grad[:, mine])}
-    return {name: _max_over_ranks((here - there).detach().abs().max()) for name, (here, there) in pairs.items()}
+
+    def run(leaf: torch.Tensor, outputs: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+        (3 * ((outputs[0] * g_logp).sum() + (outputs[1] * g_entropy).sum())).backward()
+        assert leaf.grad is not None
+        return {"logp": outputs[0].detach(), "entropy": outputs[1].detach(), "gradient": leaf.grad}
+
+    truth_leaf, eager_leaf = logits.double().requires_grad_(), logits.clone().requires_grad_()
+    truth = run(truth_leaf, definition(truth_leaf, ids, vocab_size=vocab, row_mask=row_mask))
+    eager = run(eager_leaf, definition(eager_leaf.float(), ids, vocab_size=vocab, row_mask=row_mask))
+    leaf = logits[:, mine].clone().requires_grad_()
+    options = {"vocab_start": mine.start, "vocab_size": vocab, "tp_group": dist.group.WORLD, "row_mask": row_mask}
+    found = run(leaf, vocab_parallel_stats(leaf * 1, ids, inplace_backward=True, impl=impl, **options))
+    worst = {}
+    for name, value in found.items():
+        exact = truth[name][:, mine] if name == "gradient" else truth[name]
+        allowed = tolerance(eager[name], truth[name], value.dtype, logits_scale=logits.abs().max().item())
+        worst[name] = max_over_ranks((value.double() - exact).abs().max()) / allowed
+    return worst
 
 
-def _max_over_ranks(value: torch.Tensor) -> float:
+def max_over_ranks(value: torch.Tensor) -> float:
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
 
 
+FUNCTIONS = {"tensor_parallel": tensor_parallel}
+
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]
     dist.init_process_group("gloo")
-    answer = {"tensor_parallel": tensor_parallel}[name](Path(folder), **json.loads(arguments))
+    answer = FUNCTIONS[name](Path(folder), **json.loads(arguments))
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(answer))
     dist.destroy_process_group()

@@ -7,26 +7,41 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
 KERNEL_WORKER = Path(__file__).with_name("kernel_worker.py")
 
 
-def run_ranks(function: str, world: int, folder: Path, *, worker: Path = WORKER, timeout: float = 600, **arguments: Any) -> Any:
+def run_ranks(
+    function: str,
+    world: int,
+    folder: Path,
+    *,
+    worker: Path = WORKER,
+    timeout: float = 600,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    **arguments: Any,
+) -> Any:
     """Raises AssertionError with the failing rank's output; every rank has ended when this returns."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     result = folder / f"{function}.json"
-    environment = os.environ | {
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
+    environment = (
+        os.environ
+        | dict(environment)
+        | {
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+    )
     command = [sys.executable, str(worker), function, str(folder), str(result), json.dumps(arguments)]
     logs = [folder / f"{function}-{rank}.log" for rank in range(world)]
     children = [
