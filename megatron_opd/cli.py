@@ -115,7 +115,7 @@ def _recipe_stage(
         parser.add_argument("--shard", default="0/1", metavar="I/N", help="make the parts p with p %% N == I, beside other workers")
     if trains:
         parser.add_argument(
-            "--nproc", type=int, metavar="N", help="ranks to start on this node (default: one a GPU, or tp*pp on a CPU; not under torchrun)"
+            "--nproc", type=int, metavar="N", help="ranks to start on this node (default: one a GPU, or as few as the layout needs on a CPU; not under torchrun)"
         )
 
     def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:
@@ -149,7 +149,7 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
         launch.end_with_launcher()
         return run(recipe, args)
     parallel = getattr(recipe, name).parallel
-    ranks = args.nproc or launch.default_ranks(parallel.tp * parallel.pp)
+    ranks = args.nproc or launch.default_ranks(parallel.min_ranks)
     return run(recipe, args) if ranks == 1 else launch.launch(arguments, ranks)
 
 

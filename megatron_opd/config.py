@@ -6,6 +6,7 @@ Every path may use {run_dir} and {name}. `None` means "off" or "not given"; ther
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from importlib import resources
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_opd.errors import ConfigError
 from megatron_opd.records import SamplingParams
@@ -104,7 +105,48 @@ class ParallelConfig(_Section):
 
     tp: int = Field(default=1, gt=0, description="tensor parallel")
     pp: int = Field(default=1, gt=0, description="pipeline parallel")
+    vpp: int = Field(default=1, gt=0, description="interleaved pipeline: model chunks a rank (1: plain 1F1B)")
+    cp: int = Field(default=1, gt=0, description="context parallel: every sequence cut over this many ranks")
+    ep: int = Field(default=1, gt=0, description="expert parallel: a mixture's experts spread over this many of the tp * cp * dp ranks")
     sequence_parallel: bool = Field(default=True, description="with tp > 1: split norms and residuals over the sequence")
+
+    @model_validator(mode="after")
+    def _interleaved_needs_a_pipeline(self) -> ParallelConfig:
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp={self.vpp} needs pp > 1: chunks of a pipeline that has one rank can't be interleaved")
+        return self
+
+    @property
+    def min_ranks(self) -> int:
+        """The number of ranks must be a multiple of this."""
+        return self.pp * math.lcm(self.tp * self.cp, self.ep)
+
+    @property
+    def token_multiple(self) -> int:
+        """Tokens of a micro-batch must be a multiple of this."""
+        return self.tp * (2 * self.cp if self.cp > 1 else 1)
+
+
+class Fp8Config(_Section):
+    """Matrix products in FP8 by Transformer Engine; LM head, loss and router stay in bfloat16 or float32."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(description="how values are scaled; see docs/parallelism.md")
+    format: Literal["hybrid", "e4m3"] | None = Field(
+        default=None, description="'hybrid': e4m3 forward, e5m2 gradients; by default hybrid for delayed and tensorwise, e4m3 for the others"
+    )
+    bf16_first_layers: int = Field(default=0, ge=0, description="layers at the start that stay in bfloat16 (not with 'delayed')")
+    bf16_last_layers: int = Field(default=0, ge=0, description="layers at the end that stay in bfloat16 (not with 'delayed')")
+
+    @model_validator(mode="after")
+    def _check(self) -> Fp8Config:
+        if self.recipe == "delayed" and (self.bf16_first_layers or self.bf16_last_layers):
+            raise ValueError("Megatron-Core keeps first and last layers in bfloat16 with tensorwise, blockwise or mxfp8, not with delayed")
+        return self
+
+    @property
+    def token_multiple(self) -> int:
+        """Rows of a matrix that an FP8 product takes must be a multiple of this (Megatron-Core's fp8_utils)."""
+        return 32 if self.recipe == "mxfp8" else 16
 
 
 class LrSchedule(_Section):
@@ -141,8 +183,40 @@ class TrainerConfig(_Section):
     keep_last: int = Field(default=2, gt=0, description="checkpoints kept")
     allow_incomplete: bool = Field(default=False, description="train on the sealed parts of a store that is not complete")
     distributed_optimizer: bool = True
-    recompute: Literal["none", "full"] = "none"
+    precision_aware_optimizer: bool = Field(
+        default=False, description="gradients and Adam moments in the dtypes below, main weights as bfloat16 and a remainder (GPU, Transformer Engine)"
+    )
+    main_grads_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="with precision_aware_optimizer")
+    moments_dtype: Literal["float32", "bfloat16", "float16", "fp8"] = Field(default="float32", description="with precision_aware_optimizer")
+    optimizer_offload: float = Field(default=0.0, ge=0, le=1, description="share of the optimizer's state that lives and is updated on the CPU")
+    recompute: Literal["none", "selective", "full"] = Field(default="none", description="activations that the backward pass makes again")
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]] = Field(
+        default=["core_attn"], description="what 'selective' makes again"
+    )
+    fp8: Fp8Config | None = Field(default=None, description="matrix products in FP8; not given: all in dtype")
     parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> TrainerConfig:
+        lowered = self.main_grads_dtype != "float32" or self.moments_dtype != "float32"
+        if lowered and not self.precision_aware_optimizer:
+            raise ValueError("main_grads_dtype and moments_dtype need precision_aware_optimizer = true")
+        if self.precision_aware_optimizer and not self.distributed_optimizer:
+            raise ValueError("precision_aware_optimizer needs distributed_optimizer = true")
+        if self.optimizer_offload and not self.precision_aware_optimizer:
+            raise ValueError("optimizer_offload needs precision_aware_optimizer = true: Megatron-Core's offloading optimizer is built on it")
+        if self.recompute == "full" and "recompute_modules" in self.model_fields_set:
+            raise ValueError("recompute_modules is for recompute = 'selective'")
+        if self.precision_aware_optimizer and self.dtype == "float32":
+            raise ValueError("precision_aware_optimizer is for bfloat16 training, but dtype = 'float32'")
+        if self.fp8 is not None and self.dtype == "float32":
+            raise ValueError("fp8 is for bfloat16 training, but dtype = 'float32'")
+        return self
+
+    @property
+    def token_multiple(self) -> int:
+        """Tokens of a micro-batch are padded to a multiple of this."""
+        return self.parallel.token_multiple * (self.fp8.token_multiple if self.fp8 else 1)
 
 
 class SftStage(TrainerConfig):

@@ -8,22 +8,19 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 
-from megatron_opd.config import ParallelConfig
-from megatron_opd.convert.hf_files import copy_side_files
-from megatron_opd.convert.to_hf import HF_FOLDER, convert_to_hf
-from megatron_opd.convert.to_mcore import load_hf_weights
+from megatron_opd.convert.hf_files import DTYPE_NAMES, copy_side_files, hash_tensor
+from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoint
+from megatron_opd.convert.to_hf import HF_FOLDER, convert_to_hf, hf_tensors
+from megatron_opd.convert.to_mcore import global_tensor, open_source
 from megatron_opd.cost import provenance
 from megatron_opd.errors import CheckpointError, UserError
-from megatron_opd.lineage import read_lineage, tensor_index, write_json_atomic, write_lineage
-from megatron_opd.model import parallel
+from megatron_opd.lineage import hash_tensors, read_lineage, tensor_index, write_json_atomic, write_lineage
 from megatron_opd.model.architecture import read_architecture
-from megatron_opd.model.student import build_student, transformer_config
 from megatron_opd.records import Lineage
 from megatron_opd.train.checkpoint import STATE_FILE, latest_checkpoint
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
@@ -38,33 +35,38 @@ def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
 
 
 def to_mcore(model: str, target: str) -> Path:
-    """Write a Hugging Face directory as a Megatron-Core checkpoint (torch_dist), in its dtype. Raises UserError."""
+    """Write a Hugging Face directory as a Megatron-Core checkpoint (torch_dist), in its dtype, one tensor at a time; then read it back.
+
+    Raises UserError, also if what is read back is not bit for bit what was given.
+    """
     folder = Path(target)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{target} exists and is not empty; choose another directory, or remove it")
     arch = read_architecture(model)
-    layout = ParallelConfig()
-    parallel.start(layout, seed=0)
+    source = open_source(model, arch)
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
-        student = build_student(arch, transformer_config(arch, parallel=layout, dtype=stored_dtype(model)))
-        load_hf_weights(student, arch, model)
-        staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        try:
-            metadata = {"singleton_local_shards": False}
-            dist_checkpointing.save({"model": student.sharded_state_dict(metadata=metadata)}, str(staging), content_metadata=metadata)
-            copy_side_files(model, staging / HF_FOLDER)
-            write_lineage(staging, read_lineage(model) or Lineage(), for_weights=False)
-            write_json_atomic(staging / STATE_FILE, {"step": 0, "position": {}, **provenance()})
-            if folder.exists():
-                folder.rmdir()
-            staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        write_mcore_checkpoint(staging, arch, stored_dtype(model), lambda entry, index: global_tensor(source, entry, arch, index))
+        _check_same_tensors(McoreTensors(staging, arch), arch, model)
+        copy_side_files(model, staging / HF_FOLDER)
+        write_lineage(staging, read_lineage(model) or Lineage(), for_weights=False)
+        write_json_atomic(staging / STATE_FILE, {"step": 0, "position": {}, **provenance()})
+        if folder.exists():
+            folder.rmdir()
+        staging.rename(folder)
     finally:
-        parallel.stop()
+        shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _check_same_tensors(written: McoreTensors, arch: Architecture, model: str) -> None:
+    """Raise CheckpointError unless every tensor, mapped back, has the hash that it has in the Hugging Face directory."""
+    wanted = hash_tensors(model)
+    wrong = [name for name, tensor in hf_tensors(written, arch, written.dtype) if hash_tensor(name, tensor) != wanted[name]]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?")
 
 
 def stored_dtype(model: str) -> torch.dtype:

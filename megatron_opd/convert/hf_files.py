@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import tensor_index, write_json_atomic
+from megatron_opd.lineage import hash_tensors, tensor_index, write_json_atomic
 
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 # What travels with a model besides its weights.
 SIDE_FILES = (
     "config.json",
@@ -33,7 +35,7 @@ SIDE_FILES = (
 
 
 class HfTensors:
-    """Tensors of a directory by name, read when asked for. Raises UserError for what is not there."""
+    """Tensors of a directory by name, read when asked for; two files are open at a time. Raises UserError for what is not there."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -48,6 +50,8 @@ class HfTensors:
             raise UserError(f"{self.directory}: no tensor {name!r} in its safetensors files; does config.json belong to these weights?")
         path = self.index[name][0]
         if path not in self._files:
+            if len(self._files) > 1:  # an open file is mapped into memory: drop the oldest
+                del self._files[next(iter(self._files))]
             self._files[path] = safe_open(path, framework="pt")
         return self._files[path].get_tensor(name)
 
@@ -63,9 +67,9 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
 def write_hf_directory(
     target: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, side_files: Path, dtype: torch.dtype, max_shard_bytes: int = 5 << 30
 ) -> None:
-    """Write a model directory under a temporary name, then rename. `tensors` may be a generator: one file at a time is held.
+    """Write a model directory under a temporary name, read it back, then rename. `tensors` may be a generator: one file at a time is held.
 
-    Raises UserError if `target` holds something already.
+    Raises UserError if `target` holds something already, or if a tensor read back is not the one that was given.
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} exists and is not empty; choose another directory, or remove it")
@@ -73,7 +77,10 @@ def write_hf_directory(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        _write_weights(staging, tensors, max_shard_bytes)
+        given = _write_weights(staging, tensors, max_shard_bytes)
+        wrong = [name for name, digest in hash_tensors(staging).items() if digest != given[name]]
+        if wrong:
+            raise UserError(f"{target}: {len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?")
         copy_side_files(side_files, staging)
         config = json.loads((staging / "config.json").read_text())
         for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
@@ -86,7 +93,16 @@ def write_hf_directory(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> None:
+def hash_tensor(name: str, tensor: torch.Tensor) -> str:
+    """What `lineage.hash_tensors` finds for this tensor in a file: sha256 of name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]).encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> dict[str, str]:
+    """Returns the hash of each tensor as it was given."""
+    hashes: dict[str, str] = {}
     files: list[list[str]] = []
     total = 0
     held: dict[str, torch.Tensor] = {}
@@ -102,6 +118,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], ma
         if held and sum(t.numel() * t.element_size() for t in held.values()) + size > max_shard_bytes:
             flush()
         held[name] = tensor.contiguous()
+        hashes[name] = hash_tensor(name, tensor)
         total += size
     flush()
     weight_map = {}
@@ -111,3 +128,4 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], ma
         weight_map |= dict.fromkeys(names, final)
     if len(files) > 1:
         write_json_atomic(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return hashes

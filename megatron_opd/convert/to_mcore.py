@@ -8,7 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_opd.convert.hf_files import HfTensors
-from megatron_opd.convert.mapping import Entry, table
+from megatron_opd.convert.mapping import Entry, Index, expected_names, table
 from megatron_opd.errors import UserError
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.model.student import Student
@@ -20,23 +20,20 @@ def load_hf_weights(model: Student, arch: Architecture, directory: str | Path) -
     The model's own sharded state dict says which piece of which tensor lies here, whatever the parallel layout and layer spec.
     Raises UserError for tensors that are missing, of another shape, or not understood; nothing is left unfilled.
     """
-    source = HfTensors(directory)
+    source = open_source(directory, arch)
     entries = {entry.mcore: entry for entry in table(arch)}
-    _check_names(source, arch, entries)
     sharded = dict(model.sharded_state_dict(metadata={"singleton_local_shards": False}))
     apply_factories(sharded)
     filled = 0
-    cache: dict[tuple[str, int | None], torch.Tensor] = {}
+    last: tuple[tuple[str, Index], torch.Tensor] | None = None
     for shard in sharded_tensors(sharded):
-        layer = shard.global_offset[0] if shard.prepend_axis_num else None
-        if (shard.key, layer) not in cache:
-            cache = {(shard.key, layer): _global_tensor(source, entries[shard.key], arch, layer)}
-        full = cache[shard.key, layer]
         skip = shard.prepend_axis_num
-        _check_shape(full, tuple(shard.global_shape[skip:]), entries[shard.key], arch, directory, layer)
+        wanted = (shard.key, tuple(shard.global_offset[:skip]))
+        if last is None or last[0] != wanted:  # gate and up are two shards of one tensor
+            last = (wanted, global_tensor(source, entries[shard.key], arch, wanted[1]))
         assert shard.data is not None
         with torch.no_grad():
-            piece = full[
+            piece = last[1][
                 tuple(slice(offset, offset + size) for offset, size in zip(shard.global_offset[skip:], shard.data.shape, strict=True))
             ]
             shard.data.zero_()  # rows of a padded vocabulary that no token has
@@ -54,17 +51,20 @@ def sharded_tensors(tree: object) -> list[ShardedTensor]:
     return [shard for value in values for shard in sharded_tensors(value)]
 
 
-def _global_tensor(source: HfTensors, entry: Entry, arch: Architecture, layer: int | None) -> torch.Tensor:
-    return entry.to_mcore([source.read(name) for name in entry.hf_names(layer)], arch)
+def global_tensor(source: HfTensors, entry: Entry, arch: Architecture, index: Index) -> torch.Tensor:
+    """One global tensor, from the Hugging Face tensors that make it. Raises UserError where they have another shape than config.json says."""
+    tensors = [source.read(name) for name in entry.hf_names(index)]
+    shapes = [part.shape for part in entry.to_hf(torch.empty(entry.shape, device="meta"), arch)]
+    for name, tensor, shape in zip(entry.hf_names(index), tensors, shapes, strict=True):
+        if tensor.shape != shape:
+            raise UserError(f"{source.directory}: {name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(shape)}")
+    return entry.to_mcore(tensors, arch)
 
 
-def _check_names(source: HfTensors, arch: Architecture, entries: dict[str, Entry]) -> None:
-    expected = {
-        name
-        for entry in entries.values()
-        for layer in (range(arch.num_layers) if entry.per_layer else [None])
-        for name in entry.hf_names(layer)
-    }
+def open_source(directory: str | Path, arch: Architecture) -> HfTensors:
+    """The directory's tensors. Raises UserError unless they are just those of the architecture."""
+    source = HfTensors(directory)
+    expected = expected_names(arch)
     ignorable = {name for name in source.names() if name.endswith("rotary_emb.inv_freq")} | (
         {"lm_head.weight"} if arch.tied_embeddings else set()
     )
@@ -74,13 +74,4 @@ def _check_names(source: HfTensors, arch: Architecture, entries: dict[str, Entry
     ):
         if names:
             raise UserError(f"{source.directory}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}")
-
-
-def _check_shape(
-    full: torch.Tensor, wanted: tuple[int, ...], entry: Entry, arch: Architecture, directory: str | Path, layer: int | None
-) -> None:
-    rows_fit = full.shape[0] == wanted[0] or (full.shape[0] == arch.vocab_size and wanted[0] > full.shape[0])
-    if not rows_fit or tuple(full.shape[1:]) != wanted[1:]:
-        raise UserError(
-            f"{directory}: {', '.join(entry.hf_names(layer))} make a tensor of shape {tuple(full.shape)}; config.json asks for {wanted}"
-        )
+    return source

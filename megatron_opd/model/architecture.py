@@ -10,14 +10,14 @@ from megatron_opd.config import ParallelConfig
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import read_config
 
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 # Megatron-Core's llama3 RoPE scaling has these built in; another value would be silently another model.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and switches of a dense decoder-only transformer."""
+    """Sizes and switches of a decoder-only transformer: dense, or in every layer a mixture of experts."""
 
     name: str
     num_layers: int
@@ -34,20 +34,34 @@ class Architecture:
     tied_embeddings: bool
     qk_norm: bool
     qkv_bias: bool
+    num_experts: int = 0  # a layer; 0: dense. With experts, ffn_size is one expert's
+    experts_per_token: int = 0
+    renormalized_router: bool = True  # the chosen experts' probabilities are divided by their sum
 
     @property
     def num_parameters(self) -> int:
         """Parameters, tied embeddings counted once."""
+        return self._count(max(1, self.num_experts))
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token meets: of a mixture, the experts that it is routed to."""
+        return self._count(self.experts_per_token if self.num_experts else 1)
+
+    def _count(self, experts: int) -> int:
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        attention += 2 * self.head_dim if self.qk_norm else 0
+        attention += self.head_dim * (self.num_heads + 2 * self.num_kv_heads) if self.qkv_bias else 0
+        feed_forward = self.hidden_size * (3 * self.ffn_size * experts + self.num_experts)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return embeddings + self.num_layers * (attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size) + self.hidden_size
+        return embeddings + self.num_layers * (attention + feed_forward + 2 * self.hidden_size) + self.hidden_size
 
     def train_flops(self, num_tokens: int, sum_squared_lengths: int) -> float:
         """Arithmetic of a forward and backward pass: 6 a token and matrix weight (the embedding lookup is none), and causal attention.
 
         `sum_squared_lengths` is the sum over sequences of length squared; half of the score matrix is computed.
         """
-        matrix_weights = self.num_parameters - (0 if self.tied_embeddings else self.vocab_size * self.hidden_size)
+        matrix_weights = self.num_active_parameters - (0 if self.tied_embeddings else self.vocab_size * self.hidden_size)
         attention = 6.0 * self.num_layers * self.num_heads * self.head_dim * sum_squared_lengths
         return 6.0 * matrix_weights * num_tokens + attention
 
@@ -57,17 +71,33 @@ class Architecture:
 
     def check_parallel(self, parallel: ParallelConfig) -> None:
         """Raise UserError naming every size that a parallel group does not divide, and what would fit."""
-        tp, pp = parallel.tp, parallel.pp
-        sizes = {"attention heads": self.num_heads, "key-value heads": self.num_kv_heads, "feed-forward size": self.ffn_size}
+        tp, ep, stages = parallel.tp, parallel.ep, parallel.pp * parallel.vpp
+        sizes = {"attention heads": self.num_heads, "key-value heads": self.num_kv_heads}
+        if not self.num_experts:  # an expert is never cut
+            sizes["feed-forward size"] = self.ffn_size
         faults = [f"tp={tp} does not divide the model's {size} {what}" for what, size in sizes.items() if size % tp]
         if faults:
             fitting = [n for n in range(1, self.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
             faults[-1] += f" (tp may be {', '.join(map(str, fitting))})"
-        if self.num_layers % pp:
-            fitting = [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
-            faults.append(f"pp={pp} does not divide the model's {self.num_layers} layers (pp may be {', '.join(map(str, fitting))})")
+        if stages > self.num_layers:
+            faults.append(f"pp={parallel.pp} x vpp={parallel.vpp} makes {stages} stages of the model's {self.num_layers} layers (one each at most)")
+        if ep > 1 and not self.num_experts:
+            faults.append(f"ep={ep}, but {self.name} has no experts (ep must be 1)")
+        elif ep > 1 and self.num_experts % ep:
+            fitting = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+            faults.append(f"ep={ep} does not divide the model's {self.num_experts} experts (ep may be {', '.join(map(str, fitting))})")
+        if self.num_experts and tp > 1 and not parallel.sequence_parallel:
+            faults.append(f"tp={tp} with experts needs sequence_parallel = true: each rank routes its own tokens")
         if faults:
             raise UserError("; ".join(faults))
+
+    def stage_layers(self, stages: int) -> list[int]:
+        """Layers of each pipeline stage, in the order of the layers; those left over go to the middle, as the ends have the vocabulary."""
+        layers = [self.num_layers // stages] * stages
+        first = (stages - self.num_layers % stages) // 2
+        for stage in range(first, first + self.num_layers % stages):
+            layers[stage] += 1
+        return layers
 
 
 def read_architecture(directory: str | Path) -> Architecture:
@@ -81,10 +111,13 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     if name not in SUPPORTED:
         raise UserError(f"{where}: architecture {name} is not supported; supported: {', '.join(SUPPORTED)}")
     wanted = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1}
+    mixture = name == "Qwen3MoeForCausalLM"
+    if mixture:  # every layer is a mixture
+        wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     if name != "Qwen2ForCausalLM":
         wanted["attention_bias"] = False
     for key, value in wanted.items():
-        if config.get(key, value) != value:
+        if config.get(key, value) not in (value, None):
             raise UserError(f"{where}: {key} = {config[key]!r} is not supported (only {value!r})")
     theta, factor = _rope(config, where)
     try:
@@ -96,15 +129,18 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
             num_heads=heads,
             num_kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or hidden // heads),
-            ffn_size=int(config["intermediate_size"]),
+            ffn_size=int(config["moe_intermediate_size" if mixture else "intermediate_size"]),
             vocab_size=int(config["vocab_size"]),
             max_positions=int(config["max_position_embeddings"]),
             norm_eps=float(config["rms_norm_eps"]),
             rope_theta=theta,
             rope_scaling_factor=factor,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qk_norm=name == "Qwen3ForCausalLM",
+            qk_norm=name in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
             qkv_bias=name == "Qwen2ForCausalLM",
+            num_experts=int(config.get("num_local_experts") or config["num_experts"]) if mixture else 0,  # transformers 5 and 4
+            experts_per_token=int(config["num_experts_per_tok"]) if mixture else 0,
+            renormalized_router=bool(config.get("norm_topk_prob", False)),
         )
     except KeyError as error:
         raise UserError(f"{where}: no {error} in it") from None

@@ -17,12 +17,12 @@ from megatron_opd.errors import ConfigError
 def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -> torch.device:
     """Join the world that torchrun (or our launcher) describes, or a world of one, and make the groups. Returns the device.
 
-    Raises ConfigError if the world's size is not a multiple of tp * pp.
+    Raises ConfigError if the world's size is not a multiple of what the groups need.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (parallel.tp * parallel.pp):
+    if world % parallel.min_ranks:
         raise ConfigError(
-            f"{world} ranks are not a multiple of tp * pp = {parallel.tp} * {parallel.pp}; start {parallel.tp * parallel.pp} ranks (or a multiple)"
+            f"{world} ranks do not fit tp={parallel.tp} pp={parallel.pp} cp={parallel.cp} ep={parallel.ep}; start {parallel.min_ranks} ranks, or a multiple"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -39,7 +39,14 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():
         _drop_groups()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     return device

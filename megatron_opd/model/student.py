@@ -6,6 +6,7 @@ Legend: S packed tokens, N chosen rows, H hidden size, V vocabulary columns of t
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from megatron_opd.config import ParallelConfig
+from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.model.architecture import Architecture
+from megatron_opd.model.fp8 import fp8_options
 from megatron_opd.model.layers import PackedAttention, RMSNorm
+from megatron_opd.model.moe import mark_experts, moe_options
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +55,18 @@ class Student(GPTModel):
         return parallel_state.get_tensor_model_parallel_rank() * (self.vocab_size // parallel_state.get_tensor_model_parallel_world_size())
 
 
-def transformer_config(arch: Architecture, *, parallel: ParallelConfig, dtype: torch.dtype, recompute: str = "none") -> TransformerConfig:
-    """Megatron-Core's configuration for `arch`. Raises UserError where the parallel sizes do not divide."""
+def transformer_config(
+    arch: Architecture,
+    *,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    recompute: str = "none",
+    recompute_modules: Sequence[str] = (),
+    fp8: Fp8Config | None = None,
+) -> TransformerConfig:
+    """Megatron-Core's configuration for `arch`. Raises UserError where the parallel sizes do not divide, or this machine has no FP8."""
     arch.check_parallel(parallel)
     on_gpu = torch.cuda.is_available()
-    recompute_options: dict[str, Any] = (
-        {} if recompute == "none" else {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    )
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -81,7 +89,7 @@ def transformer_config(arch: Architecture, *, parallel: ParallelConfig, dtype: t
         autocast_dtype=None,
         enable_autocast=False,
         tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
         variable_seq_lengths=parallel.pp > 1,
         moe_token_dispatcher_type="alltoall",  # a dense model has none, but variable lengths check for this name
@@ -98,20 +106,50 @@ def transformer_config(arch: Architecture, *, parallel: ParallelConfig, dtype: t
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=on_gpu,
-        **recompute_options,
+        **_pipeline_options(arch, parallel),
+        **moe_options(arch, parallel, grouped=uses_transformer_engine()),
+        **_recompute_options(recompute, recompute_modules),
+        **fp8_options(fp8, arch, parallel),
     )
 
 
-def build_student(arch: Architecture, config: TransformerConfig) -> Student:
-    """This rank's pipeline stage, parameters not yet loaded; parallel state must be initialised."""
+def _pipeline_options(arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"pipeline_model_parallel_size": parallel.pp}
+    if parallel.vpp > 1:
+        # Without overlapped sends, gradients over gloo were wrong with no error.
+        options |= {"virtual_pipeline_model_parallel_size": parallel.vpp, "overlap_p2p_comm": True, "batch_p2p_comm": False}
+    stages = parallel.pp * parallel.vpp
+    if arch.num_layers % stages:
+        layout = [["decoder"] * count for count in arch.stage_layers(stages)]
+        layout[0].insert(0, "embedding")
+        layout[-1].append("loss")
+        options["pipeline_model_parallel_layout"] = layout
+    return options
+
+
+def _recompute_options(recompute: str, modules: Sequence[str]) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    return {}
+
+
+def build_chunks(arch: Architecture, config: TransformerConfig) -> list[Student]:
+    """This rank's pipeline stages, one but for an interleaved pipeline; parameters not yet loaded. Parallel state must be initialised."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # 0.19 announces HybridModel at each build
-    return Student(
+    stages = config.virtual_pipeline_model_parallel_size
+    return [_build(arch, config, stage) for stage in (range(stages) if stages else [None])]
+
+
+def _build(arch: Architecture, config: TransformerConfig, vp_stage: int | None) -> Student:
+    student = Student(
         config=config,
-        transformer_layer_spec=_layer_spec(arch, config),
+        transformer_layer_spec=_layer_spec(arch, config, vp_stage),
         vocab_size=arch.padded_vocab(config.tensor_model_parallel_size),
         max_sequence_length=arch.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied_embeddings,
         position_embedding_type="rope",
@@ -119,27 +157,34 @@ def build_student(arch: Architecture, config: TransformerConfig) -> Student:
         rope_scaling=arch.rope_scaling_factor is not None,
         rope_scaling_factor=arch.rope_scaling_factor or 8.0,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        vp_stage=vp_stage,
     )
+    mark_experts(student)
+    return student
 
 
-def _layer_spec(arch: Architecture, config: TransformerConfig) -> Any:
+def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | None) -> Any:
     """Transformer Engine's layers on a GPU that has it, otherwise the local ones with our norm and packed attention."""
-    if torch.cuda.is_available() and _has_transformer_engine():
+    experts = arch.num_experts or None
+    if uses_transformer_engine():
         logger.info("layers: Transformer Engine")
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        return get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm)
     logger.info("layers: Megatron-Core local spec, attention by torch SDPA")
-    layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     norm: Any = RMSNorm  # what a spec may hold differs between versions
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    if experts:  # the norm before a router has a name of its own in a checkpoint, as with Transformer Engine
+        parts.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     attention = parts.self_attention.submodules
     attention.core_attention = ModuleSpec(module=PackedAttention)
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
 
-def _has_transformer_engine() -> bool:
+def uses_transformer_engine() -> bool:
+    """True on a GPU with Transformer Engine."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    return bool(HAVE_TE)
+    return torch.cuda.is_available() and bool(HAVE_TE)

@@ -90,7 +90,8 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
         loaded: Any = dist_checkpointing.load(_sharded_state(trainee, metadata, is_loading=True), str(checkpoint))
     except (OSError, EOFError, KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{checkpoint} can't be loaded: {error}; point {_LATEST} to another step folder") from error
-    trainee.student.load_state_dict(loaded["model"])
+    for number, student in enumerate(trainee.students):
+        student.load_state_dict(loaded["model"][str(number)])
     with torch.no_grad():
         trainee.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(trainee.optimizer)
@@ -99,14 +100,14 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
 def _content_metadata(trainee: Trainee) -> dict[str, Any]:
     """How the state dict is laid out; 'fully_reshardable' is the optimizer format that any other layout can load."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    if trainee.ddp.ddp_config.use_distributed_optimizer:
+    if trainee.chunks[0].ddp_config.use_distributed_optimizer:
         metadata |= {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return metadata
 
 
 def _sharded_state(trainee: Trainee, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    model_state = trainee.student.sharded_state_dict(metadata=metadata)
+    model_state = {str(number): student.sharded_state_dict(metadata=metadata) for number, student in enumerate(trainee.students)}
     return {"model": model_state, "optimizer": trainee.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)}
 
 

@@ -22,7 +22,7 @@ from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import CheckpointError, UserError
 from megatron_opd.model import parallel
-from megatron_opd.model.student import build_student, transformer_config
+from megatron_opd.model.student import build_chunks, transformer_config
 from megatron_opd.train.batches import BatchSource
 from megatron_opd.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from megatron_opd.train.loss import opd_loss, sft_loss
@@ -75,7 +75,7 @@ def _run(
         sequence_mean=sequence_mean,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        pad_multiple=config.parallel.tp,
+        pad_multiple=config.token_multiple,
     )
     steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
     job = Job(name, config, Path(config.output), ready, source, steps, device, position=position_of(config, source.reader))
@@ -151,12 +151,19 @@ def train(job: Job, trainee: Trainee, loss: LossFunction, first_step: int, cost:
 def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device: torch.device) -> Trainee:
     """The student with the initial Hugging Face weights, wrapped for training."""
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-    student = build_student(
-        ready.arch, transformer_config(ready.arch, parallel=config.parallel, dtype=getattr(torch, name), recompute=config.recompute)
+    model_config = transformer_config(
+        ready.arch,
+        parallel=config.parallel,
+        dtype=getattr(torch, name),
+        recompute=config.recompute,
+        recompute_modules=config.recompute_modules,
+        fp8=config.fp8,
     )
-    student.to(device)
-    load_hf_weights(student, ready.arch, config.init)
-    return make_trainee(student, config, steps=steps)
+    students = build_chunks(ready.arch, model_config)
+    for student in students:
+        student.to(device)
+        load_hf_weights(student, ready.arch, config.init)
+    return make_trainee(students, config, steps=steps)
 
 
 def resume(job: Job, trainee: Trainee) -> int:
@@ -268,5 +275,5 @@ def describe(job: Job) -> str:
     p = job.config.parallel
     return (
         f"{job.name}: {job.ready.arch.num_parameters / 1e6:.1f}M parameters from {job.config.init}; {len(job.source.reader)} rollouts, {job.steps} steps of "
-        f"{job.config.global_batch}; tp {p.tp} x pp {p.pp} x dp {job.source.dp_size} on {dist.get_world_size()} rank(s), {job.device.type}"
+        f"{job.config.global_batch}; tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {job.source.dp_size}{f' (ep {p.ep})' if p.ep > 1 else ''} on {dist.get_world_size()} rank(s), {job.device.type}"
     )

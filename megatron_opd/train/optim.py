@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -20,46 +21,39 @@ _NO_CLIPPING = 1e30
 
 @dataclass(frozen=True)
 class Trainee:
-    """What one rank trains."""
+    """What one rank trains: its pipeline stages (one, but for an interleaved pipeline) in Megatron's data-parallel wrapper."""
 
-    student: Student
-    ddp: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: Any
     scheduler: OptimizerParamScheduler
 
+    @property
+    def students(self) -> list[Student]:
+        return [cast(Student, chunk.module) for chunk in self.chunks]
 
-def make_trainee(student: Student, config: TrainerConfig, *, steps: int) -> Trainee:
-    """Wrap the student; the optimizer's main weights are copies of the parameters as they are now."""
+
+def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: int) -> Trainee:
+    """Wrap the students; the optimizer's main weights are copies of the parameters as they are now."""
     on_gpu = torch.cuda.is_available()
+    model_config = students[0].config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.main_grads_dtype == "float32",
         use_distributed_optimizer=config.distributed_optimizer,
         overlap_grad_reduce=on_gpu,
         overlap_param_gather=on_gpu and config.distributed_optimizer,
     )
-    ddp = DistributedDataParallel(student.config, ddp_config, student)
-    ddp.broadcast_params()
-    bf16 = student.config.bf16
+    # Buckets overlap communication with the backward pass; only the chunk whose backward pass comes last gains by it.
+    chunks = [
+        DistributedDataParallel(model_config, ddp_config, student, disable_bucketing=number > 0) for number, student in enumerate(students)
+    ]
+    for chunk in chunks:
+        chunk.broadcast_params()
     logging.getLogger("megatron.core.optimizer").setLevel(logging.ERROR)
-    optimizer_config = OptimizerConfig(
-        optimizer="adam",
-        lr=config.lr,
-        min_lr=config.schedule.min_lr,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_eps=config.adam_eps,
-        clip_grad=config.clip_grad or _NO_CLIPPING,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=config.distributed_optimizer,
-        overlap_param_gather=on_gpu and config.distributed_optimizer,
-    )
-    optimizer = get_megatron_optimizer(optimizer_config, [ddp])
-    student.config.finalize_model_grads_func = finalize_model_grads
-    student.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16, on_gpu=on_gpu), chunks)
+    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.grad_scale_func = optimizer.scale_loss
     if on_gpu:
-        student.config.no_sync_func = ddp.no_sync
+        model_config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -73,4 +67,39 @@ def make_trainee(student: Student, config: TrainerConfig, *, steps: int) -> Trai
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return Trainee(student, ddp, optimizer, scheduler)
+    return Trainee(chunks, optimizer, scheduler)
+
+
+def optimizer_config(config: TrainerConfig, *, bf16: bool, on_gpu: bool) -> OptimizerConfig:
+    """Adam, its precision, and where its state lives."""
+    precision: dict[str, Any] = {}
+    if config.precision_aware_optimizer:
+        moments = getattr(torch, {"fp8": "uint8"}.get(config.moments_dtype, config.moments_dtype))  # Megatron-Core names FP8 by its storage
+        precision = {
+            "use_precision_aware_optimizer": True,
+            "main_grads_dtype": getattr(torch, config.main_grads_dtype),
+            "exp_avg_dtype": moments,
+            "exp_avg_sq_dtype": moments,
+        }
+    if config.optimizer_offload:
+        precision |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": config.optimizer_offload,
+            "overlap_cpu_optimizer_d2h_h2d": on_gpu,
+        }
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.schedule.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad or _NO_CLIPPING,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        fp8_recipe=config.fp8.recipe if config.fp8 else None,
+        use_distributed_optimizer=config.distributed_optimizer,
+        overlap_param_gather=on_gpu and config.distributed_optimizer,
+        **precision,
+    )

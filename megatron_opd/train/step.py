@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from opd_kernels import vocab_parallel_stats
@@ -36,9 +37,10 @@ class StepResult:
 def train_step(trainee: Trainee, arch: Architecture, loss: LossFunction, micro_batches: list[MicroBatch], *, seed: int) -> StepResult:
     """Forward, backward, reduction, optimizer. `seed` restarts the random state, so that a step depends on nothing before it."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    trainee.ddp.zero_grad_buffer()
+    for chunk in trainee.chunks:
+        chunk.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    sums = forward_backward(trainee.ddp, trainee.student, arch, loss, micro_batches)
+    sums = forward_backward(trainee.chunks, arch, loss, micro_batches)
     if not torch.isfinite(sums).all():
         return StepResult(LossSums(*sums.tolist()), float("nan"), _learning_rate(trainee))
     learning_rate = _learning_rate(trainee)
@@ -48,8 +50,7 @@ def train_step(trainee: Trainee, arch: Architecture, loss: LossFunction, micro_b
 
 
 def forward_backward(
-    model: torch.nn.Module,
-    student: Student,
+    chunks: Sequence[torch.nn.Module],
     arch: Architecture,
     loss: LossFunction,
     micro_batches: list[MicroBatch],
@@ -58,9 +59,9 @@ def forward_backward(
 ) -> torch.Tensor:
     """Gradients into `main_grad` (divided by the global denominator), and the sums [len(LOSS_SUM_NAMES)] on every rank."""
     outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, student=student, arch=arch, loss=loss),
-        data_iterator=iter(micro_batches),
-        model=model,
+        forward_step_func=partial(_forward_step, arch=arch, loss=loss),
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(micro_batches),
         seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
         micro_batch_size=1,
@@ -68,16 +69,16 @@ def forward_backward(
     )
     device = micro_batches[0].tokens.device
     sums = torch.zeros(len(LOSS_SUM_NAMES), dtype=torch.float64, device=device)
-    if parallel_state.is_pipeline_last_stage():
+    if outputs:  # on the last stage
         sums += torch.stack([output["sums"] for output in outputs]).sum(0)
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
     return sums
 
 
 def _forward_step(
-    batches: Iterator[MicroBatch], model: torch.nn.Module, *, student: Student, arch: Architecture, loss: LossFunction
+    batches: Iterator[MicroBatch], model: torch.nn.Module, *, arch: Architecture, loss: LossFunction
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     packed = PackedSeqParams(
@@ -88,6 +89,7 @@ def _forward_step(
         max_seqlen_kv=batch.max_seqlen,
     )
     hidden = model(batch.tokens, batch.positions, None, packed_seq_params=packed)
+    student = cast(Student, model.module if isinstance(model, DistributedDataParallel) else model)
     return hidden, partial(_loss_sums, batch=batch, student=student, arch=arch, loss=loss)
 
 

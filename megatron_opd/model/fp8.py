@@ -1,0 +1,102 @@
+"""FP8 by Transformer Engine: what each recipe needs, and Megatron-Core's fields for it.
+
+Sources: Transformer Engine's `transformer_engine.common.recipe` and Megatron-Core's `fp8_utils.get_fp8_recipe` for the versions;
+FP8 tensor cores come with compute capability 8.9, DeepSeek-style block scaling is for Hopper, MXFP8 for Blackwell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_opd.config import Fp8Config, ParallelConfig
+from megatron_opd.errors import UserError
+from megatron_opd.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides whether a recipe can run: the GPU's compute capability and Transformer Engine's version, None where absent."""
+
+    capability: tuple[int, int] | None
+    transformer_engine: tuple[int, int] | None
+
+
+# recipe: (Transformer Engine at least, compute capability at least and below)
+_NEEDS = {
+    "delayed": ((1, 0), (8, 9), (99, 0)),
+    "tensorwise": ((2, 2), (8, 9), (99, 0)),
+    "blockwise": ((2, 3), (9, 0), (10, 0)),
+    "mxfp8": ((2, 1), (10, 0), (99, 0)),
+}
+
+
+def this_machine() -> Machine:
+    """The first GPU and the installed Transformer Engine."""
+    from megatron.core.utils import get_te_version
+
+    from megatron_opd.model.student import uses_transformer_engine
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    version = None
+    if uses_transformer_engine():
+        release: Any = get_te_version()
+        version = (release.major, release.minor)
+    return Machine(capability, version)
+
+
+def check_fp8(fp8: Fp8Config, machine: Machine) -> None:
+    """Raise UserError, saying what is missing, unless `machine` can run the recipe; nothing else is ever run in its place."""
+    engine, least, below = _NEEDS[fp8.recipe]
+    faults = []
+    if machine.capability is None:
+        faults.append("there is no GPU here")
+    elif not least <= machine.capability < below:
+        wanted = f"at least {_dotted(least)}" + (f" and below {_dotted(below)}" if below < (99, 0) else "")
+        faults.append(f"it needs a GPU of compute capability {wanted}, this one has {_dotted(machine.capability)}")
+    if machine.transformer_engine is None:
+        faults.append(f"Transformer Engine {_dotted(engine)} or newer is not installed")
+    elif machine.transformer_engine < engine:
+        faults.append(f"it needs Transformer Engine {_dotted(engine)} or newer, {_dotted(machine.transformer_engine)} is installed")
+    if faults:
+        raise UserError(
+            f"fp8.recipe = {fp8.recipe!r} can't run: {'; '.join(faults)}. {_suggest(machine)}"
+        )
+
+
+def _suggest(machine: Machine) -> str:
+    able = [
+        recipe
+        for recipe, (engine, least, below) in _NEEDS.items()
+        if machine.capability and machine.transformer_engine and least <= machine.capability < below and machine.transformer_engine >= engine
+    ]
+    return f"Here can run: {', '.join(able)}" if able else "Leave fp8 out to train in bfloat16"
+
+
+def _dotted(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}.{pair[1]}"
+
+
+def fp8_options(fp8: Fp8Config | None, arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    """TransformerConfig's fields. Raises UserError for a machine or a model that the recipe does not fit."""
+    if fp8 is None:
+        return {}
+    check_fp8(fp8, this_machine())
+    return megatron_fp8_fields(fp8, arch, parallel)
+
+
+def megatron_fp8_fields(fp8: Fp8Config, arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
+    """The fields alone, whatever the machine. Raises UserError if the layers kept in bfloat16 don't fit one pipeline stage."""
+    most = arch.num_layers // parallel.pp
+    for field in ("bf16_first_layers", "bf16_last_layers"):
+        if getattr(fp8, field) > most:
+            raise UserError(f"fp8.{field} = {getattr(fp8, field)}, but a pipeline stage has {most} layers")
+    return {
+        "fp8": fp8.format or ("hybrid" if fp8.recipe in ("delayed", "tensorwise") else "e4m3"),
+        "fp8_recipe": fp8.recipe,
+        "first_last_layers_bf16": bool(fp8.bf16_first_layers or fp8.bf16_last_layers),
+        "num_layers_at_start_in_bf16": fp8.bf16_first_layers,
+        "num_layers_at_end_in_bf16": fp8.bf16_last_layers,
+    }
