@@ -88,7 +88,7 @@ int slurm_spank_task_init_privileged(spank_t spank, int argc, char **argv)
 	for (size_t i = 0; i < sizeof always / sizeof *always; i++)
 		if (bind_into(given[IMAGE], always[i], always[i]))
 			return -1;
-	for (char *entry = strtok_r(given[MOUNTS], ",", &rest); entry; entry = strtok_r(NULL, ",", &rest)) {
+	for (char *entry = given[MOUNTS] ? strtok_r(given[MOUNTS], ",", &rest) : NULL; entry; entry = strtok_r(NULL, ",", &rest)) {
 		char *target = strchr(entry, ':');
 		if (target)
 			*target++ = 0;
