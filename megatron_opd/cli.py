@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from megatron_opd import __version__
-from megatron_opd.config import Recipe, load_recipe, require, shipped_recipes
+from megatron_opd.config import STAGES, Recipe, load_recipe, require, shipped_recipes
 from megatron_opd.errors import UserError
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
@@ -72,7 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
         )
     _add_convert(stages)
     _recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
-    _recipe_stage(stages, "check", "is everything ready to train?", _check)
+    check = _recipe_stage(stages, "check", "is everything ready to train?", _check)
+    check.add_argument(
+        "--stage",
+        choices=("inputs", "sft", "train"),
+        default="train",
+        help="what shall start: 'inputs' looks at what you bring (models, prompt files), before anything has run",
+    )
+    progress = _recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left to do", _progress)
+    progress.add_argument("--stage", choices=STAGES, help="only this stage")
     inspect = stages.add_parser(
         "inspect", help="what is in a store", description="Print a store's manifest, lineage, counts, lengths and scores."
     )
@@ -191,12 +199,25 @@ def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def _check(recipe: Recipe, args: argparse.Namespace) -> None:
-    from megatron_opd.train.readiness import check_train
+    from megatron_opd.train.readiness import check_inputs, check_sft, check_train
 
-    ready = check_train(recipe.train)
+    if args.stage == "inputs":
+        for line in check_inputs(recipe):
+            print(line)
+        return
+    ready = check_sft(recipe.sft) if args.stage == "sft" else check_train(recipe.train)
     for note in ready.notes:
         print(note)
-    print(f"ready to train {ready.init.short()} on {recipe.train.store} with teacher {recipe.train.teacher!r}")
+    if args.stage == "sft":
+        print(f"ready to fine-tune {ready.init.short()} on {recipe.sft.store}")
+    else:
+        print(f"ready to train {ready.init.short()} on {recipe.train.store} with teacher {recipe.train.teacher!r}")
+
+
+def _progress(recipe: Recipe, args: argparse.Namespace) -> int:
+    from megatron_opd.progress import show_progress
+
+    return show_progress(recipe, args.stage)
 
 
 def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -229,6 +250,10 @@ def _add_convert(stages: argparse._SubParsersAction) -> None:
     to_hf.add_argument("target", help="directory to write; must not hold anything")
     to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default the stored one")
     to_hf.set_defaults(run=_to_hf)
+    of_recipe = _recipe_stage(
+        directions, "trained", "what a recipe's sft or train made, to where its next stage looks for it; done already: nothing", _trained
+    )
+    of_recipe.add_argument("--stage", choices=("sft", "train"), default="train")
     to_mcore = directions.add_parser("to-mcore", help="Hugging Face directory to a Megatron checkpoint")
     to_mcore.add_argument("model", help="Hugging Face directory")
     to_mcore.add_argument("target", help="directory to write; must not hold anything")
@@ -239,6 +264,12 @@ def _to_hf(args: argparse.Namespace, arguments: list[str]) -> None:
     from megatron_opd.convert.commands import to_hf
 
     print(f"wrote {to_hf(args.checkpoint, args.target, dtype=args.dtype)}")
+
+
+def _trained(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.convert.commands import trained_to_hf
+
+    print(trained_to_hf(recipe, args.stage))
 
 
 def _to_mcore(args: argparse.Namespace, arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from megatron_opd.errors import ConfigError
 from megatron_opd.records import SamplingParams
 
+STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # Text for the model may hold braces of its own.
 _FREE_TEXT = {"system"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_opd.config import Recipe, require
 from megatron_opd.convert.hf_files import DTYPE_NAMES, copy_side_files, hash_tensor
 from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoint
 from megatron_opd.convert.to_hf import HF_FOLDER, convert_to_hf, hf_tensors
@@ -17,8 +18,9 @@ from megatron_opd.cost import provenance
 from megatron_opd.errors import CheckpointError, UserError
 from megatron_opd.lineage import hash_tensors, read_lineage, tensor_index, write_json_atomic, write_lineage
 from megatron_opd.model.architecture import read_architecture
+from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
-from megatron_opd.train.checkpoint import STATE_FILE, latest_checkpoint
+from megatron_opd.train.checkpoint import LATEST, STATE_FILE, checkpoint_folder, latest_checkpoint
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -32,6 +34,27 @@ def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
             raise CheckpointError(f"{path}: neither a checkpoint nor the output of a run with one (checkpoints/latest)")
         path = latest
     return convert_to_hf(path, Path(target), dtype=None if dtype is None else getattr(torch, dtype))
+
+
+def trained_to_hf(recipe: Recipe, stage: str) -> str:
+    """Convert what `sft` or `train` made to the directory that rollout or eval reads; says what was done.
+
+    A directory that is there and younger than the run's latest checkpoint is left alone. Raises UserError for an older one, and
+    for a run that is not finished.
+    """
+    source = Path(recipe.sft.output if stage == "sft" else recipe.train.output)
+    target = Path(require(recipe.rollout, "rollout").model if stage == "sft" else require(recipe.eval, "eval").model)
+    progress = stage_progress(recipe, stage)
+    if not progress.finished:
+        raise CheckpointError(f"{source}: {progress.done} of {progress.total} steps; finish it ('megatron-opd {stage}'), then convert")
+    config, latest = target / "config.json", checkpoint_folder(source) / LATEST
+    if not config.exists():
+        return f"wrote {to_hf(str(source), str(target))}"
+    if config.stat().st_mtime < latest.stat().st_mtime:
+        raise UserError(
+            f"{target} is older than {latest}; what was made with it (rollouts, evaluations) is too: move it away, or give another run_dir"
+        )
+    return f"{target} is there already"
 
 
 def to_mcore(model: str, target: str) -> Path:

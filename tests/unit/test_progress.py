@@ -1,0 +1,71 @@
+"""`progress` and `check --stage inputs` say what is on disk; job scripts go by their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from stores import make_scored_store
+from tiny_models import make_model, write_prompts
+
+from megatron_opd.cli import main
+from megatron_opd.progress import NOT_FINISHED
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of the recipe 'tiny' that name what a user brings."""
+    folder = tmp_path_factory.mktemp("inputs")
+    models = [f"models.{role}={str(make_model(folder / role, seed=seed))!r}" for seed, role in enumerate(("teacher", "student"))]
+    prompts = str(write_prompts(folder / "prompts.jsonl"))
+    return ["tiny", *models, *(f"{stage}.prompts={prompts!r}" for stage in ("generate", "rollout", "eval"))]
+
+
+def write_checkpoint(output: Path, step: int) -> None:
+    folder = output / "checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "opd_state.json").write_text(json.dumps({"step": step}))
+    (output / "checkpoints" / "latest").write_text(folder.name)
+
+
+def test_progress_counts_parts_and_steps(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = [*inputs, f"run_dir={str(tmp_path)!r}", "train.global_batch=6"]  # 20 rollouts: 4 steps
+    assert main(["progress", *recipe]) == NOT_FINISHED
+    assert capsys.readouterr().out.count("not started") == 5
+    folder = Path(inputs[1].split("'")[1]).parent
+    store = make_scored_store(tmp_path / "rollouts.opd.zarr", sampler=folder / "student", teacher=folder / "teacher")
+    assert [main(["progress", *recipe, "--stage", stage]) for stage in ("rollout", "score", "train")] == [0, 0, NOT_FINISHED]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:5] for line in lines[:2]] == [["rollout", "3", "of", "3", "parts"], ["score", "3", "of", "3", "parts"]]
+    assert lines[2].split()[:5] == ["train", "0", "of", "4", "steps"]
+
+    write_checkpoint(tmp_path / "opd", 3)
+    assert main(["progress", *recipe, "--stage", "train"]) == NOT_FINISHED
+    write_checkpoint(tmp_path / "opd", 4)
+    assert main(["progress", *recipe, "--stage", "train"]) == 0
+    assert main(["progress", *recipe, "--stage", "train", "train.steps=5"]) == NOT_FINISHED
+
+    assert store.score_manifest(2, "teacher") is not None
+    (tmp_path / "rollouts.opd.zarr/parts/000002/teacher/teacher/zarr.json").unlink()
+    assert main(["progress", *recipe, "--stage", "score"]) == NOT_FINISHED
+    assert "2 of 3 parts" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_unfinished_run_is_not_converted(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "sft", 3)
+    recipe = [*inputs, f"run_dir={str(tmp_path)!r}", "sft.steps=4"]
+    assert main(["convert", "trained", *recipe, "--stage", "sft"]) == 2
+    assert "3 of 4 steps" in capsys.readouterr().err
+
+
+def test_check_of_the_inputs_names_what_is_missing(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *inputs, "--stage", "inputs"]) == 0
+    assert "rollout: 40 prompts" in capsys.readouterr().out
+    for override, words in (
+        ("eval.prompts=/nowhere.jsonl", "/nowhere.jsonl: no such prompt file"),
+        ("models.teacher=/nowhere", "/nowhere/config.json"),
+        ("sft.parallel.tp=8", "tp"),
+    ):
+        assert main(["check", *inputs, override, "--stage", "inputs"]) == 2
+        assert words in capsys.readouterr().err
