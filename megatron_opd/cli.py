@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 
 from megatron_opd import __version__
 from megatron_opd.config import STAGES, Recipe, load_recipe, require, shipped_recipes
-from megatron_opd.errors import UserError
+from megatron_opd.errors import QuarantineError, UserError
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for what the user can mend, 1 for our own faults."""
+    """Entry point; returns the exit code: 0, 2 for what the user can mend, 3 for too many quarantined rollouts, 1 for our own faults."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         return int(args.run(args, arguments) or 0)
+    except QuarantineError as error:
+        return _fail(str(error), code=3)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
@@ -42,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, *, code: int = 2) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"megatron-opd: error: {message}", file=sys.stderr, flush=True)
     if os.environ.get("OPD_TRACEBACK") == "1":
         traceback.print_exc()
-    return 2
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -120,10 +122,22 @@ def _recipe_stage(
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and exit")
     if sharded:
+        parser.add_argument("--url", action="append", metavar="URL", help="a running SGLang server (repeat for several); engine.urls")
+        parser.add_argument(
+            "--launch",
+            nargs="?",
+            const=1,
+            type=int,
+            metavar="N",
+            help="start N SGLang servers (default 1) for the stage; engine.launch.tp, .dp, .options and .command say how",
+        )
         parser.add_argument("--shard", default="0/1", metavar="I/N", help="make the parts p with p %% N == I, beside other workers")
     if trains:
         parser.add_argument(
-            "--nproc", type=int, metavar="N", help="ranks to start on this node (default: one a GPU, or as few as the layout needs on a CPU; not under torchrun)"
+            "--nproc",
+            type=int,
+            metavar="N",
+            help="ranks to start on this node (default: one a GPU, or as few as the layout needs on a CPU; not under torchrun)",
         )
 
     def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:
@@ -142,6 +156,10 @@ def _recipe_stage(
 def _flag_overrides(args: argparse.Namespace) -> list[str]:
     """Flags that are only another spelling of recipe fields."""
     overrides = []
+    if getattr(args, "url", None):
+        overrides.append(f"engine.urls={args.url!r}")
+    if getattr(args, "launch", None):
+        overrides.append(f"engine.launch.servers={args.launch}")
     if getattr(args, "sft_teacher", None):
         overrides.append(f"rollout.sft_teacher={args.sft_teacher!r}")
     if getattr(args, "allow_teacher_mismatch", False):
@@ -162,20 +180,22 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
 
 
 def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
-    from megatron_opd.serve.sample import Shard, generate
+    from megatron_opd.serve.sample import generate
+    from megatron_opd.serve.stage import Shard
 
     generate(recipe, Shard.parse(args.shard))
 
 
 def _rollout(recipe: Recipe, args: argparse.Namespace) -> None:
-    from megatron_opd.serve.sample import Shard, rollout
+    from megatron_opd.serve.sample import rollout
+    from megatron_opd.serve.stage import Shard
 
     rollout(recipe, Shard.parse(args.shard))
 
 
 def _score(recipe: Recipe, args: argparse.Namespace) -> None:
-    from megatron_opd.serve.sample import Shard
     from megatron_opd.serve.score import score
+    from megatron_opd.serve.stage import Shard
 
     score(recipe, Shard.parse(args.shard))
 

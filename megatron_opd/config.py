@@ -36,18 +36,35 @@ class ModelsConfig(_Section):
     student: str = Field(description="base student, before SFT")
 
 
+class LaunchConfig(_Section):
+    """SGLang servers that a stage starts as its children and ends with itself; the model is the stage's."""
+
+    servers: int = Field(default=1, gt=0)
+    tp: int = Field(default=1, gt=0, description="GPUs that share one copy of the model")
+    dp: int = Field(default=1, gt=0, description="copies of the model in one server")
+    options: list[str] = Field(default_factory=list, description="further options of sglang.launch_server, a word each")
+    command: list[str] = Field(default_factory=list, description="by default PYTHON -m sglang.launch_server with this Python")
+    environment: dict[str, str] = Field(default_factory=dict, description="further variables")
+    start_seconds: float = Field(default=1800.0, gt=0, description="until a server must answer")
+    restarts: int = Field(default=3, ge=0, description="times that a server that died is started again")
+
+
 class EngineConfig(_Section):
     """What runs inference for generate, rollout, score and eval."""
 
     kind: Literal["auto", "transformers", "sglang"] = "auto"
     urls: list[str] = Field(default_factory=list, description="running SGLang servers; 'auto' uses them when given")
+    launch: LaunchConfig | None = Field(default=None, description="start SGLang servers for the stage")
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: int = Field(default=16384, gt=0, description="transformers: tokens (with padding) a forward pass")
     batch_sequences: int = Field(default=256, gt=0, description="transformers: sequences generated together")
-    concurrency: int = Field(default=64, gt=0, description="sglang: requests under way at once")
-    timeout: float = Field(default=1800.0, gt=0, description="sglang: seconds for one request")
+    tokens_under_way: int = Field(default=1 << 19, gt=0, description="sglang: tokens of the requests that a server has at once")
+    timeout: float = Field(default=300.0, gt=0, description="sglang: seconds for a request, to which come those for its length")
+    slowest_decode: float = Field(default=2.0, gt=0, description="sglang: tokens/s; a response may take its length at this speed")
+    slowest_prefill: float = Field(default=200.0, gt=0, description="sglang: tokens/s; reading a sequence may take as long")
     retries: int = Field(default=4, ge=0, description="sglang: repeats of a request that failed for a passing reason")
+    patience: float = Field(default=600.0, ge=0, description="sglang: seconds to wait for a server at engine.urls that is away")
     context_length: int | None = Field(default=None, gt=0, description="longest sequence; from the model's config when not given")
 
 
@@ -71,6 +88,7 @@ class SampleStage(_Section):
     store: str
     num_prompts: int | None = Field(default=None, gt=0, description="use only the first N prompts of the file")
     prompts_per_part: int = Field(default=256, gt=0)
+    max_quarantined: float = Field(default=0.001, ge=0, le=1, description="share of failed rollouts above which the stage exits with 3")
     sampling: SamplingParams = SamplingParams()
     encoding: EncodingConfig = EncodingConfig()
 
@@ -98,6 +116,10 @@ class ScoreStage(_Section):
     teacher: str = Field(default="teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the teacher's group in the store")
     top_k: int = Field(default=0, ge=0)
     topk_dtype: Literal["float32", "float16"] = "float32"
+    overlong: Literal["error", "cut", "skip"] = Field(
+        default="error", description="rollouts longer than the teacher takes: score what fits, or leave them out; both are recorded"
+    )
+    max_quarantined: float = Field(default=0.001, ge=0, le=1, description="share of failed rollouts above which the stage exits with 3")
     allow_teacher_mismatch: bool = False
 
 

@@ -25,10 +25,14 @@ class StageCost:
         self._start = time.time()
         return self
 
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return time.time() - self._start
+
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None and not self.tokens:
             return  # nothing was left to do
-        seconds = time.time() - self._start
+        seconds = self.seconds()
         row = {
             "stage": self.stage,
             "started": self._start,

@@ -23,3 +23,7 @@ class EngineError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, unfinished, or was made by a different run."""
+
+
+class QuarantineError(UserError):
+    """A stage is done, but excluded more rollouts than it may; the command line exits with 3."""

@@ -6,7 +6,7 @@ One alignment rule: `logp[t]` is log p(tokens[t] | tokens[:t]), natural logarith
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # A log-probability computed in fp32 may exceed 0 by rounding; more than this is an error.
 LOGP_EPSILON = 1e-3
+# Engines write the lowest finite number for -inf (SGLang clamps to it); no real model is this sure that a token won't come.
+LOGP_FLOOR = -1e4
 
 
 class Finish(IntEnum):
@@ -40,7 +42,7 @@ def check_logp(logp_T: np.ndarray, name: str, start: int) -> None:
     if not np.isnan(logp_T[:start]).all():
         raise ValueError(f"{name} has values at prompt tokens; position t must hold log p(tokens[t])")
     response = logp_T[start:]
-    bad = np.flatnonzero(~(np.isfinite(response) & (response <= LOGP_EPSILON)))
+    bad = np.flatnonzero(~((response >= LOGP_FLOOR) & (response <= LOGP_EPSILON)))  # NaN is neither
     if bad.size:
         t = start + int(bad[0])
         raise ValueError(f"{name}[{t}] is {logp_T[t]}, not a log-probability ({bad.size} such positions)")
@@ -73,6 +75,12 @@ class Rollout:
     def response_len(self) -> int:
         return len(self.tokens) - self.prompt_len
 
+    def cut(self, max_tokens: int | None) -> Rollout:
+        """This rollout, or its first `max_tokens` tokens (finish LENGTH). Raises ValueError if no token of the response is left."""
+        if max_tokens is None or len(self.tokens) <= max_tokens:
+            return self
+        return replace(self, tokens=self.tokens[:max_tokens], student_logp=self.student_logp[:max_tokens], finish=Finish.LENGTH)
+
 
 @dataclass(frozen=True)
 class TeacherScores:
@@ -98,7 +106,7 @@ class TeacherScores:
                 raise ValueError("top-k arrays have values at prompt tokens; there the ids are -1 and the log-probabilities NaN")
             if self.topk_ids[start:].min() < 0:
                 raise ValueError("a response position has no top-k ids")
-            if not (np.isfinite(self.topk_logp[start:]) & (self.topk_logp[start:] <= LOGP_EPSILON)).all():
+            if not ((self.topk_logp[start:] >= LOGP_FLOOR) & (self.topk_logp[start:] <= LOGP_EPSILON)).all():
                 raise ValueError("a response position has a top-k value that is not a log-probability")
 
 
@@ -186,11 +194,12 @@ class StoreManifest(_Record):
 
 
 class Excluded(_Record):
-    """A rollout that was asked for and is not in the store, with the reason."""
+    """A rollout that was asked for and is not there (or not scored), with the reason; `quarantined`: the engine failed at it."""
 
     prompt_index: int
     sample_index: int
     reason: str
+    quarantined: bool = False
 
 
 class PartManifest(_Record):
@@ -206,11 +215,16 @@ class PartManifest(_Record):
 
 
 class ScoreManifest(_Record):
-    """Attributes of a teacher's group in a part; written last."""
+    """Attributes of a teacher's group in a part; written last.
+
+    `excluded` rollouts have no scores (NaN), and those longer than `max_tokens` are scored up to there; training leaves both out.
+    """
 
     part: int
     teacher: ModelFingerprint
     top_k: int = Field(default=0, ge=0)
+    max_tokens: int | None = None
+    excluded: list[Excluded] = Field(default_factory=list)
     allow_teacher_mismatch: bool = False
     part_crc32c: dict[str, int]
     crc32c: dict[str, int]

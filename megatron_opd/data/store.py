@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from megatron_opd.data.location import CHUNK_ITEMS, Location, checksum, read_rows
+from megatron_opd.data.location import CHUNK_ITEMS, FILL, Location, checksum, read_rows
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
 
@@ -125,29 +125,35 @@ def write_scores(
     teacher: str,
     manifest: ScoreManifest,
     rollouts: Sequence[Rollout],
-    scores: Sequence[TeacherScores],
+    scores: Sequence[TeacherScores | None],
     *,
     topk_dtype: str = "float32",
 ) -> None:
     """Write and seal teacher `teacher`'s scores of a part; `manifest.crc32c` is filled in here.
 
-    `rollouts` are all rollouts of the part in the store's order. Raises StoreError for scores that are missing or not theirs.
+    `rollouts` are all rollouts of the part in the store's order. Scores are None for those in `manifest.excluded`, and of the first
+    `manifest.max_tokens` tokens. Raises StoreError for scores that are missing or not theirs.
     """
     if len(rollouts) != len(scores) or checksum(_concat([r.tokens for r in rollouts], np.int32)) != manifest.part_crc32c["tokens"]:
         raise StoreError(
             f"{location.show(part_group(manifest.part))}: {len(scores)} scores of {len(rollouts)} rollouts, which are not all of the part's in their order"
         )
+    excluded = {(entry.prompt_index, entry.sample_index) for entry in manifest.excluded}
     for rollout, score in zip(rollouts, scores, strict=True):
         try:
-            score.check_against(rollout)
-            _check_topk(score, manifest)
+            if (score is None) != ((rollout.prompt_index, rollout.sample_index) in excluded):
+                raise ValueError("no scores, and not excluded" if score is None else "excluded, but scored")
+            if score is not None:
+                score.check_against(rollout.cut(manifest.max_tokens))
+                _check_topk(score, manifest)
         except ValueError as error:
             raise StoreError(f"part {manifest.part}, prompt {rollout.prompt_index}, sample {rollout.sample_index}: {error}") from None
-    arrays = {"logp": _concat([s.logp for s in scores], np.float32)}
+    lengths = [len(rollout.tokens) for rollout in rollouts]
+    arrays = {"logp": _aligned([None if s is None else s.logp for s in scores], lengths, np.float32)}
     if manifest.top_k:
-        shape = (0, manifest.top_k)
-        arrays["topk_ids"] = _concat([s.topk_ids for s in scores if s.topk_ids is not None], np.int32, shape)
-        arrays["topk_logp"] = _concat([s.topk_logp for s in scores if s.topk_logp is not None], np.dtype(topk_dtype), shape)
+        shape = (manifest.top_k,)
+        arrays["topk_ids"] = _aligned([None if s is None else s.topk_ids for s in scores], lengths, np.int32, shape)
+        arrays["topk_logp"] = _aligned([None if s is None else s.topk_logp for s in scores], lengths, np.dtype(topk_dtype), shape)
     sealed = manifest.model_copy(update={"crc32c": {name: checksum(array) for name, array in arrays.items()}})
     parent = f"{part_group(manifest.part)}/teacher"
     location.write_attributes(parent, None)
@@ -167,19 +173,30 @@ def _check_topk(score: TeacherScores, manifest: ScoreManifest) -> None:
         raise ValueError(f"candidate {int(score.topk_ids.max())} in a vocabulary of {manifest.teacher.vocab_size}")
 
 
-def _concat(arrays: Sequence[np.ndarray], dtype: Any, empty_shape: tuple[int, ...] = (0,)) -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(empty_shape, dtype)
+def _concat(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
+
+
+def _aligned(arrays: Sequence[np.ndarray | None], lengths: Sequence[int], dtype: Any, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """Arrays back to back, each over as many rows as `lengths` says; the fill value where there is none."""
+    result = np.full((sum(lengths), *shape), FILL[np.dtype(dtype).kind], dtype)
+    for array, end, length in zip(arrays, np.cumsum(lengths), lengths, strict=True):
+        if array is not None:
+            result[end - length : end - length + len(array)] = array
+    return result
 
 
 class StoreReader:
     """Rollouts and scores by global index over the sealed parts.
 
     What fits `memory_bytes` is read whole and kept; a larger store is read in blocks that an LRU keeps. `refresh()` sees parts
-    sealed since. Anything missing, unsealed or damaged raises StoreError naming it.
+    sealed since. Anything missing, unsealed or damaged raises StoreError naming it. With `teacher`, rollouts that it could not score
+    are left out, and those that it scored in part are cut there.
     """
 
-    def __init__(self, url: str, *, memory_bytes: int = 4 << 30):
+    def __init__(self, url: str, *, teacher: str | None = None, memory_bytes: int = 4 << 30):
         self.location = Location(url)
+        self.teacher = teacher
         self.manifest = read_manifest(self.location)
         self.memory_bytes = memory_bytes
         # The checksum in the keys: a part that was deleted and made again is another part.
@@ -213,6 +230,28 @@ class StoreReader:
         self.prompt_indices = _concat(small["prompt_index"], np.int64)
         self.sample_indices = _concat(small["sample_index"], np.int32)
         self.finishes = _concat(small["finish"], np.uint8)
+        if self.teacher is not None:
+            self._keep_scored(self.teacher)
+
+    def _keep_scored(self, teacher: str) -> None:
+        """Leave out what `teacher` could not score. Parts that it has not scored at all stay: `check_scored` names them."""
+        keep = np.ones(len(self.lengths), bool)
+        for part in self.parts:
+            record = self.score_manifest(part, teacher)
+            if record is None or (not record.excluded and record.max_tokens is None):
+                continue
+            rows = np.flatnonzero(self.part_ids == part)
+            keep[rows] = [self._exclusion(record, int(index)) is None for index in rows]
+            if record.max_tokens is not None:
+                self.finishes[rows] = np.where(self.lengths[rows] > record.max_tokens, Finish.LENGTH, self.finishes[rows])
+                self.lengths[rows] = np.minimum(self.lengths[rows], record.max_tokens)
+        for name in ("part_ids", "starts", "lengths", "prompt_lens", "prompt_indices", "sample_indices", "finishes"):
+            setattr(self, name, getattr(self, name)[keep])
+
+    def _exclusion(self, record: ScoreManifest, index: int) -> str | None:
+        """Why rollout `index` has no scores."""
+        name = (int(self.prompt_indices[index]), int(self.sample_indices[index]))
+        return next((entry.reason for entry in record.excluded if (entry.prompt_index, entry.sample_index) == name), None)
 
     def _sealed_parts(self) -> list[int]:
         return [
@@ -311,7 +350,10 @@ class StoreReader:
             raise StoreError(f"{self.location.show(group)}, rollout {index}: {error}; {_MAKE_AGAIN}") from None
 
     def scores(self, index: int, teacher: str, *, topk: bool = False) -> TeacherScores:
-        """Scores of rollout `index` by `teacher`, with its top-K arrays if `topk`. Raises StoreError where there are none."""
+        """Scores of rollout `index` by `teacher`, with its top-K arrays if `topk`. Raises StoreError where there are none.
+
+        Of a rollout that was scored in part they have the length that was scored.
+        """
         part, rows = self._locate(index)
         record = self.score_manifest(part, teacher)
         if record is None:
@@ -319,10 +361,15 @@ class StoreReader:
         if topk and not record.top_k:
             raise StoreError(f"{self.location.show(score_group(part, teacher))}: no top-k scores; score with score.top_k > 0")
         group, total = score_group(part, teacher), self.parts[part].num_tokens
+        if (reason := self._exclusion(record, index)) is not None:
+            raise StoreError(
+                f"{self.location.show(group)}, rollout {index}: has no scores: {reason}; open the store with teacher={teacher!r}"
+            )
+        rollout = self.rollout(index).cut(record.max_tokens)
+        rows = slice(rows.start, rows.start + len(rollout.tokens))
         names = ("logp", "topk_ids", "topk_logp") if topk else ("logp",)
         arrays = [self._rows(group, name, rows, total, record.crc32c[name]) for name in names]
         scores = TeacherScores(arrays[0], *(arrays[1:2]), *(array.astype(np.float32) for array in arrays[2:]))
-        rollout = self.rollout(index)
         try:
             scores.check_against(rollout)
         except ValueError as error:

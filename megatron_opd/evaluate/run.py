@@ -59,7 +59,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
         score_store(
             ScoreStage(store=store, model=stage.teacher, teacher=TEACHER), recipe.engine, run_dir=recipe.run_dir, check_lineage=False
         )
-        figures["reverse_kl"] = reverse_kl_totals(StoreReader(store), TEACHER)
+        figures["reverse_kl"] = reverse_kl_totals(StoreReader(store, teacher=TEACHER), TEACHER)
         result["reverse_kl"] = ratio_interval(figures["reverse_kl"])._asdict()
     if stage.baseline is not None:
         result["against"] = _compare(stage, figures, reader)
@@ -140,7 +140,7 @@ def _compare(stage: EvalStage, figures: dict[str, Totals], reader: StoreReader) 
         before["accuracy"] = accuracy_totals(stage, other)
     if "reverse_kl" in figures:
         other.check_scored(TEACHER)
-        before["reverse_kl"] = reverse_kl_totals(other, TEACHER)
+        before["reverse_kl"] = reverse_kl_totals(StoreReader(str(path), teacher=TEACHER), TEACHER)
     result: dict[str, Any] = {"name": baseline}
     for name, totals in before.items():
         both = figures[name].keys() & totals.keys()  # without prompts that were excluded from either

@@ -5,16 +5,19 @@ Legend: P prompt tokens, R response tokens, T = P + R, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megatron_opd.config import EngineConfig
 from megatron_opd.errors import ConfigError, EngineError
 from megatron_opd.records import Finish, ModelFingerprint, SamplingParams, TeacherScores
+
+Progress = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -43,29 +46,52 @@ class ScoreRequest:
     start: int
 
 
-class Engine(Protocol):
+@dataclass(frozen=True)
+class Failed:
+    """A request that the engine could not do right, however often it was repeated."""
+
+    reason: str
+
+
+class Engine(ABC):
     """An inference engine for one model. `progress` is called with the number of tokens finished since its last call."""
 
     fingerprint: ModelFingerprint
     context_length: int
+    num_gpus: int = 0
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Name, version and numeric settings, for manifests."""
-        ...
 
-    def generate(
-        self, requests: Sequence[GenerateRequest], sampling: SamplingParams, progress: Callable[[int], Any] | None = None
-    ) -> list[Generated]:
-        """One response a request, in order. Raises EngineError."""
-        ...
+    @abstractmethod
+    def generate(self, requests: Sequence[GenerateRequest], sampling: SamplingParams, progress: Progress | None = None) -> list[Generated]:
+        """One response a request, in order. Raises EngineError, also for a single request that fails."""
 
-    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0, progress: Callable[[int], Any] | None = None) -> list[TeacherScores]:
+    @abstractmethod
+    def score(self, requests: Sequence[ScoreRequest], top_k: int = 0, progress: Progress | None = None) -> list[TeacherScores]:
         """Log-probabilities at temperature 1, aligned with tokens (NaN, id -1 before `start`), in order. Raises EngineError."""
-        ...
 
+    def generate_parts(
+        self, parts: Iterable[Sequence[GenerateRequest]], sampling: SamplingParams, progress: Progress | None = None
+    ) -> Iterator[tuple[int, Sequence[Generated | Failed]]]:
+        """(number of the part, its outcomes in order) as parts are finished, in any order; `parts` is read as there is room.
+
+        Raises EngineError for what is no single request's fault.
+        """
+        for number, requests in enumerate(parts):
+            yield number, self.generate(requests, sampling, progress)
+
+    def score_parts(
+        self, parts: Iterable[Sequence[ScoreRequest]], top_k: int = 0, progress: Progress | None = None
+    ) -> Iterator[tuple[int, Sequence[TeacherScores | Failed]]]:
+        """As `generate_parts`."""
+        for number, requests in enumerate(parts):
+            yield number, self.score(requests, top_k, progress)
+
+    @abstractmethod
     def close(self) -> None:
-        """Free what the engine holds."""
-        ...
+        """Free what the engine holds; servers that it started end."""
 
 
 def check_requests(requests: Sequence[GenerateRequest] | Sequence[ScoreRequest], *, vocab_size: int, context_length: int) -> None:
@@ -85,18 +111,23 @@ def check_requests(requests: Sequence[GenerateRequest] | Sequence[ScoreRequest],
             raise EngineError(f"request {number}: scoring from position {request.start} of {len(tokens)} tokens")
 
 
-def open_engine(config: EngineConfig, model: str | Path) -> Engine:
-    """The engine that `config` names for a Hugging Face directory. 'auto': SGLang if urls are given, else transformers."""
-    if config.kind == "sglang" or (config.kind == "auto" and config.urls):
-        if not config.urls:
+def open_engine(config: EngineConfig, model: str | Path, *, log_dir: str | Path = "logs") -> Engine:
+    """The engine that `config` names for a Hugging Face directory. 'auto': SGLang if urls or launch are given, else transformers.
+
+    Servers that are launched write their output below `log_dir`.
+    """
+    if config.urls and config.launch is not None:
+        raise ConfigError("engine.urls and engine.launch are both given; use running servers, or let the stage start its own")
+    if config.kind == "sglang" or (config.kind == "auto" and (config.urls or config.launch)):
+        if not config.urls and config.launch is None:
             raise ConfigError(
-                "engine.kind is 'sglang' but engine.urls is empty; start a server and give its address (engine.urls='[\"http://127.0.0.1:30000\"]')"
+                "engine.kind is 'sglang' but there are no servers; give addresses (--url http://127.0.0.1:30000) or start some (--launch 1)"
             )
         from megatron_opd.serve.sglang import SglangEngine
 
-        return SglangEngine(config, model)
-    if config.urls:
-        raise ConfigError("engine.urls are given but engine.kind is 'transformers'; drop one of them")
+        return SglangEngine(config, model, log_dir=log_dir)
+    if config.urls or config.launch:
+        raise ConfigError("engine.urls or engine.launch are given but engine.kind is 'transformers'; drop one of them")
     from megatron_opd.serve.transformers_engine import TransformersEngine
 
     return TransformersEngine(config, model)

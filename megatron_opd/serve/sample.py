@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_opd.config import EngineConfig, Recipe, SampleStage, require
 from megatron_opd.cost import StageCost, provenance
 from megatron_opd.data.location import Location
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader, create_store, part_group, write_part
-from megatron_opd.errors import EngineError, LineageError, UserError
+from megatron_opd.errors import LineageError
 from megatron_opd.lineage import fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
 from megatron_opd.serve.encode import encode_prompts
-from megatron_opd.serve.engine import Engine, Generated, GenerateRequest, open_engine
+from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
+from megatron_opd.serve.stage import Bar, Shard, check_model_unchanged, check_quarantined, closing_engine, quarantine
 
-
-@dataclass(frozen=True)
-class Shard:
-    """Worker `index` of `count`: it makes the parts p with p % count == index."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise UserError(f"shard {self.index}/{self.count}: i/N with 0 <= i < N is expected")
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        index, sign, count = text.partition("/")
-        if not sign or not index.isdecimal() or not count.isdecimal():
-            raise UserError(f"--shard {text!r}: i/N is expected, for example 0/8")
-        return cls(int(index), int(count))
-
-    def owns(self, part: int) -> bool:
-        return part % self.count == self.index
+Stage = TypeVar("Stage", bound=SampleStage)
 
 
 def generate(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
     """Teacher responses for SFT; the store names the teacher, so that consistency can be held from here on."""
-    stage = require(recipe.generate, "generate")
+    stage = cap_responses(require(recipe.generate, "generate"), recipe.sft.max_response_tokens, "generate")
     return sample_into_store(stage, recipe.engine, role="teacher", run_dir=recipe.run_dir, name="generate", shard=shard)
 
 
 def rollout(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
     """Student responses for distillation, with the lineage of the student."""
-    stage = require(recipe.rollout, "rollout")
+    stage = cap_responses(require(recipe.rollout, "rollout"), recipe.train.max_response_tokens, "rollout")
     lineage = read_lineage(stage.model) or Lineage()
     if stage.sft_teacher is not None:
         declared = fingerprint_model(stage.sft_teacher)
@@ -93,56 +71,90 @@ def sample_into_store(
     todo = [part for part in range(manifest.num_parts) if shard.owns(part) and location.read_attributes(part_group(part)) is None]
     if not todo:
         print(f"{name}: {stage.store} has all its parts")
-        return StoreReader(stage.store)
-    with StageCost(run_dir, name) as cost, closing_engine(open_engine(engine_config, stage.model)) as engine:
-        max_prompt = (
-            engine.context_length - 1
-            if stage.sampling.max_new_tokens >= engine.context_length
-            else engine.context_length - stage.sampling.max_new_tokens
-        )
+        return _account(StoreReader(stage.store), shard, stage, name, run_dir)
+    with StageCost(run_dir, name) as cost, closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine:
+        cost.num_gpus = engine.num_gpus
+        max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)
+        if stage.sampling.max_new_tokens >= engine.context_length:
+            max_prompt = engine.context_length - 1
         encoded, overlong = encode_prompts(load_tokenizer(stage.model), prompts, stage.encoding, max_tokens=max_prompt)
         create_store(stage.store, manifest)  # a new one only now: what is refused until here leaves nothing behind
         settings = {"engine": engine.describe(), **provenance()}
         samples = stage.sampling.samples_per_prompt
-        done = sum(len(manifest.prompt_range(part)) for part in range(manifest.num_parts) if shard.owns(part) and part not in todo)
-        total = sum(len(manifest.prompt_range(part)) for part in range(manifest.num_parts) if shard.owns(part))
-        with progress_bar(name, total=total * samples, initial=done * samples, unit="rollout") as bar:
-            for part in todo:
-                rows = manifest.prompt_range(part)
-                skipped = set(overlong) & set(rows)
-                requests = [GenerateRequest(encoded[row], row, sample) for row in rows if row not in skipped for sample in range(samples)]
-                generated = engine.generate(requests, stage.sampling, lambda tokens: bar.update(1)) if requests else []
-                rollouts = [_to_rollout(request, answer) for request, answer in zip(requests, generated, strict=True)]
-                excluded = [
-                    Excluded(prompt_index=row, sample_index=s, reason=f"prompt of {len(encoded[row])} tokens is too long")
-                    for row in sorted(skipped)
-                    for s in range(samples)
+        mine = [part for part in range(manifest.num_parts) if shard.owns(part)]
+        total = sum(len(manifest.prompt_range(part)) for part in mine) * samples
+        left = sum(len(manifest.prompt_range(part)) for part in todo) * samples
+        skipped = set(overlong)
+
+        def requests_of(part: int) -> list[GenerateRequest]:
+            rows = (row for row in manifest.prompt_range(part) if row not in skipped)
+            return [GenerateRequest(encoded[row], row, sample) for row in rows for sample in range(samples)]
+
+        with Bar(name, cost, total=total, initial=total - left, unit="rollout") as bar:
+            outcomes = engine.generate_parts(map(requests_of, todo), stage.sampling, lambda tokens: bar.update(1, tokens=tokens))
+            for number, generated in outcomes:
+                part = todo[number]
+                rollouts, excluded = _sort_out(requests_of(part), generated)
+                excluded += [
+                    Excluded(prompt_index=row, sample_index=sample, reason=f"prompt of {len(encoded[row])} tokens is too long")
+                    for row in manifest.prompt_range(part)
+                    if row in skipped
+                    for sample in range(samples)
                 ]
-                bar.update(len(excluded))
+                check_model_unchanged(engine, stage.model)
+                quarantine(run_dir, name, stage.store, part, excluded)
                 write_part(location, part, rollouts, excluded, settings)
                 cost.tokens += sum(rollout.response_len for rollout in rollouts)
     reader = StoreReader(stage.store)
     _say_result(name, reader)
+    return _account(reader, shard, stage, name, run_dir)
+
+
+def _account(reader: StoreReader, shard: Shard, stage: SampleStage, name: str, run_dir: str) -> StoreReader:
+    """The reader; raises QuarantineError if too many rollouts of the shard were quarantined."""
+    records = [record for part, record in reader.parts.items() if shard.owns(part)]
+    excluded = [entry for record in records for entry in record.excluded]
+    total = sum(record.num_rollouts for record in records) + len(excluded)
+    remedy = "find the cause; to sample them again delete their parts and run the same command"
+    check_quarantined(name, excluded, total=total, limit=stage.max_quarantined, run_dir=run_dir, remedy=remedy)
     return reader
 
 
+def cap_responses(stage: Stage, used: int | None, name: str) -> Stage:
+    """`stage` with responses no longer than training will use."""
+    if used is None or stage.sampling.max_new_tokens <= used:
+        return stage
+    print(f"{name}: responses are sampled up to {used} tokens, as training uses no more ({name}.sampling.max_new_tokens asks for more)")
+    return stage.model_copy(update={"sampling": stage.sampling.model_copy(update={"max_new_tokens": used})})
+
+
+def _sort_out(requests: Sequence[GenerateRequest], outcomes: Sequence[Generated | Failed]) -> tuple[list[Rollout], list[Excluded]]:
+    """Rollouts, and what the engine failed at."""
+    rollouts, excluded = [], []
+    for request, outcome in zip(requests, outcomes, strict=True):
+        try:
+            if isinstance(outcome, Failed):
+                raise ValueError(outcome.reason)
+            rollouts.append(_to_rollout(request, outcome))
+        except ValueError as error:
+            name = {"prompt_index": request.prompt_index, "sample_index": request.sample_index}
+            excluded.append(Excluded(**name, reason=str(error), quarantined=True))
+    return rollouts, excluded
+
+
 def _to_rollout(request: GenerateRequest, generated: Generated) -> Rollout:
+    """Raises ValueError for what is no response."""
     if len(generated.tokens) == 0 or generated.finish is Finish.ABORT:
-        raise EngineError(
-            f"prompt {request.prompt_index}, sample {request.sample_index}: the engine gave no response ({generated.finish.name.lower()})"
-        )
+        raise ValueError(f"the engine gave no response ({generated.finish.name.lower()})")
     unscored = np.full(len(request.prompt), np.nan, np.float32)
-    try:
-        return Rollout(
-            tokens=np.concatenate([request.prompt, generated.tokens]).astype(np.int32),
-            prompt_len=len(request.prompt),
-            prompt_index=request.prompt_index,
-            sample_index=request.sample_index,
-            finish=generated.finish,
-            student_logp=np.concatenate([unscored, generated.logp]).astype(np.float32),
-        )
-    except ValueError as error:
-        raise EngineError(f"prompt {request.prompt_index}, sample {request.sample_index}: {error}") from None
+    return Rollout(
+        tokens=np.concatenate([request.prompt, generated.tokens]).astype(np.int32),
+        prompt_len=len(request.prompt),
+        prompt_index=request.prompt_index,
+        sample_index=request.sample_index,
+        finish=generated.finish,
+        student_logp=np.concatenate([unscored, generated.logp]).astype(np.float32),
+    )
 
 
 def _say_result(name: str, reader: StoreReader) -> None:
@@ -154,16 +166,3 @@ def _say_result(name: str, reader: StoreReader) -> None:
         else "none"
     )
     print(f"{name}: {len(reader)} rollouts in {reader.location.url} ({length}; {excluded} excluded; {missing} parts still missing)")
-
-
-@contextlib.contextmanager
-def closing_engine(engine: Engine) -> Iterator[Engine]:
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def progress_bar(name: str, *, total: int, unit: str, initial: int = 0) -> tqdm[Any]:
-    """One style of progress bar for every stage; on a file (a Slurm log) a line now and then."""
-    return tqdm(total=total, initial=initial, desc=name, unit=unit, unit_scale=True, mininterval=0.5, dynamic_ncols=True)

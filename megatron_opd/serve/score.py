@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_opd.config import EngineConfig, Recipe, ScoreStage
 from megatron_opd.cost import StageCost, provenance
 from megatron_opd.data.store import StoreReader, write_scores
 from megatron_opd.errors import StoreError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, same_model
-from megatron_opd.records import ModelFingerprint, ScoreManifest, TeacherScores
-from megatron_opd.serve.engine import ScoreRequest, open_engine
-from megatron_opd.serve.sample import Shard, closing_engine, progress_bar
+from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
+from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
+from megatron_opd.serve.stage import Bar, Shard, check_model_unchanged, check_quarantined, closing_engine, quarantine
 
 
 def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
@@ -41,32 +43,101 @@ def score_store(
         print(
             f"score: teacher {stage.teacher!r} has scored all sealed parts of {stage.store}; {len(reader.missing_parts())} parts are not sealed"
         )
+        _account(reader, parts, stage, run_dir)
         return reader
-    with StageCost(run_dir, "score") as cost, closing_engine(open_engine(engine_config, stage.model)) as engine:
+    with StageCost(run_dir, "score") as cost, closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine:
+        cost.num_gpus = engine.num_gpus
         settings = engine.describe()
         total = sum(reader.parts[part].num_response_tokens for part in parts)
-        done = total - sum(reader.parts[part].num_response_tokens for part in todo)
-        with progress_bar("score", total=total, initial=done, unit="token") as bar:
-            for part in todo:
-                rollouts = reader.part_rollouts(part)
-                requests = [ScoreRequest(rollout.tokens, rollout.prompt_len) for rollout in rollouts]
-                scores: list[TeacherScores] = engine.score(requests, stage.top_k, bar.update) if requests else []
+        left = sum(reader.parts[part].num_response_tokens for part in todo)
+        works: dict[int, PartWork] = {}
+
+        def requests_of(part: int) -> list[ScoreRequest]:
+            works[part] = PartWork(reader.part_rollouts(part), engine.context_length, stage.overlong)
+            return works[part].requests()
+
+        with Bar("score", cost, total=total, initial=total - left, unit="token") as bar:
+            outcomes = engine.score_parts(map(requests_of, todo), stage.top_k, lambda tokens: bar.update(tokens, tokens=tokens))
+            for number, results in outcomes:
+                part = todo[number]
+                work = works.pop(part)
+                scores = work.sort_out(results)
+                check_model_unchanged(engine, stage.model)
                 record = ScoreManifest(
                     part=part,
                     teacher=engine.fingerprint,
                     top_k=stage.top_k,
+                    max_tokens=work.max_tokens,
+                    excluded=work.excluded,
                     allow_teacher_mismatch=override is not None,
                     part_crc32c=reader.parts[part].crc32c,
                     crc32c={},
                     engine=settings,
                     provenance=provenance(),
                 )
-                write_scores(reader.location, stage.teacher, record, rollouts, scores, topk_dtype=stage.topk_dtype)
+                quarantine(run_dir, "score", stage.store, part, work.excluded)
+                write_scores(reader.location, stage.teacher, record, work.rollouts, scores, topk_dtype=stage.topk_dtype)
                 cost.tokens += reader.parts[part].num_response_tokens
+    reader.refresh()
     print(
         f"score: {cost.tokens} tokens by {fingerprint.short()} as {stage.teacher!r} into {stage.store}; {len(reader.missing_parts())} parts are not sealed"
     )
+    _account(reader, parts, stage, run_dir)
     return reader
+
+
+def _account(reader: StoreReader, parts: Sequence[int], stage: ScoreStage, run_dir: str) -> None:
+    """Raise QuarantineError if too many rollouts of `parts` were quarantined."""
+    excluded = [entry for part in parts if (record := reader.score_manifest(part, stage.teacher)) is not None for entry in record.excluded]
+    remedy = f"find the cause; to score them again delete teacher/{stage.teacher} of their parts and run the same command"
+    total = sum(reader.parts[part].num_rollouts for part in parts)
+    check_quarantined("score", excluded, total=total, limit=stage.max_quarantined, run_dir=run_dir, remedy=remedy)
+
+
+class PartWork:
+    """Rollouts of a part on their way to the teacher, and those that it can't score, with the reason."""
+
+    def __init__(self, rollouts: Sequence[Rollout], context_length: int, overlong: str):
+        self.rollouts = rollouts
+        self.excluded: list[Excluded] = []
+        longest = max((len(rollout.tokens) for rollout in rollouts), default=0)
+        self.max_tokens = context_length if longest > context_length and overlong == "cut" else None
+        for rollout in rollouts:
+            T = len(rollout.tokens)
+            if context_length >= T:
+                continue
+            if overlong == "error":
+                raise StoreError(
+                    f"prompt {rollout.prompt_index}, sample {rollout.sample_index} has {T} tokens, but the teacher takes {context_length}; "
+                    "raise the server's context length, or set score.overlong to 'cut' or 'skip' (recorded)"
+                )
+            if overlong == "skip" or rollout.prompt_len >= context_length:
+                self._exclude(rollout, f"{T} tokens ({rollout.prompt_len} of the prompt), the teacher takes {context_length}")
+
+    def _exclude(self, rollout: Rollout, reason: str, *, quarantined: bool = False) -> None:
+        names = {"prompt_index": rollout.prompt_index, "sample_index": rollout.sample_index}
+        self.excluded.append(Excluded(**names, reason=reason, quarantined=quarantined))
+
+    def asked(self) -> list[Rollout]:
+        """Rollouts that are to be scored, cut where they are too long."""
+        out = {(entry.prompt_index, entry.sample_index) for entry in self.excluded}
+        return [r.cut(self.max_tokens) for r in self.rollouts if (r.prompt_index, r.sample_index) not in out]
+
+    def requests(self) -> list[ScoreRequest]:
+        return [ScoreRequest(rollout.tokens, rollout.prompt_len) for rollout in self.asked()]
+
+    def sort_out(self, outcomes: Sequence[TeacherScores | Failed]) -> list[TeacherScores | None]:
+        """Scores of all rollouts, None for the excluded, to which come those that the engine failed at."""
+        scores: dict[tuple[int, int], TeacherScores] = {}
+        for rollout, outcome in zip(self.asked(), outcomes, strict=True):
+            try:
+                if isinstance(outcome, Failed):
+                    raise ValueError(outcome.reason)
+                outcome.check_against(rollout)
+                scores[rollout.prompt_index, rollout.sample_index] = outcome
+            except ValueError as error:
+                self._exclude(rollout, str(error), quarantined=True)
+        return [scores.get((rollout.prompt_index, rollout.sample_index)) for rollout in self.rollouts]
 
 
 def _check_earlier(reader: StoreReader, part: int, stage: ScoreStage, fingerprint: ModelFingerprint) -> None:

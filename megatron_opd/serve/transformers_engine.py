@@ -19,10 +19,10 @@ from megatron_opd.config import EngineConfig
 from megatron_opd.errors import EngineError, UserError
 from megatron_opd.lineage import fingerprint_model, load_tokenizer, read_config
 from megatron_opd.records import Finish, SamplingParams, TeacherScores
-from megatron_opd.serve.engine import Generated, GenerateRequest, ScoreRequest, check_requests
+from megatron_opd.serve.engine import Engine, Generated, GenerateRequest, ScoreRequest, check_requests
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """See `serve.engine.Engine`."""
 
     def __init__(self, config: EngineConfig, model: str | Path):

@@ -69,7 +69,7 @@ def _run(
     device = parallel.start(config.parallel, seed=config.seed)
     ready = on_first_rank(check)
     source = BatchSource(
-        reader=StoreReader(config.store),
+        reader=StoreReader(config.store, teacher=teacher),
         config=config,
         teacher=teacher,
         sequence_mean=sequence_mean,

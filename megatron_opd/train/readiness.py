@@ -58,7 +58,7 @@ def check_sft(stage: SftStage) -> Readiness:
 
 def check_train(stage: TrainStage) -> Readiness:
     """Raises UserError unless the student can be distilled on this store: right student, right teacher, every score there."""
-    reader, arch, init = _check_common(stage)
+    reader, arch, init = _check_common(stage, teacher=stage.teacher)
     manifest = reader.manifest
     if manifest.sampler_role != "student":
         raise StoreError(f"{stage.store}: answers of a teacher; distillation needs rollouts of the student (megatron-opd rollout)")
@@ -81,10 +81,10 @@ def check_train(stage: TrainStage) -> Readiness:
     return Readiness(arch, init, lineage, _notes(reader, overrides))
 
 
-def _check_common(stage: TrainerConfig) -> tuple[StoreReader, Architecture, ModelFingerprint]:
+def _check_common(stage: TrainerConfig, teacher: str | None = None) -> tuple[StoreReader, Architecture, ModelFingerprint]:
     arch = read_architecture(stage.init)
     arch.check_parallel(stage.parallel)
-    reader = StoreReader(stage.store)
+    reader = StoreReader(stage.store, teacher=teacher)
     if not stage.allow_incomplete:
         reader.check_complete()
     if len(reader) == 0:
@@ -119,4 +119,8 @@ def _notes(reader: StoreReader, overrides: list[str]) -> list[str]:
     excluded = sum(len(record.excluded) for record in reader.parts.values())
     if excluded:
         notes.append(f"{excluded} rollouts were excluded when the store was made; 'megatron-opd inspect' gives the reasons")
+    if reader.teacher is not None:
+        sampled = sum(record.num_rollouts for record in reader.parts.values())
+        if len(reader) < sampled:
+            notes.append(f"{sampled - len(reader)} of {sampled} rollouts have no scores of {reader.teacher!r} and are left out")
     return notes

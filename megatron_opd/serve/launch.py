@@ -1,0 +1,101 @@
+"""SGLang servers as children of this process: started, watched, started again, ended with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_opd.config import EngineConfig, LaunchConfig
+from megatron_opd.errors import EngineError
+
+STOP_SECONDS = 30.0
+TAIL_BYTES = 3000
+# A child of a process that was killed must not go on holding GPUs: the kernel ends it with the thread that started it. The check
+# closes the gap between fork and prctl. exec keeps the setting.
+_DIE_WITH_PARENT = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.getppid() == int(sys.argv[1]) or sys.exit(1); "
+    "os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+class ServerProcess:
+    """One server: a command, a log file (appended to at each start) and, while it runs, an address."""
+
+    def __init__(self, config: EngineConfig, launch: LaunchConfig, model: Path, *, number: int, log_dir: Path):
+        self.config, self.launch, self.model, self.number = config, launch, model, number
+        self.log = log_dir / f"sglang-{socket.gethostname()}-{os.getpid()}-{number}.log"
+        self.url = ""
+        self.starts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it on a free port. Raises EngineError if the command can't be run."""
+        self.stop()
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # SGLang then gives log-probs of sampled tokens at temperature 1 (the client verifies it).
+        environment = os.environ | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"} | self.launch.environment
+        command = self.command(port)
+        if shutil.which(command[0]) is None:
+            raise EngineError(f"{command[0]}: no such program; see engine.launch.command")
+        if sys.platform == "linux":
+            command = [sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        self.starts += 1
+
+    def command(self, port: int) -> list[str]:
+        """The words of the command line."""
+        config, launch = self.config, self.launch
+        words = launch.command or [sys.executable, "-m", "sglang.launch_server"]
+        options = {"--model-path": self.model, "--host": "127.0.0.1", "--port": port, "--tp-size": launch.tp, "--dp-size": launch.dp}
+        if self.number:
+            options["--base-gpu-id"] = self.number * launch.tp * launch.dp
+        if config.dtype != "auto":
+            options["--dtype"] = config.dtype
+        if config.context_length is not None:
+            options["--context-length"] = config.context_length + 7  # the server keeps 7 for itself
+        return [*words, *(str(word) for option in options.items() for word in option), *launch.options]
+
+    def death(self) -> str | None:
+        """None while it runs; else how it ended, with the last lines of its log."""
+        if self._process is None:
+            return "it was stopped, as it did not answer"
+        code = self._process.poll()
+        return None if code is None else f"it exited with code {code}; the end of {self.log}:\n{self.tail()}"
+
+    def tail(self) -> str:
+        with contextlib.suppress(OSError):
+            return self.log.read_bytes()[-TAIL_BYTES:].decode(errors="replace").strip()
+        return "(no log)"
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def stop(self) -> None:
+        """SIGTERM, on which SGLang ends its own children; then SIGKILL to what is left of its session, which is ours alone."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

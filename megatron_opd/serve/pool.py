@@ -1,0 +1,383 @@
+"""The SGLang servers of a stage: who they are, which are there, and which gets the next request.
+
+A server that fails is away until it has been inspected again: a restart of the same model goes on, another model ends the stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_opd.config import EngineConfig
+from megatron_opd.errors import EngineError, LineageError, UserError
+from megatron_opd.lineage import read_config
+from megatron_opd.serve.engine import ScoreRequest
+from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused
+from megatron_opd.serve.launch import ServerProcess
+from megatron_opd.serve.sglang_answers import WrongAnswer, read_generated, read_scores, score_body
+
+INFO_SECONDS = 60.0
+WATCH_SECONDS = 0.5  # between looks at a child or a server that is away
+HUNG_SECONDS = 120.0  # a child that has worked and does not answer for so long is started again
+REST_SECONDS = 20.0  # after a failure other servers are preferred for so long
+HOMES = 1 << 14  # prompts whose server is remembered
+# Two engines of one model differ by some 0.03 nats a token in bf16, other models by more than one: see `_check_probe`.
+PROBE_TOKENS = 48
+PROBE_NATS = 0.25
+# Settings of a server that change its numbers: recorded, and the same on every server.
+NUMERIC_SETTINGS = (
+    "dtype",
+    "quantization",
+    "kv_cache_dtype",
+    "enable_fp32_lm_head",
+    "enable_deterministic_inference",
+    "attention_backend",
+    "tp_size",
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a server said of itself when it was inspected. `startup_time` tells one process from the next at the same address."""
+
+    version: str
+    settings: dict[str, Any]
+    weight_version: str | None
+    longest_input: int
+    startup_time: Any
+    num_gpus: int
+    probe: np.ndarray  # float32 [PROBE_TOKENS - 1]: log-probs of fixed tokens
+    unscaled_logp: bool  # log-probs of sampled tokens are at temperature 1
+
+
+@dataclass(eq=False)
+class Server:
+    """A server, the tokens under way there, and until when others are preferred."""
+
+    url: str
+    process: ServerProcess | None = None
+    identity: Identity | None = None
+    up: bool = True
+    gone: str | None = None  # why it will not come back
+    inspections: int = 0
+    outstanding: int = 0
+    resting_until: float = 0.0
+
+
+class Balancer:
+    """Chooses servers: the one with the fewest outstanding tokens, but samples of one prompt together (their prefix is cached there)."""
+
+    def __init__(self, servers: list[Server]):
+        self.servers = servers
+        self._homes: OrderedDict[bytes, Server] = OrderedDict()
+
+    def choose(self, prompt: bytes) -> Server | None:
+        """The prompt's home while it has at most 1.5 times the least outstanding tokens, else the least busy; resting ones last.
+
+        None if all are away.
+        """
+        up = [server for server in self.servers if server.up]
+        if not up:
+            return None
+        now = time.monotonic()
+        awake = [server for server in up if server.resting_until <= now] or up
+        least = min(awake, key=lambda server: server.outstanding)
+        home = self._homes.get(prompt)
+        if home is None or home not in awake or home.outstanding > 1.5 * least.outstanding:
+            home = least
+            self._homes[prompt] = home
+            if len(self._homes) > HOMES:
+                self._homes.popitem(last=False)
+        return home
+
+
+@dataclass
+class Pool:
+    """Servers at `urls`, or children. Every method is for the event loop that `http` belongs to."""
+
+    config: EngineConfig
+    model: Path
+    http: HttpClient
+    servers: list[Server]
+    fatal: UserError | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.hf_config = read_config(self.model)
+        self.vocab_size = int(self.hf_config["vocab_size"])
+        self.balancer = Balancer(self.servers)
+
+    async def open(self) -> None:
+        """Start what is to be started, wait for all, inspect them. Raises EngineError, LineageError."""
+        for server in self.servers:
+            if server.process is not None:
+                server.process.start()
+        async with asyncio.TaskGroup() as group:
+            for server in self.servers:
+                group.create_task(self._come_up(server))
+        check_alike(self.servers)
+        for server in self.servers:
+            if server.process is not None:
+                self._spawn(self._watch(server))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(asyncio.to_thread(server.process.stop) for server in self.servers if server.process is not None))
+
+    async def acquire(self, prompt: bytes, cost: int) -> Server:
+        """A server for a request of `cost` tokens; waits while all are away. Raises what ends the stage."""
+        while True:
+            if self.fatal is not None:
+                raise self.fatal
+            self._changed.clear()
+            server = self.balancer.choose(prompt)
+            if server is not None:
+                server.outstanding += cost
+                return server
+            await self._changed.wait()
+
+    def num_up(self) -> int:
+        return sum(server.up for server in self.servers)
+
+    def report_failure(self, server: Server, why: str, inspected: int) -> None:
+        """A request to `server` (as it was at its inspection number `inspected`) got no answer: inspect it before it gets another."""
+        server.resting_until = time.monotonic() + REST_SECONDS
+        if server.up and server.inspections == inspected:
+            server.up = False
+            self._spawn(self._revive(server, why))
+
+    async def replaced(self, used: set[Server]) -> set[Server]:
+        """Those of `used` that another process now stands for, unnoticed so far. Raises LineageError if it serves another model."""
+        found = set()
+        for server in used:
+            if not server.up or server.identity is None:
+                continue  # its failure is known: it is being inspected
+            inspected = server.inspections
+            try:
+                model_info, server_info = await self._infos(server)
+            except (NotSent, NoAnswer, Refused) as failure:
+                self.report_failure(server, str(failure), inspected)
+                continue
+            if inspected != server.inspections:
+                continue
+            self._check_serves_model(server, model_info)
+            if server_info.get("startup_time") != server.identity.startup_time:
+                found.add(server)
+                await self._inspect(server)
+            elif model_info.get("weight_version") != server.identity.weight_version:
+                raise weights_changed(server, model_info.get("weight_version"))
+        return found
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except UserError as error:
+                self.fatal = self.fatal or error
+            self._changed.set()
+
+        task = asyncio.ensure_future(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self, server: Server) -> None:
+        """See a child's death when it happens, also between requests."""
+        while server.gone is None:
+            await asyncio.sleep(WATCH_SECONDS)
+            if server.up and server.process is not None and (death := server.process.death()) is not None:
+                self.report_failure(server, death, server.inspections)
+
+    async def _revive(self, server: Server, why: str) -> None:
+        """Bring a server back, or give it up; when all are given up, the stage ends."""
+        print(f"\n{server.url}: {why}; waiting for it to come back", flush=True)
+        try:
+            await self._come_up(server)
+        except LineageError:
+            raise
+        except EngineError as error:
+            server.gone = str(error)
+            if all(other.gone is not None for other in self.servers):
+                raise
+            print(f"\nWARNING: going on without {error}", flush=True)
+            return
+        check_alike(self.servers)
+        server.up = True
+
+    async def _come_up(self, server: Server) -> None:
+        """Wait until the server answers and has been inspected; start a dead child again. Raises EngineError with the last reason."""
+        process, launch = server.process, self.config.launch
+        assert (process is None) == (launch is None)
+        fresh = server.identity is None
+        waiting = self.config.patience if launch is None else launch.start_seconds if fresh else HUNG_SECONDS
+        deadline = time.monotonic() + waiting
+        said = False
+        while True:
+            if process is not None and launch is not None and (death := process.death()) is not None:
+                if process.starts > launch.restarts:
+                    raise EngineError(f"{server.url}: {death}\n(started {process.starts} times; engine.launch.restarts={launch.restarts})")
+                print(f"\n{server.url}: {death}\nstarting it again", flush=True)
+                process.start()
+                waiting, fresh = launch.start_seconds, True
+                deadline = time.monotonic() + waiting
+            if process is not None:
+                server.url = process.url
+            try:
+                await self._inspect(server)
+                return
+            except (NotSent, NoAnswer, Refused) as failure:
+                if time.monotonic() >= deadline:
+                    if process is None or launch is None:
+                        raise EngineError(f"{server.url}: {failure} (waited {waiting:g} s; engine.patience)") from None
+                    if fresh:
+                        end = f"the end of {process.log}:\n{process.tail()}"
+                        raise EngineError(f"{server.url}: {failure} (waited {waiting:g} s; engine.launch.start_seconds); {end}") from None
+                    process.stop()
+                elif not said:
+                    print(f"waiting for {server.url}" + (f" (log: {process.log})" if process else f": {failure}"), flush=True)
+                    said = True
+            await asyncio.sleep(min(WATCH_SECONDS, max(0.0, deadline - time.monotonic())))
+
+    async def _infos(self, server: Server) -> tuple[dict[str, Any], dict[str, Any]]:
+        seconds = min(INFO_SECONDS, self.config.timeout)
+        model_info = await self.http.ask("GET", f"{server.url}/model_info", seconds=seconds)
+        return model_info, await self.http.ask("GET", f"{server.url}/server_info", seconds=seconds)
+
+    async def _inspect(self, server: Server) -> None:
+        """Fill in `server.identity`. Raises EngineError, LineageError if it serves another model than before or than it should."""
+        try:
+            model_info, server_info = await self._infos(server)
+        except EngineError as error:
+            raise EngineError(f"{server.url}: {error}") from None
+        self._check_serves_model(server, model_info)
+        if not model_info.get("is_generation", True):
+            raise EngineError(f"{server.url} runs as an embedding model; start it without --is-embedding")
+        defaults = model_info.get("preferred_sampling_params")
+        if defaults:
+            raise EngineError(
+                f"{server.url} changes sampling parameters by itself ({defaults}); start it without --preferred-sampling-params"
+            )
+        try:
+            version, longest_input = str(server_info["version"]), int(server_info["max_req_input_len"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"{server.url} does not describe itself as an SGLang server does ({error!r}); SGLang 0.5.23 is known to work"
+            ) from None
+        settings = {name: server_info.get(name) for name in NUMERIC_SETTINGS}
+        try:
+            settings["dtype"] = served_dtype(str(settings["dtype"]), self.hf_config)
+        except EngineError as error:
+            raise EngineError(f"{server.url} {error}") from None
+        dtype = self.config.dtype
+        if dtype not in ("auto", settings["dtype"]):
+            raise EngineError(
+                f"{server.url} runs with dtype {settings['dtype']}, engine.dtype is {dtype}; start it with --dtype {dtype}, or set engine.dtype='auto'"
+            )
+        try:
+            probe, unscaled = await self._probe(server, longest_input - 1)
+        except WrongAnswer as failure:
+            raise EngineError(f"{server.url}: {failure}") from None
+        gpus = (server_info.get("tp_size") or 1) * (server_info.get("dp_size") or 1)
+        identity = Identity(
+            version,
+            settings,
+            model_info.get("weight_version"),
+            longest_input - 1,  # it refuses inputs of max_req_input_len tokens; one less is the longest
+            server_info.get("startup_time"),
+            gpus if server_info.get("device", "cpu") == "cuda" else 0,
+            probe,
+            unscaled,
+        )
+        if server.identity is not None:
+            if identity.weight_version != server.identity.weight_version:
+                raise weights_changed(server, identity.weight_version)
+            _check_probe(server.url, identity.probe, server.url + " before it was away", server.identity.probe)
+        server.identity = identity
+        server.inspections += 1
+
+    def _check_serves_model(self, server: Server, model_info: dict[str, Any]) -> None:
+        if "model_path" not in model_info:
+            raise EngineError(f"{server.url} does not describe itself as an SGLang server does; SGLang 0.5.23 is known to work")
+        served = Path(str(model_info["model_path"]))
+        if served.resolve() != self.model.resolve():
+            remedy = f"start the server with --model-path {self.model.resolve()}, or give the directory that it serves"
+            raise LineageError(f"{server.url} serves {served}, but the model is {self.model}; {remedy}")
+        if model_info.get("load_format") == "dummy":
+            raise LineageError(
+                f"{server.url} serves random weights (--load-format dummy), not those of {self.model}; start it without this option"
+            )
+
+    async def _probe(self, server: Server, longest_input: int) -> tuple[np.ndarray, bool]:
+        """Log-probs of fixed tokens, by which weights are known again; and whether log-probs of sampled tokens are unscaled.
+
+        The second: at temperature 100 the scaled log-prob of any token is -log V, nearly; unscaled it is what a scoring pass gives.
+        Where the two are too near to tell, the answer is no, which costs a scoring pass and is never wrong.
+        """
+        seconds = self.config.timeout
+        tokens = probe_tokens(self.vocab_size, min(PROBE_TOKENS, longest_input - 8))
+        request = ScoreRequest(tokens, 1)
+        answer = await self.http.ask("POST", f"{server.url}/generate", score_body(request, 0), seconds=seconds)
+        probe = read_scores(answer, request, vocab_size=self.vocab_size, top_k=0).logp[1:]
+        sampling = {"temperature": 100.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 8, "ignore_eos": True}
+        body = {"input_ids": tokens, "return_logprob": True, "sampling_params": sampling}
+        answer = await self.http.ask("POST", f"{server.url}/generate", body, seconds=seconds)
+        sampled, logp, _ = read_generated(answer, vocab_size=self.vocab_size, max_new_tokens=8, with_logp=True)
+        assert logp is not None
+        whole = ScoreRequest(np.concatenate([tokens, sampled]).astype(np.int32), len(tokens))
+        answer = await self.http.ask("POST", f"{server.url}/generate", score_body(whole, 0), seconds=seconds)
+        want = read_scores(answer, whole, vocab_size=self.vocab_size, top_k=0).logp[whole.start :]
+        return probe, bool(np.abs(logp - want).mean() < 0.25 * np.abs(want + np.log(self.vocab_size)).mean())
+
+
+def probe_tokens(vocab_size: int, count: int) -> np.ndarray:
+    """The same tokens for every server of a model, int32 [count]."""
+    return np.random.default_rng(0).integers(0, vocab_size, count).astype(np.int32)
+
+
+def _check_probe(left: str, left_probe: np.ndarray, right: str, right_probe: np.ndarray) -> None:
+    """Raise LineageError if two probes are not of the same weights."""
+    same = left_probe.shape == right_probe.shape
+    gap = float(np.abs(left_probe - right_probe).mean()) if same else float("inf")
+    if gap > PROBE_NATS:
+        raise LineageError(
+            f"{left} gives other log-probabilities than {right} for the same tokens ({gap:.2f} nats a token on average): not the same weights"
+        )
+
+
+def check_alike(servers: list[Server]) -> None:
+    """Raise EngineError or LineageError unless all servers would give the same numbers."""
+    known = [(server, server.identity) for server in servers if server.identity is not None]
+    first, want = known[0]
+    for server, have in known[1:]:
+        for name, value in [("version", have.version), *have.settings.items()]:
+            wanted = want.version if name == "version" else want.settings[name]
+            if value != wanted:
+                raise EngineError(f"servers differ in {name}: {first.url} has {wanted}, {server.url} has {value}; start them alike")
+        _check_probe(server.url, have.probe, first.url, want.probe)
+
+
+def served_dtype(stated: str, hf_config: dict[str, Any]) -> str:
+    """The dtype behind a server's --dtype option. Raises EngineError for 'auto' on float32 weights: SGLang makes them float16."""
+    if stated == "auto":
+        stated = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+        if stated == "float32":
+            raise EngineError(
+                "runs float32 weights with --dtype auto, which SGLang takes for float16; start it with --dtype bfloat16 or --dtype float32"
+            )
+    return {"half": "float16", "float": "float32"}.get(stated, stated)
+
+
+def weights_changed(server: Server, now: Any) -> LineageError:
+    before = server.identity.weight_version if server.identity is not None else None
+    return LineageError(
+        f"{server.url} changed its weights from version {before!r} to {now!r} during the run; check which model it serves and start the stage again"
+    )

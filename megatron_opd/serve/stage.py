@@ -1,0 +1,104 @@
+"""What the stages share: the division of work, progress, and the account of what an engine could not do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_opd.cost import StageCost, append_jsonl
+from megatron_opd.errors import LineageError, QuarantineError, UserError
+from megatron_opd.lineage import fingerprint_model
+from megatron_opd.records import Excluded
+from megatron_opd.serve.engine import Engine
+
+QUARANTINE_FILE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Worker `index` of `count`: it makes the parts p with p % count == index."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise UserError(f"shard {self.index}/{self.count}: i/N with 0 <= i < N is expected")
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        index, sign, count = text.partition("/")
+        if not sign or not index.isdecimal() or not count.isdecimal():
+            raise UserError(f"--shard {text!r}: i/N is expected, for example 0/8")
+        return cls(int(index), int(count))
+
+    def owns(self, part: int) -> bool:
+        return part % self.count == self.index
+
+
+@contextlib.contextmanager
+def closing_engine(engine: Engine) -> Iterator[Engine]:
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class Bar:
+    """Progress with rate and ETA, tokens/s and GPU hours so far; on a file (a Slurm log) a line now and then.
+
+    `unit` is what `total` counts. `update` may be called from another thread.
+    """
+
+    def __init__(self, name: str, cost: StageCost, *, total: int, initial: int, unit: str):
+        self.cost, self.tokens = cost, 0
+        self.bar: tqdm[Any] = tqdm(total=total, initial=initial, desc=name, unit=unit, unit_scale=True, mininterval=0.5, dynamic_ncols=True)
+
+    def update(self, count: int, *, tokens: int) -> None:
+        """`count` more units are done, which took `tokens` tokens."""
+        self.tokens += tokens
+        seconds = self.cost.seconds()
+        facts = {} if self.bar.unit == "token" else {"tokens/s": f"{self.tokens / max(seconds, 1e-9):.0f}"}
+        if self.cost.num_gpus:
+            facts["GPU hours"] = f"{seconds * self.cost.num_gpus / 3600:.2f}"
+        self.bar.set_postfix(facts, refresh=False)
+        self.bar.update(count)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+
+def quarantine(run_dir: str, stage: str, store: str, part: int, excluded: Sequence[Excluded]) -> None:
+    """Append what the engine failed at to run_dir/quarantine.jsonl. The part's manifest is the truth; this is for people."""
+    for record in excluded:
+        if record.quarantined:
+            row = {"stage": stage, "store": store, "part": part, **record.model_dump(exclude={"quarantined"})}
+            append_jsonl(Path(run_dir) / QUARANTINE_FILE, row)
+
+
+def check_quarantined(stage: str, excluded: Sequence[Excluded], *, total: int, limit: float, run_dir: str, remedy: str) -> None:
+    """Raise QuarantineError if more than `limit` of `total` rollouts were quarantined."""
+    count = sum(record.quarantined for record in excluded)
+    if count:
+        print(f"{stage}: {count} of {total} rollouts were quarantined (excluded): {Path(run_dir) / QUARANTINE_FILE} has the reasons")
+    if count > limit * total:
+        raise QuarantineError(
+            f"{stage} is done, but {count} of {total} rollouts were quarantined, over max_quarantined = {limit:g}; {remedy}"
+        )
+
+
+def check_model_unchanged(engine: Engine, model: str) -> None:
+    """Raise LineageError if the files of the model are not those that the stage began with (servers would load these at a restart)."""
+    now = fingerprint_model(model)
+    if now != engine.fingerprint:
+        raise LineageError(
+            f"{model} changed during the run: it was {engine.fingerprint.short()}, now {now.short()}; the last part was not kept"
+        )
