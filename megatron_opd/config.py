@@ -217,6 +217,9 @@ class TrainerConfig(_Section):
         default=["core_attn"], description="what 'selective' makes again"
     )
     fp8: Fp8Config | None = Field(default=None, description="matrix products in FP8; not given: all in dtype")
+    loss_chunk_tokens: int | None = Field(
+        default=4096, gt=0, description="response tokens whose logits are held at once; null: all of a micro-batch"
+    )
     parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
@@ -253,12 +256,28 @@ class SftStage(TrainerConfig):
 
 
 class LossConfig(_Section):
-    """The distillation loss."""
+    """The distillation loss: `opd`, `vopd` and `exopd` weigh the sampled token; the others compare distributions at each position."""
 
+    name: Literal["opd", "vopd", "exopd", "reverse_kl", "forward_kl", "jsd"] = "opd"
     normalization: Literal["sequence", "token"] = Field(
         default="sequence", description="'sequence': token mean of each, then mean (the paper's)"
     )
     advantage_clip: float | None = Field(default=None, gt=0, description="clip |A| at this many nats")
+    importance_clip: float | None = Field(default=None, gt=0, description="weigh sampled tokens by pi_S / pi_ref, at most this")
+    exopd_scale: float = Field(default=1.25, gt=0, description="exopd: weight of log pi_T - log pi_ref; 1 is opd")
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: the teacher's share of the mixture")
+    entropy_bonus: float = Field(default=0.0, ge=0, description="nats of loss taken off for a nat of entropy")
+
+    @property
+    def needs_topk(self) -> bool:
+        """Whether the loss looks at the teacher's top-K candidates."""
+        return self.name not in ("opd", "exopd")
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> LossConfig:
+        if self.name in ("reverse_kl", "forward_kl", "jsd") and (self.advantage_clip, self.importance_clip) != (None, None):
+            raise ValueError(f"loss {self.name!r} has no advantage, so advantage_clip and importance_clip do nothing; leave them out")
+        return self
 
 
 class TrainStage(TrainerConfig):

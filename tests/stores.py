@@ -31,10 +31,29 @@ def random_rollout(
     return Rollout(tokens, prompt_len, prompt, sample, Finish.STOP, logp)
 
 
+def random_candidates(rng: np.random.Generator, rollout: Rollout, vocab: int, top_k: int) -> tuple[np.ndarray, np.ndarray] | tuple[()]:
+    """Different ids at each response token, and log-probabilities whose sum leaves something to the tail; nothing for top_k 0."""
+    if not top_k:
+        return ()
+    shape = (len(rollout.tokens), top_k)
+    ids, logp = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
+    for t in range(rollout.prompt_len, len(rollout.tokens)):
+        ids[t] = rng.permutation(vocab)[:top_k]
+        logp[t] = np.log(np.sort(rng.dirichlet(np.ones(top_k + 1))[:top_k])[::-1] + 1e-6)
+    return ids, logp
+
+
 def make_scored_store(
-    path: Path, *, sampler: ModelFingerprint | Path, teacher: ModelFingerprint | Path, prompts: int = 10, samples: int = 2, seed: int = 0
+    path: Path,
+    *,
+    sampler: ModelFingerprint | Path,
+    teacher: ModelFingerprint | Path,
+    prompts: int = 10,
+    samples: int = 2,
+    seed: int = 0,
+    top_k: int = 0,
 ) -> StoreReader:
-    """A whole store, scored by `teacher` under the name 'teacher'."""
+    """A whole store, scored by `teacher` under the name 'teacher', with its `top_k` candidates a token."""
     student_fp = sampler if isinstance(sampler, ModelFingerprint) else fingerprint_model(sampler)
     teacher_fp = teacher if isinstance(teacher, ModelFingerprint) else fingerprint_model(teacher)
     rng = np.random.default_rng(seed)
@@ -55,8 +74,12 @@ def make_scored_store(
         for rollout in rollouts:
             logp = rollout.student_logp.copy()
             logp[rollout.prompt_len :] = -rng.exponential(2.0, rollout.response_len)
-            scores.append(TeacherScores(logp))
+            scores.append(TeacherScores(logp, *random_candidates(rng, rollout, student_fp.vocab_size, top_k)))
         write_scores(
-            location, "teacher", ScoreManifest(part=part, teacher=teacher_fp, part_crc32c=record.crc32c, crc32c={}), rollouts, scores
+            location,
+            "teacher",
+            ScoreManifest(part=part, teacher=teacher_fp, top_k=top_k, part_crc32c=record.crc32c, crc32c={}),
+            rollouts,
+            scores,
         )
     return StoreReader(str(path))

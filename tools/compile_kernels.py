@@ -165,7 +165,7 @@ def faults(variant: Variant, found: Compiled) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels and read their registers, spills and instructions.")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities")
     parser.add_argument("--fast", action="store_true", help="bf16 with entropy and mask alone")
     parser.add_argument("--output", type=Path, help="write the table as JSON")

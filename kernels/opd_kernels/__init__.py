@@ -1,6 +1,6 @@
 """Vocabulary-parallel statistics of logits, and the LM-head loss made of them. Imports torch (and triton) alone."""
 
-from opd_kernels.linear import linear_loss
+from opd_kernels.linear import ChunkLoss, linear_loss
 from opd_kernels.stats import vocab_parallel_stats
 
-__all__ = ["linear_loss", "vocab_parallel_stats"]
+__all__ = ["ChunkLoss", "linear_loss", "vocab_parallel_stats"]

@@ -122,7 +122,7 @@ class _Head:
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, head: _Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: Any, head: _Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wants_dx, wants_dw = (head.with_grad and wanted for wanted in ctx.needs_input_grad[:2])
         x_NH = head.gather(hidden)
         n, k = head.ids.shape
@@ -168,7 +168,9 @@ class _LinearLoss(torch.autograd.Function):
         dw = None
         if ctx.into_main_grad:
             # The weight's gradient is in main_grad already. No wait for the GPU: there the check fails in the kernel's queue.
-            torch._assert_async(g_total == 1, "linear_loss has added its gradient to main_grad, so the loss must not be scaled afterwards")
+            torch.ops.aten._assert_async.msg(
+                g_total == 1, "linear_loss has added its gradient to main_grad, so the loss must not be scaled afterwards"
+            )
             weight.grad_added_to_main_grad = True
             dw = weight.new_zeros(()).expand_as(weight)  # something must arrive, or Megatron's hook of the weight runs in another thread
         else:

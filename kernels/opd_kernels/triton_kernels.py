@@ -13,6 +13,7 @@ applied to the values: masked by `num_real`, the compiler could not prove alignm
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -140,6 +141,12 @@ def chosen_kernel(
     tl.store(out_ptr + row * stride_out + tl.where(own, column - vocab_start, 0), dz.to(out_ptr.dtype.element_ty), mask=own)
 
 
+# A kernel's launch options are no parameters of its function.
+_stats: Any = stats_kernel
+_gradient_of: Any = gradient_kernel
+_chosen: Any = chosen_kernel
+
+
 def is_interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
     return not isinstance(stats_kernel, triton.runtime.JITFunction)
@@ -150,7 +157,7 @@ def local_stats(logits: torch.Tensor, ids: torch.Tensor, row_mask: torch.Tensor 
     (n, v), k = logits.shape, ids.shape[1]
     stats = LocalStats.empty(n, k, dtype=torch.float32, device=logits.device)
     if n:
-        stats_kernel[(n,)](
+        _stats[(n,)](
             logits, logits.stride(0), ids, _mask(row_mask, ids), stats.max_N, stats.packed, n, v, shard.num_real, shard.start,
             1.0 / shard.temperature, K=k, KP=triton.next_power_of_2(max(k, 1)), HAS_MASK=row_mask is not None,
             WITH_ENTROPY=shard.with_entropy, TILE=FORWARD_TILE, LANES=LOAD_BYTES // logits.element_size(), num_warps=FORWARD_WARPS,
@@ -167,12 +174,12 @@ def write_gradient_(
         return
     mask, g_sum_N = _mask(row_mask, ids), rows.g_logp_NK.sum(1)
     constants = {"HAS_MASK": row_mask is not None, "WITH_ENTROPY": shard.with_entropy}
-    gradient_kernel[(n, triton.cdiv(v, BACKWARD_BLOCK))](
+    _gradient_of[(n, triton.cdiv(v, BACKWARD_BLOCK))](
         out, out.stride(0), logits, logits.stride(0), mask, rows.lse_N, rows.entropy_N, g_sum_N, rows.g_entropy_N, v, shard.num_real,
         1.0 / shard.temperature, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS, **constants,
     )  # fmt: skip
     if k:
-        chosen_kernel[(n,)](
+        _chosen[(n,)](
             out, out.stride(0), ids, mask, rows.z_ids_NK.t(), rows.g_logp_NK, rows.lse_N, rows.entropy_N, g_sum_N, rows.g_entropy_N,
             n, shard.num_real, shard.start, 1.0 / shard.temperature, K=k, KP=triton.next_power_of_2(k), num_warps=CHOSEN_WARPS, **constants,
         )  # fmt: skip

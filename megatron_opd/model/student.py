@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from opd_kernels import ChunkLoss, linear_loss
 
 from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.model.architecture import Architecture
@@ -31,23 +32,48 @@ logger = logging.getLogger(__name__)
 class Student(GPTModel):
     """A GPTModel whose last stage returns hidden states [S(/tp with sequence parallel),1,H] after the final norm.
 
-    `logits` then applies the LM head to the rows that the loss needs, so that logits of prompts are never made and nothing is
-    upcast to fp32 on the way.
+    `linear_loss` then applies the LM head and the loss to the rows that need it, so that logits of prompts are never made, those of
+    all tokens never held, and nothing is upcast to fp32 on the way.
     """
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
-    def logits(self, hidden_states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [N,V] of this rank's vocabulary shard for `rows` (int64 [N], into the S packed tokens; all by default)."""
-        if self.config.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+    def linear_loss(
+        self,
+        hidden_states: torch.Tensor,
+        ids: torch.Tensor,
+        loss: ChunkLoss,
+        *,
+        rows: torch.Tensor | None = None,
+        vocab_size: int,
+        chunk_tokens: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """LM head and loss of `rows` of the S packed tokens (all by default): see `opd_kernels.linear_loss`."""
+        return linear_loss(
+            hidden_states[:, 0],
+            self._head_weight(),
+            ids,
+            loss,
+            rows=rows,
+            chunk_tokens=chunk_tokens,
+            vocab_start=self.vocab_start,
+            vocab_size=vocab_size,
+            tp_group=self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+
+    def _head_weight(self) -> torch.Tensor:
+        """This rank's shard [V,H] of the LM head; tied, it may be the embedding's own."""
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            weight = self.shared_embedding_or_output_weight()
         else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
-        hidden_SH = hidden[:, 0]
-        weight_VH = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        assert weight_VH is not None
-        return F.linear(hidden_SH if rows is None else hidden_SH[rows], weight_VH)
+            # The module is not called, but Megatron's hook that waits for its gathered weights hangs on the call.
+            for hook in self.output_layer._forward_pre_hooks.values():
+                hook(self.output_layer, ())
+            weight = self.output_layer.weight
+        assert weight is not None
+        return weight
 
     @property
     def vocab_start(self) -> int:

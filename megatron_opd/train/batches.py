@@ -1,6 +1,6 @@
 """From the store to packed micro-batches of this rank.
 
-Legend: S packed tokens of a micro-batch (padding included), B sequences, N response tokens (the rows of the loss).
+Legend: S packed tokens of a micro-batch (padding included), B sequences, N response tokens (the rows of the loss), K teacher candidates.
 """
 
 from __future__ import annotations
@@ -30,11 +30,18 @@ class MicroBatch:
     weights: torch.Tensor  # float32 [N]
     student_logp: torch.Tensor  # float32 [N], the sampler's, at temperature 1
     teacher_logp: torch.Tensor | None  # float32 [N]
+    topk_ids: torch.Tensor | None  # int64 [N,K], the teacher's candidates
+    topk_logp: torch.Tensor | None  # float32 [N,K]
     denominator: int  # this micro-batch's share of the global denominator
     max_seqlen: int
     num_sequences: int
     num_tokens: int  # without padding
     sum_squared_lengths: int
+
+    @property
+    def loss_ids(self) -> torch.Tensor:
+        """Ids whose log-probabilities the loss needs, int64 [N,1+K]: the sampled token and the teacher's candidates."""
+        return self.labels[:, None] if self.topk_ids is None else torch.cat([self.labels[:, None], self.topk_ids], 1)
 
     def to(self, device: torch.device) -> MicroBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -54,6 +61,7 @@ class BatchSource:
     dp_rank: int
     dp_size: int
     pad_multiple: int
+    topk: bool = False  # whether the loss needs the teacher's candidates
 
     def __post_init__(self) -> None:
         config, reader = self.config, self.reader
@@ -87,7 +95,7 @@ class BatchSource:
 
     def build(self, rollouts: Sequence[int]) -> MicroBatch:
         """One micro-batch of these rollouts (global indices). Raises StoreError for what is missing or broken."""
-        tokens, positions, rows, labels, weights, student, teacher = ([] for _ in range(7))
+        tokens, positions, rows, labels, weights, student, teacher, topk_ids, topk_logp = ([] for _ in range(9))
         lengths: list[int] = []
         for index in rollouts:
             rollout = self.reader.rollout(index)
@@ -100,12 +108,15 @@ class BatchSource:
             weights.append(np.full(length - start, 1.0 / (length - start) if self.sequence_mean else 1.0))
             student.append(rollout.student_logp[start:length])
             if self.teacher is not None:
-                scores = self.reader.scores(index, self.teacher)
+                scores = self.reader.scores(index, self.teacher, topk=self.topk)
                 try:
                     scores.check_against(rollout)
                 except ValueError as error:
                     raise StoreError(f"{self.reader.location.url}, rollout {index}: {error}") from None
                 teacher.append(scores.logp[start:length])
+                if scores.topk_ids is not None and scores.topk_logp is not None:
+                    topk_ids.append(scores.topk_ids[start:length])
+                    topk_logp.append(scores.topk_logp[start:length])
             lengths.append(length)
         num_tokens = sum(lengths)
         padding = -num_tokens % self.pad_multiple
@@ -122,6 +133,8 @@ class BatchSource:
             weights=_tensor(weights, torch.float32),
             student_logp=_tensor(student, torch.float32),
             teacher_logp=_tensor(teacher, torch.float32) if self.teacher is not None else None,
+            topk_ids=_tensor(topk_ids, torch.int64) if self.topk else None,
+            topk_logp=_tensor(topk_logp, torch.float32) if self.topk else None,
             denominator=len(rollouts) if self.sequence_mean else num_rows,
             max_seqlen=max([*lengths, padding]),
             num_sequences=len(rollouts),

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +24,11 @@ from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
 from megatron_opd.train.batches import BatchSource
 from megatron_opd.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
-from megatron_opd.train.loss import opd_loss, sft_loss
+from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
 from megatron_opd.train.metrics import console_line, step_row
 from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.readiness import Readiness, check_sft, check_train
-from megatron_opd.train.step import LossFunction, train_step
+from megatron_opd.train.step import train_step
 
 T = TypeVar("T")
 # Settings that decide which rollouts are in which step; they can't change between a run and its resume.
@@ -44,15 +43,15 @@ def run_sft(recipe: Recipe) -> Path:
 def run_train(recipe: Recipe) -> Path:
     """Distil on scored rollouts. Returns the last checkpoint."""
     stage = recipe.train
-    loss = partial(opd_loss, advantage_clip=stage.loss.advantage_clip)
     return _run(
         recipe,
         "train",
         stage,
         lambda: check_train(stage),
-        loss,
+        make_loss(stage.loss),
         sequence_mean=stage.loss.normalization == "sequence",
         teacher=stage.teacher,
+        topk=stage.loss.needs_topk,
     )
 
 
@@ -65,6 +64,7 @@ def _run(
     *,
     sequence_mean: bool,
     teacher: str | None,
+    topk: bool = False,
 ) -> Path:
     device = parallel.start(config.parallel, seed=config.seed)
     ready = on_first_rank(check)
@@ -76,6 +76,7 @@ def _run(
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         pad_multiple=config.token_multiple,
+        topk=topk,
     )
     steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
     job = Job(name, config, Path(config.output), ready, source, steps, device, position=position_of(config, source.reader))
@@ -132,7 +133,9 @@ def train(job: Job, trainee: Trainee, loss: LossFunction, first_step: int, cost:
     for step in range(first_step, job.steps):
         start = time.perf_counter()
         micro_batches = [batch.to(job.device) for batch in job.source.micro_batches(step)]
-        result = train_step(trainee, job.ready.arch, loss, micro_batches, seed=job.config.seed + step)
+        result = train_step(
+            trainee, job.ready.arch, loss, micro_batches, seed=job.config.seed + step, chunk_tokens=job.config.loss_chunk_tokens
+        )
         check_finite(job, step, result.grad_norm)
         row = report(job, step, result, seconds=time.perf_counter() - start)
         cost.tokens += row["batch_tokens"]

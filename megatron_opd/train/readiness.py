@@ -68,6 +68,8 @@ def check_train(stage: TrainStage) -> Readiness:
             "train the student that was sampled, or collect rollouts of this one"
         )
     reader.check_scored(stage.teacher)
+    if stage.loss.needs_topk:
+        _check_topk(reader, stage)
     lineage = manifest.lineage
     overrides = list(lineage.overrides)
     records = [record for part in reader.parts if (record := reader.score_manifest(part, stage.teacher))]
@@ -79,6 +81,22 @@ def check_train(stage: TrainStage) -> Readiness:
         overrides.append(override)
     lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
     return Readiness(arch, init, lineage, _notes(reader, overrides))
+
+
+def _check_topk(reader: StoreReader, stage: TrainStage) -> None:
+    """Raises StoreError unless the teacher's candidates are stored, as many in every part."""
+    counts = {part: record.top_k for part in reader.parts if (record := reader.score_manifest(part, stage.teacher))}
+    without = [part for part, top_k in counts.items() if not top_k]
+    if without:
+        raise StoreError(
+            f"{stage.store}: train.loss.name = {stage.loss.name!r} needs the top-k candidates of teacher {stage.teacher!r}, and {len(without)} of "
+            f"{len(counts)} parts have none (first: {without[:5]}); delete these scores and score again with score.top_k=64, or train with train.loss.name=opd"
+        )
+    if len(set(counts.values())) > 1:
+        raise StoreError(
+            f"{stage.store}: teacher {stage.teacher!r} has {', '.join(map(str, sorted(set(counts.values()))))} candidates a token in different parts; "
+            "score again with one score.top_k"
+        )
 
 
 def _check_common(stage: TrainerConfig, teacher: str | None = None) -> tuple[StoreReader, Architecture, ModelFingerprint]:

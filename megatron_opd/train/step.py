@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -13,16 +13,13 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from opd_kernels import vocab_parallel_stats
 
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.model.student import Student
 from megatron_opd.records import LOSS_SUM_NAMES, LossSums
 from megatron_opd.train.batches import MicroBatch
-from megatron_opd.train.loss import pack_sums
+from megatron_opd.train.loss import LossFunction, Stored, pack_sums
 from megatron_opd.train.optim import Trainee
-
-LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -34,13 +31,21 @@ class StepResult:
     learning_rate: float
 
 
-def train_step(trainee: Trainee, arch: Architecture, loss: LossFunction, micro_batches: list[MicroBatch], *, seed: int) -> StepResult:
+def train_step(
+    trainee: Trainee,
+    arch: Architecture,
+    loss: LossFunction,
+    micro_batches: list[MicroBatch],
+    *,
+    seed: int,
+    chunk_tokens: int | None = None,
+) -> StepResult:
     """Forward, backward, reduction, optimizer. `seed` restarts the random state, so that a step depends on nothing before it."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     for chunk in trainee.chunks:
         chunk.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    sums = forward_backward(trainee.chunks, arch, loss, micro_batches)
+    sums = forward_backward(trainee.chunks, arch, loss, micro_batches, chunk_tokens=chunk_tokens)
     if not torch.isfinite(sums).all():
         return StepResult(LossSums(*sums.tolist()), float("nan"), _learning_rate(trainee))
     learning_rate = _learning_rate(trainee)
@@ -55,18 +60,23 @@ def forward_backward(
     loss: LossFunction,
     micro_batches: list[MicroBatch],
     *,
+    chunk_tokens: int | None = None,
     forward_only: bool = False,
 ) -> torch.Tensor:
-    """Gradients into `main_grad` (divided by the global denominator), and the sums [len(LOSS_SUM_NAMES)] on every rank."""
-    outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, arch=arch, loss=loss),
-        data_iterator=[iter(micro_batches) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(micro_batches),
-        seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    """Gradients into `main_grad` (divided by the global denominator), and the sums [len(LOSS_SUM_NAMES)] on every rank.
+
+    chunk_tokens: response tokens whose logits are held at once (None: all of a micro-batch).
+    """
+    with torch.set_grad_enabled(not forward_only):  # the head makes its gradients in the forward pass
+        outputs = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, arch=arch, loss=loss, chunk_tokens=chunk_tokens),
+            data_iterator=[iter(micro_batches) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
     device = micro_batches[0].tokens.device
     sums = torch.zeros(len(LOSS_SUM_NAMES), dtype=torch.float64, device=device)
     if outputs:  # on the last stage
@@ -78,7 +88,7 @@ def forward_backward(
 
 
 def _forward_step(
-    batches: Iterator[MicroBatch], model: torch.nn.Module, *, arch: Architecture, loss: LossFunction
+    batches: Iterator[MicroBatch], model: torch.nn.Module, *, arch: Architecture, loss: LossFunction, chunk_tokens: int | None
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     packed = PackedSeqParams(
@@ -90,20 +100,23 @@ def _forward_step(
     )
     hidden = model(batch.tokens, batch.positions, None, packed_seq_params=packed)
     student = cast(Student, model.module if isinstance(model, DistributedDataParallel) else model)
-    return hidden, partial(_loss_sums, batch=batch, student=student, arch=arch, loss=loss)
+    return hidden, partial(_loss_sums, batch=batch, student=student, arch=arch, loss=loss, chunk_tokens=chunk_tokens)
 
 
 def _loss_sums(
-    hidden: torch.Tensor, *, batch: MicroBatch, student: Student, arch: Architecture, loss: LossFunction
+    hidden: torch.Tensor, *, batch: MicroBatch, student: Student, arch: Architecture, loss: LossFunction, chunk_tokens: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    logp, entropy = vocab_parallel_stats(
-        student.logits(hidden, batch.rows),
-        batch.labels[:, None],
-        vocab_start=student.vocab_start,
-        vocab_size=arch.vocab_size,
-        tp_group=student.pg_collection.tp,
+    extra: dict[str, torch.Tensor] = {}
+
+    def weighted(logp: torch.Tensor, entropy: torch.Tensor, rows: slice) -> torch.Tensor:
+        per_token, sums = loss(logp, entropy, Stored.of(batch, rows))
+        for name, value in sums.items():
+            extra[name] = extra.get(name, 0) + value
+        return (batch.weights[rows] * per_token).sum()
+
+    total, logp, entropy = student.linear_loss(
+        hidden, batch.loss_ids, weighted, rows=batch.rows, vocab_size=arch.vocab_size, chunk_tokens=chunk_tokens
     )
-    total, extra = loss(logp[:, 0], batch)
     sums = pack_sums(total, logp[:, 0], entropy, batch, extra)
     return total, torch.tensor(batch.denominator, dtype=torch.int, device=total.device), {"sums": sums}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from opd_kernels import ChunkLoss
 
 
 def definition(
@@ -39,3 +40,39 @@ def tolerance(eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype, *, l
     own = (eager.double() - truth).abs().max().item()
     largest = truth[truth.isfinite()].abs().max().item()
     return 2 * own + torch.finfo(dtype).eps * largest + 2.5e-7 * (1 + logits_scale) * max(1.0, largest)
+
+
+def head_case(
+    seed: int, tokens: int, chosen: int, vocab: int, *, width: int = 16, vocab_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, ChunkLoss]:
+    """hidden [tokens,width], weight [vocab,width], `chosen` different rows, ids [chosen,3], and a loss of all its inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(vocab, width, generator=generator) / width**0.5
+    rows = torch.randperm(tokens, generator=generator)[:chosen]
+    ids = torch.randint(vocab_size or vocab, (chosen, 3), generator=generator)
+    share = torch.randn(chosen, 3, generator=generator)
+
+    def loss(logp: torch.Tensor, entropy: torch.Tensor, part: slice) -> torch.Tensor:
+        return (logp * share[part].to(logp.dtype)).sum() + (logp.exp()[:, 1] * logp[:, 2]).sum() - 0.3 * (entropy * share[part, 0]).sum()
+
+    return hidden, weight, rows, ids, loss
+
+
+def head_definition(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    loss: ChunkLoss,
+    *,
+    vocab_size: int,
+    scale: float = 1.0,
+) -> list[torch.Tensor]:
+    """Loss, logp, entropy, and the gradients of hidden and weight of scale x loss, by autograd through all logits."""
+    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    logits = hidden[rows] @ weight.t()
+    logp, entropy = definition(logits if logits.dtype == torch.float64 else logits.float(), ids, vocab_size=vocab_size)
+    total = loss(logp, entropy, slice(0, len(rows)))
+    grads = torch.autograd.grad(total * scale, (hidden, weight))
+    return [total.detach(), logp.detach(), entropy.detach(), *grads]

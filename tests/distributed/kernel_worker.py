@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from float64 import definition, random_case, tolerance
-from opd_kernels import vocab_parallel_stats
+from float64 import definition, head_case, head_definition, random_case, tolerance
+from opd_kernels import linear_loss, vocab_parallel_stats
 
 
 def tensor_parallel(folder: Path, impl: str, dtype: str, vocab: int, padded: int) -> dict[str, float]:
@@ -39,12 +39,42 @@ def tensor_parallel(folder: Path, impl: str, dtype: str, vocab: int, padded: int
     return worst
 
 
+def linear_parallel(folder: Path, impl: str) -> dict[str, float]:
+    """Largest error against float64, over its tolerance, of the shards' gradients, for each dtype, chunk size and kind of parallelism."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    worst = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, rows, ids, loss = head_case(5, 24, 17, 64, vocab_size=50)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        exact = head_definition(hidden.double(), weight.double(), rows, ids, loss, vocab_size=50, scale=2.0)
+        eager = head_definition(hidden, weight, rows, ids, loss, vocab_size=50, scale=2.0)
+        for sequence_parallel in (False, True):
+            tokens, columns = (slice(rank * size // world, (rank + 1) * size // world) for size in (24, 64))
+            for chunk in (None, 5):
+                x = (hidden[tokens] if sequence_parallel else hidden).clone().requires_grad_()
+                w = weight[columns].clone().requires_grad_()
+                total, logp, entropy = linear_loss(
+                    x, w, ids, loss, rows=rows, chunk_tokens=chunk, vocab_start=columns.start, vocab_size=50,
+                    tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, impl=impl,
+                )  # fmt: skip
+                (2.0 * total).backward()
+                assert x.grad is not None
+                assert w.grad is not None
+                right = [*exact[:3], exact[3][tokens] if sequence_parallel else exact[3], exact[4][columns]]
+                errors = [
+                    (value.double() - there).abs().max() / tolerance(own, whole, dtype, logits_scale=10.0)
+                    for value, there, own, whole in zip((total.detach(), logp, entropy, x.grad, w.grad), right, eager, exact, strict=True)
+                ]
+                worst[f"{dtype} {'sequence' if sequence_parallel else 'tensor'} {chunk}"] = max_over_ranks(torch.stack(errors).max())
+    return worst
+
+
 def max_over_ranks(value: torch.Tensor) -> float:
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
 
 
-FUNCTIONS = {"tensor_parallel": tensor_parallel}
+FUNCTIONS = {"tensor_parallel": tensor_parallel, "linear_parallel": linear_parallel}
 
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]

@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_logits_agree_with_transformers(folder: Path) -> None:
+def test_log_probabilities_agree_with_transformers(folder: Path) -> None:
     worst = run_ranks("parity", 4, folder, kinds=list(ARCHITECTURES))
     assert len(worst) == len(ARCHITECTURES) * 6
     assert max(worst.values()) < 1e-4, worst
@@ -30,6 +30,15 @@ def test_opd_gradients_agree_with_float64(folder: Path) -> None:
     """Any layout, packing and micro-batch size gives the formula's loss and gradients."""
     results = run_ranks("gradients", 4, folder, kinds=["qwen3-tied", "qwen2"])
     assert len(results) == 2 * (12 + 3)
+    assert max(loss for loss, _ in results.values()) < 1e-5, results
+    assert max(error for _, error in results.values()) < 1e-5, results
+
+
+def test_gradients_of_every_loss_agree_with_float64(folder: Path) -> None:
+    """With the teacher's candidates, in chunks, over a tensor-parallel vocabulary."""
+    make_scored_store(folder / "topk", sampler=folder / "student", teacher=folder / "qwen3", top_k=5)
+    results = run_ranks("every_loss", 4, folder)
+    assert len(results) == 6
     assert max(loss for loss, _ in results.values()) < 1e-5, results
     assert max(error for _, error in results.values()) < 1e-5, results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from megatron_opd.model import parallel  # isort: skip  (prepares megatron.core,
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
 
-from megatron_opd.config import ParallelConfig, TrainStage
+from megatron_opd.config import LossConfig, ParallelConfig, TrainStage
 from megatron_opd.convert.mapping import table
 from megatron_opd.convert.to_mcore import load_hf_weights, sharded_tensors
 from megatron_opd.data.store import StoreReader
@@ -27,7 +28,7 @@ from megatron_opd.model.student import Student, build_student, transformer_confi
 from megatron_opd.records import Lineage
 from megatron_opd.train.batches import BatchSource, MicroBatch
 from megatron_opd.train.checkpoint import load_checkpoint, save_checkpoint
-from megatron_opd.train.loss import opd_loss
+from megatron_opd.train.loss import LossFunction, Stored, make_loss, opd_loss
 from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.step import forward_backward, train_step
 
@@ -52,7 +53,7 @@ def build(config: TrainStage, arch: Architecture) -> Trainee:
     return make_trainee(student, config, steps=10)
 
 
-def source_of(config: TrainStage, *, sequence_mean: bool = True) -> BatchSource:
+def source_of(config: TrainStage, *, sequence_mean: bool = True, topk: bool = False) -> BatchSource:
     return BatchSource(
         StoreReader(config.store),
         config,
@@ -61,6 +62,7 @@ def source_of(config: TrainStage, *, sequence_mean: bool = True) -> BatchSource:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         pad_multiple=config.parallel.tp,
+        topk=topk,
     )
 
 
@@ -71,7 +73,7 @@ def layout(tp: int, pp: int, *, sequence_parallel: bool = True) -> ParallelConfi
 
 
 def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
-    """Largest difference of logits between transformers and Megatron in fp32, for every architecture and layout."""
+    """Largest difference of log-probabilities between transformers and Megatron in fp32, for every architecture and layout."""
     worst = {}
     for kind in kinds:
         directory = folder / kind
@@ -79,21 +81,21 @@ def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
         sequences = [torch.randint(3, arch.vocab_size, (n,), generator=torch.Generator().manual_seed(n)) for n in (17, 1, 40, 9)]
         reference = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
         with torch.no_grad():
-            expected = torch.cat([reference(ids[None]).logits[0] for ids in sequences])
+            expected = torch.cat([reference(ids[None]).logits[0] for ids in sequences]).log_softmax(-1)
         for tp, pp in LAYOUTS:
             for sequence_parallel in (True, False) if tp > 1 else (False,):
                 student = build_student(
                     arch, transformer_config(arch, parallel=layout(tp, pp, sequence_parallel=sequence_parallel), dtype=torch.float32)
                 )
                 load_hf_weights(student, arch, directory)
-                logits = packed_logits(student, sequences, pad_multiple=tp)
-                difference = (logits[: len(expected), : arch.vocab_size] - expected).abs().max().item() if logits is not None else 0.0
+                logp = packed_logp(student, sequences, vocab_size=arch.vocab_size, pad_multiple=tp)
+                difference = (logp[: len(expected)] - expected).abs().max().item() if logp is not None else 0.0
                 worst[f"{kind} tp{tp} pp{pp} sp{int(sequence_parallel)}"] = max_over_ranks(difference)
     return worst
 
 
-def packed_logits(student: Student, sequences: list[torch.Tensor], *, pad_multiple: int) -> torch.Tensor | None:
-    """Logits of the whole vocabulary on the last stage, through the pipeline."""
+def packed_logp(student: Student, sequences: list[torch.Tensor], *, vocab_size: int, pad_multiple: int) -> torch.Tensor | None:
+    """Log-probabilities of the whole vocabulary on the last stage, through the pipeline and the head as training uses them."""
     lengths = [len(ids) for ids in sequences]
     if padding := -sum(lengths) % pad_multiple:
         sequences, lengths = [*sequences, torch.zeros(padding, dtype=torch.long)], [*lengths, padding]
@@ -105,7 +107,9 @@ def packed_logits(student: Student, sequences: list[torch.Tensor], *, pad_multip
     kept: list[torch.Tensor] = []
 
     def keep(hidden: torch.Tensor) -> Any:
-        kept.append(tensor_parallel.gather_from_tensor_model_parallel_region(student.logits(hidden)))
+        every_id = torch.arange(vocab_size).expand(sum(lengths), -1)
+        _, logp, _ = student.linear_loss(hidden, every_id, lambda logp, *_: logp.sum(), vocab_size=vocab_size, chunk_tokens=13)
+        kept.append(logp)
         return hidden.sum(), torch.tensor(1, dtype=torch.int), {}
 
     def forward(iterator: Any, model: torch.nn.Module) -> Any:
@@ -119,10 +123,21 @@ def packed_logits(student: Student, sequences: list[torch.Tensor], *, pad_multip
     return kept[0] if kept else None
 
 
+# (student log-probabilities of the whole vocabulary float64 [N,V], the batch, which of its rows) -> loss [N]
+Formula = Callable[[torch.Tensor, MicroBatch, torch.Tensor], torch.Tensor]
+
+
+def opd_formula(logp: torch.Tensor, batch: MicroBatch, chosen: torch.Tensor) -> torch.Tensor:
+    """The paper's loss written out."""
+    sampled = logp.gather(1, batch.labels[chosen, None])[:, 0]
+    assert batch.teacher_logp is not None
+    return -(batch.teacher_logp[chosen].double() - sampled.detach()) * sampled
+
+
 def reference_gradients(
-    folder: Path, arch: Architecture, batches: list[MicroBatch], directory: Path
+    arch: Architecture, batches: list[MicroBatch], directory: Path, formula: Formula
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the OPD formula by autograd through transformers in float64, one sequence at a time."""
+    """Loss and gradients of `formula` by autograd through transformers in float64, one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
     total, denominator = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
@@ -132,9 +147,7 @@ def reference_gradients(
             if not chosen.any():
                 continue
             logits = model(batch.tokens[:, start:end]).logits[0, batch.rows[chosen] - start]
-            logp = torch.log_softmax(logits, -1).gather(1, batch.labels[chosen, None])[:, 0]
-            advantage = batch.teacher_logp[chosen].double() - logp.detach()
-            total = total - (batch.weights[chosen].double() * advantage * logp).sum()
+            total = total + (batch.weights[chosen].double() * formula(torch.log_softmax(logits, -1), batch, chosen)).sum()
     (total / denominator).backward()
     hf = {name: parameter.grad for name, parameter in model.named_parameters()}
     if arch.tied_embeddings:
@@ -186,20 +199,55 @@ def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
             config = stage_config(str(folder), init=str(directory), packing=False, distributed_optimizer=False)
             source = source_of(config, sequence_mean=sequence_mean)
             everything = [source.build([int(i)]) for i in source.step_rollouts(0)]
-            loss, expected = reference_gradients(folder, arch, everything, directory)
+            loss, expected = reference_gradients(arch, everything, directory, opd_formula)
             for tp, pp in LAYOUTS:
                 if not sequence_mean and (tp, pp) != (2, 2):
                     continue
-                for options in ({"micro_batch_tokens": 96}, {"micro_batch_tokens": 600}, {"packing": False}):
+                for options in ({"micro_batch_tokens": 96}, {"micro_batch_tokens": 600, "loss_chunk_tokens": 17}, {"packing": False}):
                     config = stage_config(str(folder), init=str(directory), parallel=layout(tp, pp), distributed_optimizer=False, **options)
                     trainee = build(config, arch)
                     trainee.ddp.zero_grad_buffer()
                     sums = forward_backward(
-                        trainee.ddp, trainee.student, arch, opd_loss, source_of(config, sequence_mean=sequence_mean).micro_batches(0)
+                        trainee.ddp,
+                        trainee.student,
+                        arch,
+                        opd_loss,
+                        source_of(config, sequence_mean=sequence_mean).micro_batches(0),
+                        chunk_tokens=config.loss_chunk_tokens,
                     )
                     error, _ = gradient_error(trainee.student, expected)
                     name = f"{kind} tp{tp} pp{pp} {options} {'sequence' if sequence_mean else 'token'}"
                     results[name] = [abs(sums[0].item() / sums[1].item() - loss), max_over_ranks(error)]
+    return results
+
+
+def every_loss(folder: Path) -> dict[str, list[float]]:
+    """[loss difference, relative gradient error] of each loss of the registry, from stored candidates, against float64."""
+    directory = folder / "qwen3-tied"
+    arch = read_architecture(directory)
+    results = {}
+    for number, name in enumerate(["opd", "vopd", "exopd", "reverse_kl", "forward_kl", "jsd"]):
+        sampled = number < 3
+        loss = make_loss(
+            LossConfig.model_validate(
+                {"name": name, "entropy_bonus": 0.1, **({"advantage_clip": 2.0, "importance_clip": 1.5} if sampled else {})}
+            )
+        )
+
+        def formula(logp: torch.Tensor, batch: MicroBatch, chosen: torch.Tensor, loss: LossFunction = loss) -> torch.Tensor:
+            stored = Stored(*(piece[chosen].double() for piece in (batch.student_logp, batch.teacher_logp, batch.topk_logp)))
+            return loss(logp.gather(1, batch.loss_ids[chosen]), -(logp.exp() * logp).sum(1), stored)[0]
+
+        options: dict[str, Any] = {"init": str(directory), "store": f"{folder}/topk", "distributed_optimizer": False}
+        parallel.start(ParallelConfig(), seed=0)
+        source = source_of(stage_config(str(folder), packing=False, **options), topk=True)
+        value, expected = reference_gradients(arch, [source.build([int(i)]) for i in source.step_rollouts(0)], directory, formula)
+        config = stage_config(str(folder), parallel=layout(2, 1 + number % 2), **options)
+        trainee = build(config, arch)
+        trainee.ddp.zero_grad_buffer()
+        sums = forward_backward(trainee.ddp, trainee.student, arch, loss, source_of(config, topk=True).micro_batches(0), chunk_tokens=31)
+        error, _ = gradient_error(trainee.student, expected)
+        results[name] = [abs(sums[0].item() / sums[1].item() - value), max_over_ranks(error)]
     return results
 
 
@@ -242,7 +290,9 @@ def max_over_ranks(value: float) -> float:
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]
     parallel.start(ParallelConfig(), seed=0)
-    answer = {"parity": parity, "gradients": gradients, "reshard": reshard}[name](Path(folder), **json.loads(arguments))
+    answer = {"parity": parity, "gradients": gradients, "every_loss": every_loss, "reshard": reshard}[name](
+        Path(folder), **json.loads(arguments)
+    )
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(answer))
     parallel.stop()
