@@ -92,6 +92,7 @@ class Stub:
         self.model = Model(Path(args.model_path))
         self.startup_time = time.time()
         self.cache: dict[bytes, bytes] | None = {} if args.cache else None
+        self.tokens_under_way = self.peak_tokens = self.num_posts = 0
         self.poison: dict[int, list[Any]] = {}
         for entry in args.poison:
             token, kind, *times = entry.split(":")
@@ -100,6 +101,8 @@ class Stub:
     def get(self, path: str) -> tuple[int, dict[str, Any]]:
         if path in ("/health", "/health_generate"):
             return 200, {}
+        if path == "/stub":
+            return 200, {"peak_tokens": self.peak_tokens, "num_posts": self.num_posts}
         if path == "/model_info":
             return 200, {
                 "model_path": self.args.model_path,
@@ -113,11 +116,20 @@ class Stub:
         return 404, {"error": {"message": f"no {path} here"}}
 
     async def post(self, body: bytes) -> tuple[int, bytes]:
-        if self.args.delay:
-            await asyncio.sleep(self.args.delay)
         if self.cache is not None and body in self.cache:
             return 200, self.cache[body]
         request = orjson.loads(body)
+        tokens = len(request["input_ids"]) + request["sampling_params"]["max_new_tokens"]
+        self.num_posts += 1
+        self.tokens_under_way += tokens
+        self.peak_tokens = max(self.peak_tokens, self.tokens_under_way)
+        try:
+            await asyncio.sleep(self.args.delay)
+            return await self._post(request, body)
+        finally:
+            self.tokens_under_way -= tokens
+
+    async def _post(self, request: dict[str, Any], body: bytes) -> tuple[int, bytes]:
         kind = self._poisoned(request["input_ids"])
         if kind == "exit":
             os._exit(134)
