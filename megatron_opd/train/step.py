@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,33 +19,52 @@ from megatron_opd.model.architecture import Architecture
 from megatron_opd.model.student import Student
 from megatron_opd.records import LOSS_SUM_NAMES, LossSums
 from megatron_opd.train.batches import MicroBatch
+from megatron_opd.train.drift import Watch, Watched
 from megatron_opd.train.loss import pack_sums
 from megatron_opd.train.optim import Trainee
 
+_WATCH = Watch()
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over the global batch, the gradient norm before clipping, and the learning rate used."""
+    """Sums over the global batch, the gradient norm before clipping, and the learning rate.
+
+    `skipped`: loss or gradient was not finite; neither weights nor optimizer were touched.
+    """
 
     sums: LossSums
+    watched: Watched
     grad_norm: float
     learning_rate: float
+    skipped: bool
 
 
-def train_step(trainee: Trainee, arch: Architecture, loss: LossFunction, micro_batches: list[MicroBatch], *, seed: int) -> StepResult:
+def train_step(
+    trainee: Trainee, arch: Architecture, loss: LossFunction, micro_batches: list[MicroBatch], *, seed: int, watch: Watch = _WATCH
+) -> StepResult:
     """Forward, backward, reduction, optimizer. `seed` restarts the random state, so that a step depends on nothing before it."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     trainee.ddp.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    sums = forward_backward(trainee.ddp, trainee.student, arch, loss, micro_batches)
-    if not torch.isfinite(sums).all():
-        return StepResult(LossSums(*sums.tolist()), float("nan"), _learning_rate(trainee))
+    sums = forward_backward(trainee.ddp, trainee.student, arch, loss, micro_batches, watch=watch)
     learning_rate = _learning_rate(trainee)
-    _, grad_norm, _ = trainee.optimizer.step()
-    trainee.scheduler.step(increment=1)
-    return StepResult(LossSums(*sums.tolist()), float(grad_norm or 0.0), learning_rate)
+    # Megatron's own step() looks at the norm after it has scaled the gradients with it, and then updates whatever they are.
+    trainee.optimizer.prepare_grads()
+    grad_norm = float(trainee.optimizer.get_grad_norm() or 0.0)
+    skipped = not _finite_on_all_ranks(float(sums[0]), grad_norm, device=sums.device)
+    if not skipped:
+        trainee.optimizer.step()
+    trainee.scheduler.step(increment=1)  # the rate is a function of the step's number, skipped or not
+    values, n = sums.tolist(), len(LOSS_SUM_NAMES)
+    return StepResult(LossSums(*values[:n]), Watched.of(values[n:]), grad_norm, learning_rate, skipped)
+
+
+def _finite_on_all_ranks(*values: float, device: torch.device) -> bool:
+    bad = torch.tensor(float(not all(map(math.isfinite, values))), device=device)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
 
 
 def forward_backward(
@@ -55,10 +75,14 @@ def forward_backward(
     micro_batches: list[MicroBatch],
     *,
     forward_only: bool = False,
+    watch: Watch = _WATCH,
 ) -> torch.Tensor:
-    """Gradients into `main_grad` (divided by the global denominator), and the sums [len(LOSS_SUM_NAMES)] on every rank."""
+    """Gradients into `main_grad` (divided by the global denominator), and the sums on every rank.
+
+    The sums are float64 [len(LOSS_SUM_NAMES) + watch.num_sums].
+    """
     outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, student=student, arch=arch, loss=loss),
+        forward_step_func=partial(_forward_step, student=student, arch=arch, loss=loss, watch=watch),
         data_iterator=iter(micro_batches),
         model=model,
         num_microbatches=len(micro_batches),
@@ -67,7 +91,7 @@ def forward_backward(
         forward_only=forward_only,
     )
     device = micro_batches[0].tokens.device
-    sums = torch.zeros(len(LOSS_SUM_NAMES), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(LOSS_SUM_NAMES) + watch.num_sums, dtype=torch.float64, device=device)
     if parallel_state.is_pipeline_last_stage():
         sums += torch.stack([output["sums"] for output in outputs]).sum(0)
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
@@ -77,7 +101,7 @@ def forward_backward(
 
 
 def _forward_step(
-    batches: Iterator[MicroBatch], model: torch.nn.Module, *, student: Student, arch: Architecture, loss: LossFunction
+    batches: Iterator[MicroBatch], model: torch.nn.Module, *, student: Student, arch: Architecture, loss: LossFunction, watch: Watch
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     packed = PackedSeqParams(
@@ -88,11 +112,11 @@ def _forward_step(
         max_seqlen_kv=batch.max_seqlen,
     )
     hidden = model(batch.tokens, batch.positions, None, packed_seq_params=packed)
-    return hidden, partial(_loss_sums, batch=batch, student=student, arch=arch, loss=loss)
+    return hidden, partial(_loss_sums, batch=batch, student=student, arch=arch, loss=loss, watch=watch)
 
 
 def _loss_sums(
-    hidden: torch.Tensor, *, batch: MicroBatch, student: Student, arch: Architecture, loss: LossFunction
+    hidden: torch.Tensor, *, batch: MicroBatch, student: Student, arch: Architecture, loss: LossFunction, watch: Watch
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     logp, entropy = vocab_parallel_stats(
         student.logits(hidden, batch.rows),
@@ -103,7 +127,11 @@ def _loss_sums(
     )
     total, extra = loss(logp[:, 0], batch)
     sums = pack_sums(total, logp[:, 0], entropy, batch, extra)
-    return total, torch.tensor(batch.denominator, dtype=torch.int, device=total.device), {"sums": sums}
+    return (
+        total,
+        torch.tensor(batch.denominator, dtype=torch.int, device=total.device),
+        {"sums": torch.cat([sums, watch.sums(logp[:, 0], batch)])},
+    )
 
 
 def _learning_rate(trainee: Trainee) -> float:

@@ -26,7 +26,7 @@ from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.model.student import Student, build_student, transformer_config
 from megatron_opd.records import Lineage
 from megatron_opd.train.batches import BatchSource, MicroBatch
-from megatron_opd.train.checkpoint import load_checkpoint, save_checkpoint
+from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_opd.train.loss import opd_loss
 from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.step import forward_backward, train_step
@@ -220,10 +220,10 @@ def reshard(folder: Path, distributed_optimizer: bool) -> dict[str, list[float]]
     config = stage_config(str(folder), parallel=layout(2, 1), distributed_optimizer=distributed_optimizer)
     trainee = build(config, arch)
     steps(trainee, config, 0, 2)
-    checkpoint = save_checkpoint(
-        folder / f"out{int(distributed_optimizer)}", trainee, {"step": 2}, init=str(directory), lineage=Lineage(), keep_last=2
-    )
-    results["continued tp2 pp1"] = steps(trainee, config, 2, 3)
+    writer = CheckpointWriter(folder / f"out{int(distributed_optimizer)}", str(directory), Lineage())
+    checkpoint = writer.save(trainee, {"step": 2})
+    results["continued tp2 pp1"] = steps(trainee, config, 2, 3)  # while the checkpoint is being written
+    writer.finish()
     for tp, pp in [(2, 1), (1, 2), (2, 2), (1, 1)]:
         config = stage_config(str(folder), parallel=layout(tp, pp), distributed_optimizer=distributed_optimizer)
         trainee = build(config, arch)
