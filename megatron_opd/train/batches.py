@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_opd.config import TrainerConfig
-from megatron_opd.data.order import step_rollouts
+from megatron_opd.data.order import cut_lengths, step_rollouts
 from megatron_opd.data.packing import plan_micro_batches
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import StoreError, UserError
@@ -143,14 +143,6 @@ class BatchSource:
             num_tokens=num_tokens,
             sum_squared_lengths=sum(length * length for length in lengths),
         )
-
-
-def cut_lengths(reader: StoreReader, config: TrainerConfig) -> np.ndarray:
-    """Tokens of every rollout as training reads it, int64: responses cut at max_response_tokens, and by overlong = "cut"."""
-    lengths = reader.lengths
-    if config.max_response_tokens is not None:
-        lengths = np.minimum(lengths, reader.prompt_lens.astype(np.int64) + config.max_response_tokens)
-    return np.minimum(lengths, config.micro_batch_tokens) if config.overlong == "cut" else lengths
 
 
 def check_lengths(reader: StoreReader, config: TrainerConfig) -> None:

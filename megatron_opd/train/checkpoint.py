@@ -222,13 +222,14 @@ def _sharded_state(trainee: Trainee, metadata: dict[str, Any], *, is_loading: bo
     return {"model": model_state, "optimizer": trainee.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)}
 
 
-def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers inside of Megatron's."""
     return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
 
 
 def _prime_optimizer(optimizer: Any) -> None:
     """Make the Adam states that a load fills: Megatron asks a loading optimizer for tensors that torch makes at its first step."""
-    for inner in _torch_optimizers(optimizer):
+    for inner in torch_optimizers(optimizer):
         if not isinstance(inner, torch.optim.Adam):  # apex and Transformer Engine make them by Megatron's own call
             continue
         for group in inner.param_groups:
@@ -243,7 +244,7 @@ def _prime_optimizer(optimizer: Any) -> None:
 
 def _unshare_steps(optimizer: Any) -> None:
     """After a load all states share one 'step' tensor, which every parameter's update would count up; give each its own."""
-    for inner in _torch_optimizers(optimizer):
+    for inner in torch_optimizers(optimizer):
         for state in inner.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

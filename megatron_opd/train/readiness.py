@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_opd.config import SftStage, TrainerConfig, TrainStage
+from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, StoreError, UserError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.records import Lineage, ModelFingerprint
-from megatron_opd.train.batches import check_lengths, cut_lengths
+from megatron_opd.train.batches import check_lengths
 
 
 @dataclass(frozen=True)

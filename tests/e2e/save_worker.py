@@ -53,7 +53,11 @@ def serve() -> None:
             train(order["recipe"], order["kill_at"], order["log"], count)
         _, status = os.waitpid(pid, 0)
         killed = os.WIFSIGNALED(status)
-        answer = {"killed": killed, "code": None if killed else os.WEXITSTATUS(status), "operations": count.value}
+        answer = {
+            "killed": killed,
+            "code": None if killed else os.WEXITSTATUS(status),
+            "operations": count.get_obj().value,
+        }  # the lock died with its holder
         print(json.dumps(answer), flush=True)
 
 
