@@ -1,4 +1,4 @@
-"""Runs a function of `worker.py` on several gloo ranks and gives back what rank 0 wrote."""
+"""Runs a function of a worker script on several gloo ranks and gives back what rank 0 wrote."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
+KERNEL_WORKER = Path(__file__).with_name("kernel_worker.py")
 
 
-def run_ranks(function: str, world: int, folder: Path, *, timeout: float = 600, **arguments: Any) -> Any:
+def run_ranks(function: str, world: int, folder: Path, *, worker: Path = WORKER, timeout: float = 600, **arguments: Any) -> Any:
     """Raises AssertionError with the failing rank's output; every rank has ended when this returns."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -26,7 +27,7 @@ def run_ranks(function: str, world: int, folder: Path, *, timeout: float = 600, 
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, str(WORKER), function, str(folder), str(result), json.dumps(arguments)]
+    command = [sys.executable, str(worker), function, str(folder), str(result), json.dumps(arguments)]
     logs = [folder / f"{function}-{rank}.log" for rank in range(world)]
     children = [
         subprocess.Popen(

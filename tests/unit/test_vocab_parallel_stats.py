@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opd_kernels import vocab_parallel_stats
+from ranks import KERNEL_WORKER, run_ranks
 
 
 def definition(
@@ -110,26 +109,9 @@ def test_wrong_shapes_are_refused() -> None:
         vocab_parallel_stats(torch.zeros(3, 5), torch.zeros(3, 1, dtype=torch.long), temperature=0.0)
 
 
-def _rank(rank: int, world: int, rendezvous: str, vocab: int, padded: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    logits, ids, g_logp, g_entropy = case(3, 7, padded, 4)
-    ids = ids.where(ids < vocab, -1)
-    whole = logits.clone().requires_grad_()
-    expected = vocab_parallel_stats(whole, ids, vocab_size=vocab)
-    ((expected[0] * g_logp).sum() + (expected[1] * g_entropy).sum()).backward()
-    width = padded // world
-    shard = logits[:, rank * width : (rank + 1) * width].clone().requires_grad_()
-    found = vocab_parallel_stats(shard, ids, vocab_start=rank * width, vocab_size=vocab, tp_group=dist.group.WORLD)
-    ((found[0] * g_logp).sum() + (found[1] * g_entropy).sum()).backward()
-    assert shard.grad is not None
-    assert whole.grad is not None
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(shard.grad, whole.grad[:, rank * width : (rank + 1) * width], rtol=0, atol=1e-5)
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(("world", "vocab"), [(2, 37), (4, 37), (4, 29)])
 def test_tensor_parallel_equals_whole(tmp_path: Path, world: int, vocab: int) -> None:
     """40 columns; with 29 real ones the last of four ranks holds padding alone."""
-    mp.spawn(_rank, args=(world, str(tmp_path / "rendezvous"), vocab, 40), nprocs=world)
+    worst = run_ranks("tensor_parallel", world, tmp_path, worker=KERNEL_WORKER, vocab=vocab, padded=40)
+    assert len(worst) == 3
+    assert max(worst.values()) < 1e-5, worst
