@@ -74,13 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
         )
     _add_convert(stages)
     _recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
-    check = _recipe_stage(stages, "check", "is everything ready to train?", _check)
+    check = _recipe_stage(stages, "check", "is everything ready to train? With --gpus: would it fit, and what would it cost?", _check)
     check.add_argument(
         "--stage",
         choices=("inputs", "sft", "train"),
         default="train",
         help="what shall start: 'inputs' looks at what you bring (models, prompt files), before anything has run",
     )
+    check.add_argument(
+        "--gpus", type=_positive, metavar="N", help="estimate memory, speed and GPU hours on N GPUs, before anything has run"
+    )
+    check.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU for --gpus (default: 80)")
     progress = _recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left to do", _progress)
     progress.add_argument("--stage", choices=STAGES, help="only this stage")
     inspect = stages.add_parser(
@@ -218,7 +222,19 @@ def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
     evaluate(require(recipe.eval, "eval"), recipe)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise ValueError
+    return number
+
+
 def _check(recipe: Recipe, args: argparse.Namespace) -> None:
+    if args.gpus is not None:
+        from megatron_opd.estimate import estimate_recipe
+
+        print("\n".join(estimate_recipe(recipe, args.gpus, args.gpu_memory)))
+        return
     from megatron_opd.train.readiness import check_inputs, check_sft, check_train
 
     if args.stage == "inputs":

@@ -200,10 +200,18 @@ class TrainerConfig(_Section):
     micro_batch_tokens: int = Field(default=16384, gt=0, description="token slots of one packed micro-batch")
     packing: bool = Field(default=True, description="several sequences a micro-batch; False: one")
     max_response_tokens: int | None = Field(default=None, gt=0, description="cut responses after this many tokens")
+    overlong: Literal["refuse", "cut"] = Field(default="refuse", description="a rollout of more than micro_batch_tokens tokens")
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     save_every: int = Field(default=50, gt=0)
     log_every: int = Field(default=1, gt=0, description="steps between console lines; metrics.jsonl has every step")
-    keep_last: int = Field(default=2, gt=0, description="checkpoints kept")
+    keep_last: int = Field(default=2, gt=0, description="newest checkpoints kept")
+    keep_every: int | None = Field(default=None, gt=0, description="keep the checkpoints of every n-th step for good")
+    async_save: bool = Field(default=True, description="write checkpoints while training goes on")
+    max_skipped_steps: int = Field(
+        default=3, ge=0, description="steps in a row that may be skipped as their loss or gradient is not finite; one more ends the run"
+    )
+    loggers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="besides metrics.jsonl")
+    wandb_project: str = "megatron-opd"
     allow_incomplete: bool = Field(default=False, description="train on the sealed parts of a store that is not complete")
     distributed_optimizer: bool = True
     precision_aware_optimizer: bool = Field(
@@ -280,6 +288,18 @@ class LossConfig(_Section):
         return self
 
 
+class DriftConfig(_Section):
+    """When the student has moved too far from pi_ref, the policy that the rollouts were sampled from. Shares are of response tokens."""
+
+    ratio: float = Field(default=2.0, gt=1, description="a token is off when pi_S / pi_ref is above this, or below its inverse")
+    max_off_share: float | None = Field(default=None, gt=0, lt=1, description="advise new rollouts when more tokens are off")
+    min_effective_share: float | None = Field(
+        default=None, gt=0, lt=1, description="advise new rollouts when the effective sample share is less"
+    )
+    patience: int = Field(default=3, gt=0, description="steps in a row beyond a limit before the advice")
+    stop: bool = Field(default=False, description="with the advice, save and end the run")
+
+
 class TrainStage(TrainerConfig):
     """Offline on-policy distillation on scored rollouts."""
 
@@ -288,6 +308,7 @@ class TrainStage(TrainerConfig):
     output: str = "{run_dir}/opd"
     teacher: str = Field(default="teacher", description="name of the teacher's group in the store")
     loss: LossConfig = LossConfig()
+    drift: DriftConfig = DriftConfig()
     allow_teacher_mismatch: bool = False
 
 

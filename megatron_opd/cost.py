@@ -1,28 +1,77 @@
-"""What a stage cost: wall time, tokens, GPU hours; one JSON row a run of a stage, appended to run_dir/stages.jsonl."""
+"""What a stage cost: wall time, tokens, GPU hours, energy; one JSON row a run of a stage, appended to run_dir/stages.jsonl."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 
+class GpuMeter:
+    """Energy and memory of GPUs through NVML (nvidia-ml-py). Make it with `open_meter`."""
+
+    def __init__(self, nvml: Any, handles: list[Any]):
+        self._nvml, self._handles = nvml, handles
+
+    def energy_joules(self) -> float | None:
+        """Joules since the driver was loaded, of all the GPUs together; only differences mean something. None where one can't say."""
+        try:
+            return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles) / 1000  # NVML: millijoules
+        except self._nvml.NVMLError:
+            return None  # before Volta, and on slices (MIG)
+
+    def memory_gib(self) -> float:
+        """GiB in use on the fullest of the GPUs, by all processes."""
+        return max(self._nvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self._handles) / 2**30
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self._handles)
+
+
+def open_meter(uuids: Sequence[str] | None = None) -> GpuMeter | None:
+    """A meter for these GPUs ("GPU-..."), by default for those in CUDA_VISIBLE_DEVICES, or all of the machine.
+
+    None where there is no GPU, no driver, or no nvidia-ml-py: a stage then has no energy in its row.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        if uuids is None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            uuids = [str(index) for index in range(pynvml.nvmlDeviceGetCount())] if visible is None else visible.split(",")
+        names = [name.strip() for name in uuids if name.strip()]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(int(n)) if n.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(n) for n in names]
+    except pynvml.NVMLError:
+        return None
+    return GpuMeter(pynvml, handles) if handles else None
+
+
 @dataclass
 class StageCost:
-    """Context manager; `tokens` is counted up by the stage. The row is written also when the stage fails, with its error."""
+    """Context manager; `tokens` is counted up by the stage. The row is written also when the stage fails, with its error.
+
+    With `meter` the row has the energy of its GPUs; a stage that knows of more GPUs puts "energy_joules" into `facts` itself.
+    """
 
     run_dir: str | Path
     stage: str
     num_gpus: int = 0
     tokens: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    meter: GpuMeter | None = None
 
     def __enter__(self) -> StageCost:
         self._start = time.time()
+        self._energy = self.meter.energy_joules() if self.meter else None
         return self
 
     def seconds(self) -> float:
@@ -38,8 +87,11 @@ class StageCost:
             "started": self._start,
             "seconds": seconds,
             "tokens": self.tokens,
+            "num_gpus": self.num_gpus,
             "gpu_hours": seconds * self.num_gpus / 3600,
         }
+        if self.meter and self._energy is not None and (energy := self.meter.energy_joules()) is not None:
+            row["energy_joules"] = energy - self._energy
         row |= self.facts | ({"error": f"{type(error).__name__}: {error}"} if error is not None else {})
         try:
             append_jsonl(Path(self.run_dir) / "stages.jsonl", row)
@@ -56,6 +108,14 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         file.seek(max(0, size - 1))
         start = b"\n" if file.read(1) not in (b"", b"\n") else b""
         file.write(start + json.dumps(row).encode() + b"\n")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put these rows, and no others, into the file; it is replaced whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,11 @@
-"""The order of training: which rollouts are in which step. A function of (seed, step), so that a resume needs no state."""
+"""What training reads: which rollouts are in which step, and how long. A function of (seed, step), so that a resume needs no state."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from megatron_opd.config import TrainerConfig
+from megatron_opd.data.store import StoreReader
 
 
 def num_steps(num_rollouts: int, *, global_batch: int, epochs: int) -> int:
@@ -23,3 +26,11 @@ def step_rollouts(step: int, num_rollouts: int, *, global_batch: int, seed: int)
     epochs = wanted // num_rollouts
     orders = {int(epoch): epoch_order(num_rollouts, seed=seed, epoch=int(epoch)) for epoch in np.unique(epochs)}
     return np.array([orders[int(epoch)][index] for epoch, index in zip(epochs, wanted % num_rollouts, strict=True)], np.int64)
+
+
+def cut_lengths(reader: StoreReader, config: TrainerConfig) -> np.ndarray:
+    """Tokens of every rollout as training reads it, int64: responses cut at max_response_tokens, and by overlong = "cut"."""
+    lengths = reader.lengths
+    if config.max_response_tokens is not None:
+        lengths = np.minimum(lengths, reader.prompt_lens.astype(np.int64) + config.max_response_tokens)
+    return np.minimum(lengths, config.micro_batch_tokens) if config.overlong == "cut" else lengths

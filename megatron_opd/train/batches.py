@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from megatron_opd.config import TrainerConfig
-from megatron_opd.data.order import step_rollouts
-from megatron_opd.data.packing import pack, split_over_ranks
+from megatron_opd.data.order import cut_lengths, step_rollouts
+from megatron_opd.data.packing import plan_micro_batches
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import StoreError, UserError
 
@@ -27,6 +28,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # int32 [B+1], the padding at the end is a sequence of its own
     rows: torch.Tensor  # int64 [N]: position t-1, whose logits predict tokens[t]
     labels: torch.Tensor  # int64 [N]
+    response_positions: torch.Tensor  # int64 [N], from 0 in each response
     weights: torch.Tensor  # float32 [N]
     student_logp: torch.Tensor  # float32 [N], the sampler's, at temperature 1
     teacher_logp: torch.Tensor | None  # float32 [N]
@@ -52,7 +54,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Makes the micro-batches of any step for one data-parallel rank; holds no position of its own."""
+    """Makes the micro-batches of any step for one data-parallel rank; holds no position of its own.
+
+    `quadratic_cost`: what attention adds to a sequence's cost, see data/packing.py.
+    """
 
     reader: StoreReader
     config: TrainerConfig
@@ -61,6 +66,7 @@ class BatchSource:
     dp_rank: int
     dp_size: int
     pad_multiple: int
+    quadratic_cost: float = 0.0
     topk: bool = False  # whether the loss needs the teacher's candidates
 
     def __post_init__(self) -> None:
@@ -69,17 +75,15 @@ class BatchSource:
             raise StoreError(f"{reader.location.url}: no rollouts in it")
         if config.global_batch < self.dp_size:
             raise UserError(f"global_batch {config.global_batch} is smaller than {self.dp_size} data-parallel ranks")
-        longest = int(self.lengths(np.arange(len(reader))).max())
-        if longest > config.micro_batch_tokens:
-            raise UserError(
-                f"{reader.location.url}: a rollout has {longest} tokens, over micro_batch_tokens = {config.micro_batch_tokens}; raise it, or cut with max_response_tokens"
-            )
+        check_lengths(reader, config)
+
+    @cached_property
+    def all_lengths(self) -> np.ndarray:
+        """Tokens of every rollout after the cut, int64."""
+        return cut_lengths(self.reader, self.config)
 
     def lengths(self, rollouts: np.ndarray) -> np.ndarray:
-        """Tokens of each rollout after the cut, int64."""
-        lengths = self.reader.lengths[rollouts]
-        cut = self.config.max_response_tokens
-        return lengths if cut is None else np.minimum(lengths, self.reader.prompt_lens[rollouts].astype(np.int64) + cut)
+        return self.all_lengths[rollouts]
 
     def step_rollouts(self, step: int) -> np.ndarray:
         """Global indices of the rollouts of a step, int64 [global_batch]."""
@@ -89,22 +93,32 @@ class BatchSource:
         """This rank's share of a step."""
         rollouts = self.step_rollouts(step)
         lengths = self.lengths(rollouts)
-        mine = split_over_ranks(lengths.tolist(), self.dp_size)[self.dp_rank]
-        bins = pack(lengths[mine].tolist(), self.config.micro_batch_tokens, packing=self.config.packing)
-        return [self.build([int(rollouts[mine[position]]) for position in bin_]) for bin_ in bins]
+        parallel = self.config.parallel
+        plan = plan_micro_batches(
+            lengths,
+            num_ranks=self.dp_size,
+            budget=self.config.micro_batch_tokens,
+            quadratic=self.quadratic_cost,
+            packing=self.config.packing,
+            # Ranks that exchange tokens with each other's experts, and an interleaved pipeline, need a number of micro-batches.
+            equal_counts=getattr(parallel, "ep", 1) > 1,
+            multiple=parallel.pp if getattr(parallel, "vpp", 1) > 1 else 1,
+        )
+        return [self.build([int(rollouts[position]) for position in bin_]) for bin_ in plan[self.dp_rank]]
 
     def build(self, rollouts: Sequence[int]) -> MicroBatch:
-        """One micro-batch of these rollouts (global indices). Raises StoreError for what is missing or broken."""
-        tokens, positions, rows, labels, weights, student, teacher, topk_ids, topk_logp = ([] for _ in range(9))
+        """One micro-batch of these rollouts (global indices); of none, padding alone. Raises StoreError for what is missing or broken."""
+        tokens, positions, rows, labels, places, weights, student, teacher, topk_ids, topk_logp = ([] for _ in range(10))
         lengths: list[int] = []
         for index in rollouts:
             rollout = self.reader.rollout(index)
-            length, start = int(self.lengths(np.array([index]))[0]), rollout.prompt_len
+            length, start = int(self.all_lengths[index]), rollout.prompt_len
             offset = sum(lengths)
             tokens.append(rollout.tokens[:length])
             positions.append(np.arange(length))
             rows.append(np.arange(start - 1, length - 1) + offset)
             labels.append(rollout.tokens[start:length])
+            places.append(np.arange(length - start))
             weights.append(np.full(length - start, 1.0 / (length - start) if self.sequence_mean else 1.0))
             student.append(rollout.student_logp[start:length])
             if self.teacher is not None:
@@ -119,7 +133,7 @@ class BatchSource:
                     topk_logp.append(scores.topk_logp[start:length])
             lengths.append(length)
         num_tokens = sum(lengths)
-        padding = -num_tokens % self.pad_multiple
+        padding = -num_tokens % self.pad_multiple if num_tokens else self.pad_multiple
         if padding:
             tokens.append(np.zeros(padding, np.int32))
             positions.append(np.arange(padding))
@@ -130,6 +144,7 @@ class BatchSource:
             cu_seqlens=torch.tensor(np.cumsum([0, *lengths, *([padding] if padding else [])]), dtype=torch.int32),
             rows=_tensor(rows, torch.int64),
             labels=_tensor(labels, torch.int64),
+            response_positions=_tensor(places, torch.int64),
             weights=_tensor(weights, torch.float32),
             student_logp=_tensor(student, torch.float32),
             teacher_logp=_tensor(teacher, torch.float32) if self.teacher is not None else None,
@@ -143,5 +158,18 @@ class BatchSource:
         )
 
 
+def check_lengths(reader: StoreReader, config: TrainerConfig) -> None:
+    """Raise UserError unless every rollout, cut as the recipe says, fits a micro-batch and keeps a token of its response."""
+    url, budget = reader.location.url, config.micro_batch_tokens
+    longest = int(cut_lengths(reader, config).max())
+    if longest > budget:
+        raise UserError(
+            f"{url}: a rollout has {longest} tokens, over micro_batch_tokens = {budget}; raise it, or cut with max_response_tokens or overlong = 'cut'"
+        )
+    prompt = int(reader.prompt_lens.max())
+    if prompt >= budget:
+        raise UserError(f"{url}: a prompt has {prompt} tokens, which leaves no response in micro_batch_tokens = {budget}; raise it")
+
+
 def _tensor(pieces: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(pieces)).to(dtype)
+    return torch.from_numpy(np.concatenate(pieces)).to(dtype) if pieces else torch.empty(0, dtype=dtype)

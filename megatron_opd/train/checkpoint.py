@@ -1,25 +1,45 @@
-"""Checkpoints: Megatron's distributed format with the data position inside; they appear whole and load into any layout."""
+"""Checkpoints: Megatron's distributed format with the data position inside; they appear whole and load into any layout.
+
+A save has two halves. `CheckpointWriter.save` copies the tensors and lets a forked process of each rank write them, under a name
+that no other save uses; training goes on. When all ranks' writers are done the checkpoint is published: renamed to step_NNNNNN, then
+`latest` is replaced. A process killed anywhere leaves `latest` naming a whole checkpoint; what was not published is removed by the
+next save. docs/training.md has the layout.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import uuid
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.convert.hf_files import copy_side_files
 from megatron_opd.convert.to_hf import HF_FOLDER
 from megatron_opd.errors import CheckpointError
 from megatron_opd.lineage import write_json_atomic, write_lineage
+from megatron_opd.processes import serve_parent
 from megatron_opd.records import Lineage
 from megatron_opd.train.optim import Trainee
 
 STATE_FILE = "opd_state.json"
 LATEST = "latest"
+_STEP = "step_"
+# Names that start so are no checkpoints: being written, or being removed.
+_HIDDEN = "."
 
 
 def checkpoint_folder(output: Path) -> Path:
@@ -47,38 +67,130 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint}: no checkpoint of a run ({error})") from None
 
 
-def save_checkpoint(output: Path, trainee: Trainee, state: dict[str, Any], *, init: str, lineage: Lineage, keep_last: int) -> Path:
-    """Save on every rank under a temporary name, then rename and point `latest` to it. `state` has 'step'."""
-    folder = checkpoint_folder(output)
-    name = f"step_{state['step']:06d}"
-    staging, final = folder / f".{name}.tmp", folder / name
-    first = dist.get_rank() == 0
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging.mkdir()
-    dist.barrier()
-    metadata = _content_metadata(trainee)
-    dist_checkpointing.save(
-        _sharded_state(trainee, metadata, is_loading=False),
-        str(staging),
-        content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
-    )
-    dist.barrier()
-    if first:
-        copy_side_files(init, staging / HF_FOLDER)
-        write_lineage(staging, lineage, for_weights=False)
-        write_json_atomic(staging / STATE_FILE, state)
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-        pointer = folder / LATEST
-        pointer.with_suffix(".tmp").write_text(name + "\n")
-        pointer.with_suffix(".tmp").replace(pointer)
-        for old in sorted(folder.glob("step_*"))[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return final
+@dataclass
+class CheckpointWriter:
+    """Saves checkpoints of one run; every method is called on every rank. One save is under way at a time."""
+
+    output: Path
+    init: str  # the Hugging Face directory whose configuration and tokenizer travel with the weights
+    lineage: Lineage
+    keep_last: int = 2
+    keep_every: int | None = None  # steps; multiples of it are never removed
+    asynchronous: bool = True
+    _calls: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
+    _saving: int | None = None
+
+    def __post_init__(self) -> None:
+        _start_results_queue()
+
+    def save(self, trainee: Trainee, state: dict[str, Any]) -> Path:
+        """Start to save; `state` has 'step'. Returns where the checkpoint will be. Raises CheckpointError if an earlier save failed."""
+        self.finish()
+        step = int(state["step"])
+        staging = self._make_staging(step)
+        metadata = _content_metadata(trainee)
+        request: Any = dist_checkpointing.save(
+            _sharded_state(trainee, metadata, is_loading=False),
+            str(staging),
+            async_sharded_save=True,
+            content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
+            **_ASYNC_STRATEGY,
+        )
+        request.add_finalize_fn(partial(self._publish, staging, state))
+        self._calls.schedule_async_request(request)
+        self._saving = step
+        if not self.asynchronous:
+            self.finish()
+        return checkpoint_folder(self.output) / step_name(step)
+
+    def poll(self) -> None:
+        """Publish a save whose writers are done; returns at once."""
+        self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for a save that is under way and publish it."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        try:
+            self._calls.maybe_finalize_async_calls(blocking=blocking)
+        except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+            latest = latest_checkpoint(self.output) or "none"
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"the checkpoint of step {self._saving} could not be written: {reason}; the last whole one is {latest}; "
+                "mend this and run the same command again"
+            ) from None
+
+    def _make_staging(self, step: int) -> Path:
+        """A new folder for one save; what earlier processes left behind is removed."""
+        folder = checkpoint_folder(self.output)
+        name: list[Any] = [None]
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f"{_HIDDEN}{_STEP}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            # A writer of a killed run may still be at work: it must never write into this save.
+            name[0] = f"{_HIDDEN}{step_name(step)}.{uuid.uuid4().hex[:8]}.tmp"
+            (folder / name[0]).mkdir()
+        dist.broadcast_object_list(name, src=0)
+        return folder / name[0]
+
+    def _publish(self, staging: Path, state: dict[str, Any]) -> None:
+        if dist.get_rank() == 0:
+            folder, step = staging.parent, int(state["step"])
+            copy_side_files(self.init, staging / HF_FOLDER)
+            write_lineage(staging, self.lineage, for_weights=False)
+            write_json_atomic(staging / STATE_FILE, state)
+            _remove(folder / step_name(step))
+            staging.rename(folder / step_name(step))
+            pointer = folder / LATEST
+            pointer.with_suffix(".tmp").write_text(step_name(step) + "\n")
+            pointer.with_suffix(".tmp").replace(pointer)
+            for old in outdated(
+                [int(path.name.removeprefix(_STEP)) for path in folder.glob(f"{_STEP}*")], step, self.keep_last, self.keep_every
+            ):
+                _remove(folder / step_name(old))
+        dist.barrier()
+
+
+def step_name(step: int) -> str:
+    return f"{_STEP}{step:06d}"
+
+
+def outdated(steps: list[int], saved: int, keep_last: int, keep_every: int | None) -> list[int]:
+    """Which of the checkpoints at `steps` to remove after `saved` was written.
+
+    Later ones (a run that was set back to an earlier checkpoint has them) are left alone.
+    """
+    earlier = sorted(step for step in steps if step <= saved)[:-keep_last]
+    return [step for step in earlier if keep_every is None or step % keep_every]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; it stops being one at once, not file by file."""
+    if checkpoint.exists():
+        gone = checkpoint.with_name(f"{_HIDDEN}{checkpoint.name}.{uuid.uuid4().hex[:8]}.old")
+        checkpoint.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+# Megatron-Core 0.19 would ask for NVIDIA's resiliency extension otherwise; 0.16 has its own way alone, and no such argument.
+_ASYNC_STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
+
+
+def _start_results_queue() -> None:
+    """Start the process through which Megatron-Core's writers report, once a process.
+
+    Megatron-Core starts one itself at the first save, but that one outlives a killed trainer for ever, and a stop signal to the
+    whole job ends it in the middle of a save.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))
+        manager.start(serve_parent, (os.getpid(),))
+        queue = manager.Queue()
+        queue.manager = manager  # pyright: ignore[reportAttributeAccessIssue]  a manager ends with its last reference
+        filesystem_async._results_queue = queue  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
@@ -88,7 +200,7 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
         metadata = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         loaded: Any = dist_checkpointing.load(_sharded_state(trainee, metadata, is_loading=True), str(checkpoint))
-    except (OSError, EOFError, KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+    except (OSError, EOFError, KeyError, RuntimeError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{checkpoint} can't be loaded: {error}; point {LATEST} to another step folder") from error
     for number, student in enumerate(trainee.students):
         student.load_state_dict(loaded["model"][str(number)])
@@ -111,13 +223,14 @@ def _sharded_state(trainee: Trainee, metadata: dict[str, Any], *, is_loading: bo
     return {"model": model_state, "optimizer": trainee.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)}
 
 
-def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers inside of Megatron's."""
     return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
 
 
 def _prime_optimizer(optimizer: Any) -> None:
     """Make the Adam states that a load fills: Megatron asks a loading optimizer for tensors that torch makes at its first step."""
-    for inner in _torch_optimizers(optimizer):
+    for inner in torch_optimizers(optimizer):
         if not isinstance(inner, torch.optim.Adam):  # apex and Transformer Engine make them by Megatron's own call
             continue
         for group in inner.param_groups:
@@ -132,7 +245,7 @@ def _prime_optimizer(optimizer: Any) -> None:
 
 def _unshare_steps(optimizer: Any) -> None:
     """After a load all states share one 'step' tensor, which every parameter's update would count up; give each its own."""
-    for inner in _torch_optimizers(optimizer):
+    for inner in torch_optimizers(optimizer):
         for state in inner.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -11,8 +10,9 @@ import sys
 import time
 from typing import Any
 
+from megatron_opd.processes import STOP_SIGNALS, end_with_parent
+
 _LAUNCHED = "OPD_LAUNCHED_BY"
-_PR_SET_PDEATHSIG = 1
 
 
 def is_rank() -> bool:
@@ -49,7 +49,7 @@ def launch(arguments: list[str], ranks: int) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, signal.SIGINT)}
     try:
         while True:
             codes = [child.poll() for child in children]
@@ -74,11 +74,8 @@ def launch(arguments: list[str], ranks: int) -> int:
 def end_with_launcher() -> None:
     """In a rank of ours: ask the kernel to end this process when its launcher ends (kill -9 included)."""
     launcher = os.environ.get(_LAUNCHED)
-    if launcher is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):
-        raise SystemExit("the launcher has ended")
+    if launcher is not None:
+        end_with_parent(int(launcher))
 
 
 def _free_port() -> int:

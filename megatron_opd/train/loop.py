@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,33 +12,35 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_opd.config import Recipe, TrainerConfig
+from megatron_opd.config import DriftConfig, Recipe, TrainerConfig, TrainStage
 from megatron_opd.convert.to_mcore import load_hf_weights
-from megatron_opd.cost import StageCost, append_jsonl, provenance, read_jsonl
+from megatron_opd.cost import StageCost, open_meter, provenance
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import CheckpointError, UserError
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
 from megatron_opd.train.batches import BatchSource
-from megatron_opd.train.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from megatron_opd.train.checkpoint import LATEST, CheckpointWriter, checkpoint_folder, latest_checkpoint, load_checkpoint, read_state
+from megatron_opd.train.drift import DriftRule, Watch, advice
 from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
-from megatron_opd.train.metrics import console_line, step_row
+from megatron_opd.train.metrics import MetricsLog, ResourceMeter, StepFacts, console_line, step_row
 from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.readiness import Readiness, check_sft, check_train
-from megatron_opd.train.step import train_step
+from megatron_opd.train.step import StepResult, train_step
+from megatron_opd.train.stop import StopRequest
 
 T = TypeVar("T")
 # Settings that decide which rollouts are in which step; they can't change between a run and its resume.
 _POSITION_FIELDS = ("store", "seed", "global_batch", "max_response_tokens", "teacher")
 
 
-def run_sft(recipe: Recipe) -> Path:
+def run_sft(recipe: Recipe) -> Path | None:
     """Fine-tune the base student on the teacher's answers. Returns the last checkpoint."""
     return _run(recipe, "sft", recipe.sft, lambda: check_sft(recipe.sft), sft_loss, sequence_mean=False, teacher=None)
 
 
-def run_train(recipe: Recipe) -> Path:
+def run_train(recipe: Recipe) -> Path | None:
     """Distil on scored rollouts. Returns the last checkpoint."""
     stage = recipe.train
     return _run(
@@ -65,8 +65,9 @@ def _run(
     sequence_mean: bool,
     teacher: str | None,
     topk: bool = False,
-) -> Path:
+) -> Path | None:
     device = parallel.start(config.parallel, seed=config.seed)
+    stop = StopRequest(Path(config.output))
     ready = on_first_rank(check)
     source = BatchSource(
         reader=StoreReader(config.store, teacher=teacher),
@@ -77,21 +78,23 @@ def _run(
         dp_size=parallel_state.get_data_parallel_world_size(),
         pad_multiple=config.token_multiple,
         topk=topk,
+        quadratic_cost=ready.arch.train_flops(0, 1) / ready.arch.train_flops(1, 0),
     )
     steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
-    job = Job(name, config, Path(config.output), ready, source, steps, device, position=position_of(config, source.reader))
+    job = Job(name, recipe, config, Path(config.output), ready, source, steps, device, position=position_of(config, source))
     say(describe(job))
     for note in ready.notes:
         say(note)
     trainee = build_trainee(ready, config, steps=steps, device=device)
-    first_step = resume(job, trainee)
-    job.start_files(recipe, first_step)
+    progress = resume(job, trainee)
+    meter = open_meter([f"GPU-{torch.cuda.get_device_properties(device).uuid}"]) if device.type == "cuda" else None
     with (
-        StageCost(recipe.run_dir, name, num_gpus=dist.get_world_size() if device.type == "cuda" else 0)
+        StageCost(recipe.run_dir, name, num_gpus=dist.get_world_size() if device.type == "cuda" else 0, meter=meter)
         if dist.get_rank() == 0
         else _NoCost() as cost
     ):
-        checkpoint = train(job, trainee, loss, first_step, cost)
+        checkpoint = train(job, trainee, loss, progress, stop, cost, ResourceMeter(meter))
+    stop.close()
     parallel.stop()
     return checkpoint
 
@@ -101,6 +104,7 @@ class Job:
     """What a run is, the same on every rank."""
 
     name: str
+    recipe: Recipe
     config: TrainerConfig
     output: Path
     ready: Readiness
@@ -109,46 +113,83 @@ class Job:
     device: torch.device
     position: dict[str, Any]
 
-    def start_files(self, recipe: Recipe, first_step: int) -> None:
-        """Write the resolved recipe, and cut metrics of steps that will be made again."""
-        if dist.get_rank() == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "recipe.toml").write_text(recipe.to_toml())
-            rows = [row for row in read_jsonl(self.output / "metrics.jsonl") if row["step"] <= first_step]
-            (self.output / "metrics.jsonl").unlink(missing_ok=True)
-            for row in rows:
-                append_jsonl(self.output / "metrics.jsonl", row)
-
-    def save(self, trainee: Trainee, step: int) -> Path:
-        state = {"step": step, "consumed_rollouts": step * self.config.global_batch, "position": self.position, **provenance()}
-        return save_checkpoint(
-            self.output, trainee, state, init=self.config.init, lineage=self.ready.lineage, keep_last=self.config.keep_last
-        )
+    @property
+    def drift(self) -> DriftConfig:
+        return self.config.drift if isinstance(self.config, TrainStage) else DriftConfig()
 
 
-def train(job: Job, trainee: Trainee, loss: LossFunction, first_step: int, cost: Any) -> Path:
-    """The loop: batch, step, report, save."""
-    stop = StopRequest()
-    checkpoint = latest_checkpoint(job.output)
-    for step in range(first_step, job.steps):
-        start = time.perf_counter()
+@dataclass
+class Progress:
+    """What a checkpoint keeps of the run beside weights and optimizer."""
+
+    step: int = 0  # finished ones
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    beyond_drift_limit: int = 0
+
+    def state(self, job: Job) -> dict[str, Any]:
+        counts = {key: value for key, value in vars(self).items() if key != "step"}
+        consumed = self.step * job.config.global_batch
+        return {"step": self.step, "steps": job.steps, "consumed_rollouts": consumed, "position": job.position, **counts, **provenance()}
+
+
+def train(
+    job: Job, trainee: Trainee, loss: LossFunction, progress: Progress, stop: StopRequest, cost: Any, resources: ResourceMeter
+) -> Path | None:
+    """The loop: batch, step, report, save. Returns the last checkpoint, None if it was stopped before there was one."""
+    config, watch = job.config, Watch(job.drift.ratio)
+    drift = DriftRule(job.drift, progress.beyond_drift_limit)
+    log = start_files(job, progress.step)
+    writer = CheckpointWriter(
+        job.output, config.init, job.ready.lineage, config.keep_last, config.keep_every, asynchronous=config.async_save
+    )
+    checkpoint, saved = latest_checkpoint(job.output), progress.step
+    stopping = stop.requested()
+    while progress.step < job.steps and not stopping:
+        step, start = progress.step, time.perf_counter()
         micro_batches = [batch.to(job.device) for batch in job.source.micro_batches(step)]
+        data_seconds = time.perf_counter() - start
         result = train_step(
-            trainee, job.ready.arch, loss, micro_batches, seed=job.config.seed + step, chunk_tokens=job.config.loss_chunk_tokens
+            trainee, job.ready.arch, loss, micro_batches, seed=config.seed + step, chunk_tokens=config.loss_chunk_tokens, watch=watch
         )
-        check_finite(job, step, result.grad_norm)
-        row = report(job, step, result, seconds=time.perf_counter() - start)
+        facts = step_facts(job, step, len(micro_batches), seconds=time.perf_counter() - start, data_seconds=data_seconds)
+        row = step_row(result, facts, resources.read(facts.seconds))
+        report(job, row, log)
         cost.tokens += row["batch_tokens"]
-        done, stopping = step + 1, stop.requested()
-        if done % job.config.save_every == 0 or done == job.steps or stopping:
-            checkpoint = job.save(trainee, done)
-        if stopping and done < job.steps:
-            say(f"{job.name}: stopped after step {done} as asked; the same command goes on from {checkpoint}")
-            break
-    stop.close()
-    assert checkpoint is not None
-    say(f"{job.name}: {checkpoint}")
+        count_skipped(job, step, result, progress)
+        too_far = None if result.skipped else drift.check(row)
+        progress.step, progress.beyond_drift_limit = step + 1, drift.beyond
+        if too_far:
+            say(advice(too_far, config.output, job.recipe.name))
+        stopping = stop.requested() or bool(too_far and job.drift.stop)
+        writer.poll()
+        if progress.step % config.save_every == 0 or progress.step == job.steps or stopping:
+            checkpoint, saved = writer.save(trainee, progress.state(job)), progress.step
+    writer.finish()
+    cost.facts |= {"skipped_steps": progress.skipped} if progress.skipped else {}
+    if (energy := resources.total_energy()) is not None:
+        cost.facts["energy_joules"] = energy
+    if log is not None:
+        log.close()
+    if stopping and progress.step < job.steps:
+        stop.done()
+        say(f"{job.name}: stopped after step {saved} as asked; the same command goes on from {checkpoint or 'the start'}")
+    else:
+        say(f"{job.name}: {checkpoint}")
     return checkpoint
+
+
+def start_files(job: Job, first_step: int) -> MetricsLog | None:
+    """On the first rank: write the resolved recipe and open the metrics, without those of steps that will be made again."""
+
+    def start() -> MetricsLog:
+        job.output.mkdir(parents=True, exist_ok=True)
+        (job.output / "recipe.toml").write_text(job.recipe.to_toml())
+        return MetricsLog(job.output, job.config, first_step=first_step, settings=job.recipe.model_dump())
+
+    box: list[MetricsLog] = []
+    on_first_rank(lambda: box.append(start()))
+    return box[0] if box else None
 
 
 def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device: torch.device) -> Trainee:
@@ -169,11 +210,11 @@ def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device
     return make_trainee(students, config, steps=steps)
 
 
-def resume(job: Job, trainee: Trainee) -> int:
-    """Load the run's last checkpoint if it has one; returns the step to go on with. Raises CheckpointError for another run's."""
+def resume(job: Job, trainee: Trainee) -> Progress:
+    """Load the run's last checkpoint if it has one. Raises CheckpointError for another run's."""
     checkpoint = latest_checkpoint(job.output)
     if checkpoint is None:
-        return 0
+        return Progress()
     state = read_state(checkpoint)
     for key, value in job.position.items():
         if state["position"].get(key) != value:
@@ -181,72 +222,67 @@ def resume(job: Job, trainee: Trainee) -> int:
                 f"{checkpoint}: made with {key} = {state['position'].get(key)!r}, now {value!r}; a resumed run must read the same data: use that setting, or another output"
             )
     load_checkpoint(checkpoint, trainee)
-    step = int(state["step"])
-    if step:
-        trainee.scheduler.step(increment=step)
-    say(f"{job.name}: going on after step {step} from {checkpoint}")
-    return step
+    progress = Progress(**{field.name: int(state.get(field.name, 0)) for field in fields(Progress)})
+    if progress.step:
+        trainee.scheduler.step(increment=progress.step)
+    say(f"{job.name}: going on after step {progress.step} from {checkpoint}")
+    return progress
 
 
-def position_of(config: TrainerConfig, reader: StoreReader) -> dict[str, Any]:
+def position_of(config: TrainerConfig, source: BatchSource) -> dict[str, Any]:
     """What decides the order of the data, for the checkpoint."""
-    fields = {key: getattr(config, key) for key in _POSITION_FIELDS if hasattr(config, key)}
-    return fields | {
-        "num_rollouts": len(reader),
-        "student": reader.manifest.sampler.weights_sha256,
-        "num_tokens": int(reader.lengths.sum()),
+    settings = {key: getattr(config, key) for key in _POSITION_FIELDS if hasattr(config, key)}
+    return settings | {
+        "num_rollouts": len(source.reader),
+        "student": source.reader.manifest.sampler.weights_sha256,
+        "num_tokens": int(source.all_lengths.sum()),
     }
 
 
-def report(job: Job, step: int, result: Any, *, seconds: float) -> dict[str, Any]:
+def step_facts(job: Job, step: int, micro_batches: int, *, seconds: float, data_seconds: float) -> StepFacts:
+    source, rollouts = job.source, job.source.step_rollouts(step)
+    lengths = source.lengths(rollouts)
+    return StepFacts(
+        step=step + 1,
+        epoch=(step + 1) * job.config.global_batch / len(source.reader),
+        lengths=lengths,
+        response_lengths=lengths - source.reader.prompt_lens[rollouts],
+        flops=job.ready.arch.train_flops(int(lengths.sum()), int((lengths**2).sum())),
+        micro_batches=micro_batches,
+        seconds=seconds,
+        data_seconds=data_seconds,
+        num_ranks=dist.get_world_size(),
+    )
+
+
+def report(job: Job, row: dict[str, Any], log: MetricsLog | None) -> None:
     """Log a step on the first rank."""
-    lengths = job.source.lengths(job.source.step_rollouts(step))
-    tokens = int(lengths.sum())
-    flops = job.ready.arch.train_flops(tokens, int((lengths**2).sum()))
-    row = step_row(step + 1, result, seconds=seconds, batch_tokens=tokens, flops=flops, num_ranks=dist.get_world_size())
-    if dist.get_rank() == 0:
-        append_jsonl(job.output / "metrics.jsonl", row)
-        if step == 0 or (step + 1) % job.config.log_every == 0 or step + 1 == job.steps:
+    if log is not None:
+        log.write(row)
+        step = row["step"]
+        if step == 1 or step % job.config.log_every == 0 or step == job.steps or row["skipped"]:
             print(console_line(row, total=job.steps, distils=job.name == "train"), flush=True)
-    return row
 
 
-def check_finite(job: Job, step: int, grad_norm: float) -> None:
-    """Raise UserError if the step's loss or gradient is not a number; the checkpoint on disk is from before it."""
-    if not math.isfinite(grad_norm):
-        rollouts = ", ".join(map(str, job.source.step_rollouts(step)[:20].tolist()))
+def count_skipped(job: Job, step: int, result: StepResult, progress: Progress) -> None:
+    """Count a skipped step. Raises UserError if there were too many in a row; checkpoints on disk are from before them."""
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+    progress.skipped += result.skipped
+    if progress.skipped_in_a_row > job.config.max_skipped_steps:
+        rollouts = ", ".join(map(str, job.source.step_rollouts(step).tolist()))
         raise UserError(
-            f"{job.name}: loss or gradient of step {step + 1} is not finite; rollouts (global index): {rollouts}; nothing of this step was saved"
+            f"{job.name}: loss or gradient of step {step + 1} is not finite (loss {result.sums.loss / result.sums.denominator}, gradient norm "
+            f"{result.grad_norm}), after {progress.skipped_in_a_row - 1} skipped steps in a row; weights are those from before them. "
+            f"Look at the rollouts (global index) {rollouts}; a lower lr, or another checkpoint in {checkpoint_folder(job.output) / LATEST}, may help"
         )
-
-
-class StopRequest:
-    """SIGTERM and SIGUSR1 ask the run to finish its step, save and exit; every rank hears of a signal to any."""
-
-    def __init__(self) -> None:
-        self._flag = torch.zeros(1)
-        self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def _set(self, number: int, frame: Any) -> None:
-        self._flag.fill_(1.0)
-
-    def close(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        flag = self._flag.clone()
-        if torch.cuda.is_available():
-            flag = flag.cuda()
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 class _NoCost:
     """Ranks other than the first write no cost row."""
 
-    tokens = 0
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> _NoCost:
         return self

@@ -1,25 +1,48 @@
-"""What a step reports: one console line with units, one JSONL row."""
+"""What a step reports: one console line with units, one JSONL row; TensorBoard and W&B on request. docs/training.md says what each is."""
 
 from __future__ import annotations
 
 import math
 import resource
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
+from megatron_opd.config import TrainerConfig
+from megatron_opd.cost import GpuMeter, append_jsonl, read_jsonl, write_jsonl
+from megatron_opd.errors import UserError
 from megatron_opd.train.step import StepResult
 
 # Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets; utilisation is reported only for these.
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
-def step_row(step: int, result: StepResult, *, seconds: float, batch_tokens: int, flops: float, num_ranks: int) -> dict[str, Any]:
-    """Means of a step. batch_tokens: prompt and response tokens of the global batch; flops: model arithmetic of the step."""
-    sums = result.sums
-    n = sums.tokens
+@dataclass(frozen=True)
+class StepFacts:
+    """What is known of a step beside its sums. Lengths are of the global batch after the cut, flops are the model's arithmetic."""
+
+    step: int  # from 1
+    epoch: float
+    lengths: np.ndarray
+    response_lengths: np.ndarray
+    flops: float
+    micro_batches: int  # of the first rank
+    seconds: float
+    data_seconds: float  # of them, on the first rank: reading and packing
+    num_ranks: int
+
+
+def step_row(result: StepResult, facts: StepFacts, resources: dict[str, float]) -> dict[str, Any]:
+    """Means of a step; `resources` come from `ResourceMeter`."""
+    sums, watched = result.sums, result.watched
+    n, seconds, tokens = sums.tokens, facts.seconds, int(facts.lengths.sum())
     row: dict[str, Any] = {
-        "step": step,
+        "step": facts.step,
+        "epoch": facts.epoch,
         "loss": sums.loss / sums.denominator,
         "nll": sums.nll / n,
         "entropy": sums.entropy / n,
@@ -28,31 +51,85 @@ def step_row(step: int, result: StepResult, *, seconds: float, batch_tokens: int
         "clipped_share": sums.clipped / n,
         "ratio": sums.ratio / n,
         "effective_sample_share": sums.ratio**2 / (n * sums.ratio_squared) if sums.ratio_squared else math.nan,
+        "off_share": watched.off / n,
         "response_length": n / sums.sequences,
+        "response_length_max": int(facts.response_lengths.max()),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
+        "skipped": result.skipped,
         "response_tokens": int(n),
-        "batch_tokens": batch_tokens,
+        "batch_tokens": tokens,
+        "micro_batches": facts.micro_batches,
         "seconds": seconds,
-        "tokens_per_second": batch_tokens / seconds,
-        "model_tflops_per_rank": flops / seconds / num_ranks / 1e12,
-        "memory_gib": memory_gib(),
+        "data_seconds": facts.data_seconds,
+        "tokens_per_second": tokens / seconds,
+        "model_tflops_per_rank": facts.flops / seconds / facts.num_ranks / 1e12,
+        **resources,
     }
+    if sums.reverse_kl:
+        row["reverse_kl_by_position"] = watched.means_by_position()
     if (peak := peak_flops()) is not None:
-        row["model_flops_utilisation"] = flops / seconds / num_ranks / peak
-    return row
+        row["model_flops_utilisation"] = facts.flops / seconds / facts.num_ranks / peak
+    return {key: _finite_or_none(value) for key, value in row.items()}
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN: a value that is none is null."""
+    if isinstance(value, list):
+        return [_finite_or_none(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def console_line(row: dict[str, Any], *, total: int, distils: bool) -> str:
     """One line a step."""
+    head = f"step {row['step']:>5}/{total}"
+    if row["skipped"]:
+        return f"{head}  SKIPPED: loss {row['loss']}, gradient norm {row['grad_norm']}; weights and optimizer are as they were"
     losses = (
         f"reverse KL {row['reverse_kl']:.4f} nat/token  |A| {row['abs_advantage']:.4f}" if distils else f"nll {row['nll']:.4f} nat/token"
     )
-    drift = f"  ESS {row['effective_sample_share']:.0%}" if distils else ""
+    drift = f"  ESS {row['effective_sample_share'] or 0:.0%}  off {row['off_share']:.1%}" if distils else ""
+    power = f"  {row['power_watts']:.0f} W/GPU" if "power_watts" in row else ""
+    mfu = f"  MFU {row['model_flops_utilisation']:.1%}" if "model_flops_utilisation" in row else ""
     return (
-        f"step {row['step']:>5}/{total}  loss {row['loss']:+.4f}  {losses}  entropy {row['entropy']:.3f}{drift}  grad {row['grad_norm']:.3f}  "
-        f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  {row['memory_gib']:.1f} GiB"
+        f"{head}  loss {row['loss']:+.4f}  {losses}  entropy {row['entropy']:.3f}{drift}  grad {row['grad_norm']:.3f}  "
+        f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s{mfu}  {row['memory_gib']:.1f} GiB{power}"
     )
+
+
+class ResourceMeter:
+    """Memory and energy of all ranks between two calls of `read`, which every rank makes."""
+
+    def __init__(self, meter: GpuMeter | None):
+        self.meter = meter
+        self._energy = self.start_energy = meter.energy_joules() if meter else None
+
+    def read(self, seconds: float) -> dict[str, float]:
+        """memory_gib: the largest peak of a rank (PyTorch's, or the process's on a CPU); with NVML: energy of the step and so on."""
+        energy = self.meter.energy_joules() if self.meter else None
+        used = None if energy is None or self._energy is None else energy - self._energy
+        self._energy = energy
+        largest = _over_ranks([memory_gib(), self.meter.memory_gib() if self.meter else 0.0], dist.ReduceOp.MAX)
+        total, counted = _over_ranks([used or 0.0, float(used is not None)], dist.ReduceOp.SUM)
+        found = {"memory_gib": largest[0]}
+        if largest[1]:
+            found["gpu_memory_gib"] = largest[1]
+        if counted:
+            found |= {"energy_joules": total, "power_watts": total / counted / seconds}
+        return found
+
+    def total_energy(self) -> float | None:
+        """Joules of all ranks' GPUs since this object was made; every rank calls it."""
+        now = self.meter.energy_joules() if self.meter else None
+        used = None if now is None or self.start_energy is None else now - self.start_energy
+        total, counted = _over_ranks([used or 0.0, float(used is not None)], dist.ReduceOp.SUM)
+        return total if counted else None
+
+
+def _over_ranks(values: list[float], op: Any) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(tensor, op=op)
+    return tensor.tolist()
 
 
 def memory_gib() -> float:
@@ -67,3 +144,64 @@ def peak_flops() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+
+
+class MetricsLog:
+    """Where rows go, on the first rank: metrics.jsonl always, TensorBoard (output/tensorboard) and W&B on request."""
+
+    def __init__(self, output: Path, config: TrainerConfig, *, first_step: int, settings: dict[str, Any]):
+        """Rows after `first_step` are those of steps that will be made again: they are cut. Raises UserError for a missing package."""
+        self.path = output / "metrics.jsonl"
+        self._sinks: list[Any] = []
+        write_jsonl(self.path, [row for row in read_jsonl(self.path) if row["step"] <= first_step])
+        if "tensorboard" in config.loggers:
+            self._sinks.append(_TensorBoard(output / "tensorboard", first_step))
+        if "wandb" in config.loggers:
+            self._sinks.append(_WandB(output, config.wandb_project, settings))
+
+    def write(self, row: dict[str, Any]) -> None:
+        append_jsonl(self.path, row)
+        scalars = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+        for sink in self._sinks:
+            sink.log(row["step"], scalars)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, first_step: int):
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError:
+            raise UserError("loggers has 'tensorboard', which is not installed; pip install tensorboard, or take it out") from None
+        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        for key, value in scalars.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandB:
+    """One W&B run for an output folder: a resumed run goes on in it. WANDB_MODE=offline works as ever."""
+
+    def __init__(self, output: Path, project: str, settings: dict[str, Any]):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UserError("loggers has 'wandb', which is not installed; pip install wandb, or take it out") from None
+        identity = output / "wandb_run_id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id())
+        self.run = wandb.init(project=project, id=identity.read_text().strip(), resume="allow", dir=str(output), config=settings)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        self.run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self.run.finish()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from megatron_opd.config import Recipe, SftStage, TrainerConfig, TrainStage
+from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, StoreError, UserError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.records import Lineage, ModelFingerprint
+from megatron_opd.train.batches import check_lengths
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,11 @@ def _check_common(stage: TrainerConfig, teacher: str | None = None) -> tuple[Sto
         raise LineageError(
             f"{stage.init}: an embedding of {arch.vocab_size} rows for a tokenizer of {reader.manifest.sampler.tokenizer.num_tokens} tokens"
         )
-    cut = stage.max_response_tokens
-    lengths = reader.lengths if cut is None else np.minimum(reader.lengths, reader.prompt_lens.astype(np.int64) + cut)
-    longest = int(lengths.max())
+    check_lengths(reader, stage)
+    longest = int(cut_lengths(reader, stage).max())
     if longest > arch.max_positions:
         raise UserError(
             f"{stage.store}: a rollout has {longest} tokens, the model takes {arch.max_positions}; cut with max_response_tokens"
-        )
-    if longest > stage.micro_batch_tokens:
-        raise UserError(
-            f"{stage.store}: a rollout has {longest} tokens, over micro_batch_tokens = {stage.micro_batch_tokens}; raise it, or cut with max_response_tokens"
         )
     return reader, arch, init
 

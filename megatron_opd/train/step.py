@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +19,25 @@ from megatron_opd.model.architecture import Architecture
 from megatron_opd.model.student import Student
 from megatron_opd.records import LOSS_SUM_NAMES, LossSums
 from megatron_opd.train.batches import MicroBatch
+from megatron_opd.train.drift import Watch, Watched
 from megatron_opd.train.loss import LossFunction, Stored, pack_sums
 from megatron_opd.train.optim import Trainee
+
+_WATCH = Watch()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over the global batch, the gradient norm before clipping, and the learning rate used."""
+    """Sums over the global batch, the gradient norm before clipping, and the learning rate.
+
+    `skipped`: loss or gradient was not finite; neither weights nor optimizer were touched.
+    """
 
     sums: LossSums
+    watched: Watched
     grad_norm: float
     learning_rate: float
+    skipped: bool
 
 
 def train_step(
@@ -39,19 +48,30 @@ def train_step(
     *,
     seed: int,
     chunk_tokens: int | None = None,
+    watch: Watch = _WATCH,
 ) -> StepResult:
     """Forward, backward, reduction, optimizer. `seed` restarts the random state, so that a step depends on nothing before it."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     for chunk in trainee.chunks:
         chunk.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    sums = forward_backward(trainee.chunks, arch, loss, micro_batches, chunk_tokens=chunk_tokens)
-    if not torch.isfinite(sums).all():
-        return StepResult(LossSums(*sums.tolist()), float("nan"), _learning_rate(trainee))
+    sums = forward_backward(trainee.chunks, arch, loss, micro_batches, chunk_tokens=chunk_tokens, watch=watch)
     learning_rate = _learning_rate(trainee)
-    _, grad_norm, _ = trainee.optimizer.step()
-    trainee.scheduler.step(increment=1)
-    return StepResult(LossSums(*sums.tolist()), float(grad_norm or 0.0), learning_rate)
+    # Megatron's own step() looks at the norm after it has scaled the gradients with it, and then updates whatever they are.
+    trainee.optimizer.prepare_grads()
+    grad_norm = float(trainee.optimizer.get_grad_norm() or 0.0)
+    skipped = not _finite_on_all_ranks(float(sums[0]), grad_norm, device=sums.device)
+    if not skipped:
+        trainee.optimizer.step()
+    trainee.scheduler.step(increment=1)  # the rate is a function of the step's number, skipped or not
+    values, n = sums.tolist(), len(LOSS_SUM_NAMES)
+    return StepResult(LossSums(*values[:n]), Watched.of(values[n:]), grad_norm, learning_rate, skipped)
+
+
+def _finite_on_all_ranks(*values: float, device: torch.device) -> bool:
+    bad = torch.tensor(float(not all(map(math.isfinite, values))), device=device)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bad.item()
 
 
 def forward_backward(
@@ -62,14 +82,16 @@ def forward_backward(
     *,
     chunk_tokens: int | None = None,
     forward_only: bool = False,
+    watch: Watch = _WATCH,
 ) -> torch.Tensor:
-    """Gradients into `main_grad` (divided by the global denominator), and the sums [len(LOSS_SUM_NAMES)] on every rank.
+    """Gradients into `main_grad` (divided by the global denominator), and the sums on every rank.
 
+    The sums are float64 [len(LOSS_SUM_NAMES) + watch.num_sums].
     chunk_tokens: response tokens whose logits are held at once (None: all of a micro-batch).
     """
     with torch.set_grad_enabled(not forward_only):  # the head makes its gradients in the forward pass
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, arch=arch, loss=loss, chunk_tokens=chunk_tokens),
+            forward_step_func=partial(_forward_step, arch=arch, loss=loss, chunk_tokens=chunk_tokens, watch=watch),
             data_iterator=[iter(micro_batches) for _ in chunks],
             model=list(chunks),
             num_microbatches=len(micro_batches),
@@ -78,7 +100,7 @@ def forward_backward(
             forward_only=forward_only,
         )
     device = micro_batches[0].tokens.device
-    sums = torch.zeros(len(LOSS_SUM_NAMES), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(LOSS_SUM_NAMES) + watch.num_sums, dtype=torch.float64, device=device)
     if outputs:  # on the last stage
         sums += torch.stack([output["sums"] for output in outputs]).sum(0)
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -88,7 +110,13 @@ def forward_backward(
 
 
 def _forward_step(
-    batches: Iterator[MicroBatch], model: torch.nn.Module, *, arch: Architecture, loss: LossFunction, chunk_tokens: int | None
+    batches: Iterator[MicroBatch],
+    model: torch.nn.Module,
+    *,
+    arch: Architecture,
+    loss: LossFunction,
+    chunk_tokens: int | None,
+    watch: Watch,
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     packed = PackedSeqParams(
@@ -100,11 +128,18 @@ def _forward_step(
     )
     hidden = model(batch.tokens, batch.positions, None, packed_seq_params=packed)
     student = cast(Student, model.module if isinstance(model, DistributedDataParallel) else model)
-    return hidden, partial(_loss_sums, batch=batch, student=student, arch=arch, loss=loss, chunk_tokens=chunk_tokens)
+    return hidden, partial(_loss_sums, batch=batch, student=student, arch=arch, loss=loss, chunk_tokens=chunk_tokens, watch=watch)
 
 
 def _loss_sums(
-    hidden: torch.Tensor, *, batch: MicroBatch, student: Student, arch: Architecture, loss: LossFunction, chunk_tokens: int | None
+    hidden: torch.Tensor,
+    *,
+    batch: MicroBatch,
+    student: Student,
+    arch: Architecture,
+    loss: LossFunction,
+    chunk_tokens: int | None,
+    watch: Watch,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     extra: dict[str, torch.Tensor] = {}
 
@@ -118,7 +153,11 @@ def _loss_sums(
         hidden, batch.loss_ids, weighted, rows=batch.rows, vocab_size=arch.vocab_size, chunk_tokens=chunk_tokens
     )
     sums = pack_sums(total, logp[:, 0], entropy, batch, extra)
-    return total, torch.tensor(batch.denominator, dtype=torch.int, device=total.device), {"sums": sums}
+    return (
+        total,
+        torch.tensor(batch.denominator, dtype=torch.int, device=total.device),
+        {"sums": torch.cat([sums, watch.sums(logp[:, 0], batch)])},
+    )
 
 
 def _learning_rate(trainee: Trainee) -> float:

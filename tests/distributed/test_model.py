@@ -52,3 +52,19 @@ def test_checkpoint_loads_into_any_layout(folder: Path, distributed_optimizer: b
     assert results["loaded tp2 pp1"] == continued
     for name, values in results.items():
         assert values == pytest.approx(continued, rel=2e-5), (name, values, continued)
+
+
+def test_the_estimator_counts_as_megatron_does(folder: Path) -> None:
+    """Parameters of every rank exactly; Adam's moments over the data-parallel ranks, but for the padding of Megatron's buffers."""
+    results = run_ranks("estimates", 4, folder, kinds=["qwen3", "qwen3-tied", "qwen2"])
+    assert len(results) == 3 * 4 * 4
+    for name, ((counted, predicted), (moments, predicted_moments)) in results.items():
+        assert counted == predicted, name
+        assert moments == pytest.approx(predicted_moments, rel=0.1), name
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_a_step_that_is_not_finite_leaves_no_trace(folder: Path, distributed_optimizer: bool) -> None:
+    results = run_ranks("skipping", 4, folder, distributed_optimizer=distributed_optimizer)
+    assert len(results) == 3 * 6
+    assert all(results.values()), results

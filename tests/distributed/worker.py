@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,15 @@ from megatron_opd.config import LossConfig, ParallelConfig, TrainStage
 from megatron_opd.convert.mapping import table
 from megatron_opd.convert.to_mcore import load_hf_weights, sharded_tensors
 from megatron_opd.data.store import StoreReader
+from megatron_opd.estimate import Layout, rank_parameters
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.model.student import Student, build_student, transformer_config
 from megatron_opd.records import Lineage
 from megatron_opd.train.batches import BatchSource, MicroBatch
-from megatron_opd.train.checkpoint import load_checkpoint, save_checkpoint
+from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint, torch_optimizers
 from megatron_opd.train.loss import LossFunction, Stored, make_loss, opd_loss
 from megatron_opd.train.optim import Trainee, make_trainee
-from megatron_opd.train.step import forward_backward, train_step
+from megatron_opd.train.step import StepResult, forward_backward, train_step
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
@@ -268,10 +271,10 @@ def reshard(folder: Path, distributed_optimizer: bool) -> dict[str, list[float]]
     config = stage_config(str(folder), parallel=layout(2, 1), distributed_optimizer=distributed_optimizer)
     trainee = build(config, arch)
     steps(trainee, config, 0, 2)
-    checkpoint = save_checkpoint(
-        folder / f"out{int(distributed_optimizer)}", trainee, {"step": 2}, init=str(directory), lineage=Lineage(), keep_last=2
-    )
-    results["continued tp2 pp1"] = steps(trainee, config, 2, 3)
+    writer = CheckpointWriter(folder / f"out{int(distributed_optimizer)}", str(directory), Lineage())
+    checkpoint = writer.save(trainee, {"step": 2})
+    results["continued tp2 pp1"] = steps(trainee, config, 2, 3)  # while the checkpoint is being written
+    writer.finish()
     for tp, pp in [(2, 1), (1, 2), (2, 2), (1, 1)]:
         config = stage_config(str(folder), parallel=layout(tp, pp), distributed_optimizer=distributed_optimizer)
         trainee = build(config, arch)
@@ -279,6 +282,69 @@ def reshard(folder: Path, distributed_optimizer: bool) -> dict[str, list[float]]
         trainee.scheduler.step(increment=2)
         results[f"loaded tp{tp} pp{pp}"] = steps(trainee, config, 2, 3)
     return results
+
+
+def estimates(folder: Path, kinds: list[str]) -> dict[str, list[list[float]]]:
+    """[counted, predicted] of each rank's parameters and of its optimizer's numbers (main weights and moments), for every layout."""
+    results = {}
+    for kind in kinds:
+        arch = read_architecture(folder / kind)
+        for tp, pp in LAYOUTS:
+            config = stage_config(str(folder), init=str(folder / kind), parallel=layout(tp, pp))
+            trainee = build(config, arch)
+            train_step(trainee, arch, opd_loss, source_of(config).micro_batches(0), seed=0)
+            sizes = Layout.of(config, dist.get_world_size())
+            predicted = rank_parameters(arch, sizes, parallel_state.get_pipeline_model_parallel_rank()).total
+            counted = sum(parameter.numel() for parameter in trainee.student.parameters())
+            states = [state for part in torch_optimizers(trainee.optimizer) for state in part.state.values()]
+            moments = sum(state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in states)
+            pairs = torch.tensor([[counted, predicted], [moments, 2 * predicted / sizes.dp]], dtype=torch.float64)
+            everybody = [torch.zeros_like(pairs) for _ in range(dist.get_world_size())]
+            dist.all_gather(everybody, pairs)
+            for rank, found in enumerate(everybody):
+                results[f"{kind} tp{tp} pp{pp} rank {rank}"] = found.tolist()
+    return results
+
+
+def skipping(folder: Path, distributed_optimizer: bool) -> dict[str, bool]:
+    """A step with a loss, or a gradient alone, that is not finite on one data-parallel rank: all skip it, and nothing shows of it."""
+    arch = read_architecture(folder / "student")
+    results = {}
+    for tp, pp in [(1, 1), (2, 1), (1, 2)]:
+        config = stage_config(str(folder), parallel=layout(tp, pp), distributed_optimizer=distributed_optimizer)
+        source = source_of(config)
+
+        def run(trainee: Trainee, step: int, weight: float = 1.0, source: BatchSource = source) -> StepResult:
+            batches = source.micro_batches(step)
+            if source.dp_rank == 1:
+                batches[0] = replace(batches[0], weights=batches[0].weights * weight)
+            return train_step(trainee, arch, opd_loss, batches, seed=step)
+
+        trainee = build(config, arch)
+        run(trainee, 0)
+        before = snapshot(trainee)
+        for name, weight in (("loss", math.inf), ("gradient", 1e30)):
+            result = run(trainee, 1, weight)
+            assert math.isfinite(result.sums.loss) == (name == "gradient")
+            results[f"tp{tp} pp{pp} {name} skipped"] = result.skipped
+            results[f"tp{tp} pp{pp} {name} left alone"] = all(map(torch.equal, before, snapshot(trainee)))
+        after = run(trainee, 2)
+        clean = build(config, arch)
+        run(clean, 0)
+        clean.scheduler.step(increment=2)
+        expected = run(clean, 2)
+        results[f"tp{tp} pp{pp} goes on"] = not after.skipped and (after.sums, after.grad_norm, after.learning_rate) == (
+            expected.sums, expected.grad_norm, expected.learning_rate,
+        )  # fmt: skip
+        results[f"tp{tp} pp{pp} same weights"] = all(map(torch.equal, snapshot(clean), snapshot(trainee)))
+    return {name: not max_over_ranks(float(not value)) for name, value in results.items()}
+
+
+def snapshot(trainee: Trainee) -> list[torch.Tensor]:
+    """Copies of weights and optimizer state."""
+    states = [state for part in torch_optimizers(trainee.optimizer) for state in part.state.values()]
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor.detach().clone() for tensor in [*trainee.student.parameters(), *tensors]]
 
 
 def max_over_ranks(value: float) -> float:
@@ -290,7 +356,8 @@ def max_over_ranks(value: float) -> float:
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]
     parallel.start(ParallelConfig(), seed=0)
-    answer = {"parity": parity, "gradients": gradients, "every_loss": every_loss, "reshard": reshard}[name](
+    functions = {"parity": parity, "gradients": gradients, "every_loss": every_loss, "reshard": reshard, "estimates": estimates, "skipping": skipping}
+    answer = functions[name](
         Path(folder), **json.loads(arguments)
     )
     if dist.get_rank() == 0:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_opd.data.order import epoch_order, num_steps, step_rollouts
-from megatron_opd.data.packing import pack, split_over_ranks
+from megatron_opd.data.packing import costs_of, pack, plan_micro_batches, split_over_ranks
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 
@@ -61,7 +61,7 @@ def test_pack_loses_nothing_and_keeps_to_the_budget(lengths: list[int], slack: i
     if not packing:
         assert [len(bin_) for bin_ in bins] == [1] * len(lengths)
         return
-    # First fit: no two bins would fit in one, so at most twice the fewest bins that can hold the tokens.
+    # A bin is opened only where none has room: no two bins would fit in one, so at most twice the fewest bins that can hold the tokens.
     for number, load in enumerate(loads):
         assert all(load + other > budget for other in loads[number + 1 :])
     assert len(bins) <= max(1, 2 * sum(lengths) // budget + 1)
@@ -87,3 +87,72 @@ def test_split_is_complete_and_balanced(lengths: list[int], ranks: int) -> None:
     assert all(split)
     loads = [sum(lengths[position] for position in rank) for rank in split]
     assert max(loads) - min(loads) <= max(lengths)
+
+
+def dapo_math_like(num: int, seed: int = 0) -> np.ndarray:
+    """Prompt and response lengths: responses log-normal (median 1100 tokens), cut at 4096."""
+    rng = np.random.default_rng(seed)
+    return np.minimum(np.exp(rng.normal(np.log(1100), 0.8, num)), 4096).astype(np.int64) + rng.integers(60, 400, num)
+
+
+@pytest.mark.parametrize("budget", [4496, 8192, 16384])
+def test_bins_are_full(budget: int) -> None:
+    lengths = dapo_math_like(20_000)
+    bins = pack(lengths, budget)
+    assert lengths.sum() >= 0.97 * len(bins) * budget
+
+
+@given(
+    lengths=LENGTHS,
+    ranks=st.integers(1, 5),
+    slack=st.integers(0, 700),
+    quadratic=st.floats(0, 1),
+    packing=st.booleans(),
+    equal=st.booleans(),
+    multiple=st.integers(1, 3),
+)
+@settings(deadline=None)
+def test_a_plan_is_complete_and_keeps_to_the_budget(
+    lengths: list[int], ranks: int, slack: int, quadratic: float, packing: bool, equal: bool, multiple: int
+) -> None:
+    if len(lengths) < ranks:
+        return
+    budget = max(lengths) + slack
+    plan = plan_micro_batches(
+        np.array(lengths), num_ranks=ranks, budget=budget, quadratic=quadratic, packing=packing, equal_counts=equal, multiple=multiple
+    )
+    assert len(plan) == ranks
+    assert sorted(position for rank in plan for bin_ in rank for position in bin_) == list(range(len(lengths)))
+    assert all(sum(lengths[position] for position in bin_) <= budget for rank in plan for bin_ in rank)
+    costs = costs_of(np.array(lengths), quadratic)
+    loads = [sum(costs[position] for bin_ in rank for position in bin_) for rank in plan]
+    assert max(loads) - min(loads) <= costs.max() * (1 + 1e-9)
+    if equal:
+        assert len({len(rank) for rank in plan}) == 1
+    assert all(len(rank) % multiple == 0 for rank in plan)
+    if not equal and multiple == 1:
+        assert all(bin_ for rank in plan for bin_ in rank)
+
+
+def test_the_work_of_a_step_is_balanced_by_what_attention_costs() -> None:
+    """Three long sequences among many short ones: equal tokens would be unequal work."""
+    lengths, quadratic = np.array([16000] * 3 + [500] * 400), 1 / 12288
+    costs = costs_of(lengths, quadratic)
+
+    def imbalance(plan: list[list[list[int]]]) -> float:
+        loads = [sum(costs[position] for bin_ in rank for position in bin_) for rank in plan]
+        return max(loads) / (sum(loads) / len(loads)) - 1
+
+    by_cost = plan_micro_batches(lengths, num_ranks=8, budget=16384, quadratic=quadratic)
+    by_tokens = plan_micro_batches(lengths, num_ranks=8, budget=16384)
+    assert imbalance(by_cost) < 0.02
+    assert imbalance(by_tokens) > 0.2
+
+
+def test_the_micro_batches_of_a_step_are_alike() -> None:
+    """A pipeline waits for its slowest micro-batch."""
+    lengths, quadratic = dapo_math_like(256), 1 / 12288
+    costs = costs_of(lengths, quadratic)
+    for rank in plan_micro_batches(lengths, num_ranks=2, budget=16384, quadratic=quadratic):
+        loads = [sum(costs[position] for position in bin_) for bin_ in rank]
+        assert max(loads) < 1.05 * min(loads)

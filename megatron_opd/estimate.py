@@ -1,0 +1,339 @@
+"""Memory per GPU, speed and GPU hours of a training stage before it runs, from a model of the arithmetic: docs/training.md has it.
+
+Legend: H hidden size, F feed-forward size (an expert's, of a mixture), V padded vocabulary, L layers of a pipeline stage, S tokens of
+a micro-batch on one rank. Sizes are bytes unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_opd.config import Recipe, SampleStage, TrainerConfig
+from megatron_opd.data.location import Location
+from megatron_opd.data.order import cut_lengths, num_steps
+from megatron_opd.data.store import StoreReader
+from megatron_opd.errors import UserError
+from megatron_opd.known_models import KNOWN, known_config
+
+if TYPE_CHECKING:
+    from megatron_opd.model.architecture import Architecture
+
+GIB = 2**30
+# CUDA context, cuBLAS and NCCL buffers; and what the caching allocator can't use. Assumptions.
+FIXED_BYTES = 3 * GIB
+FRAGMENTATION = 0.05
+# Share of the bf16 peak that a step reaches, low and high. Assumptions; a mixture's small products reach less.
+UTILISATION = {"dense": (0.25, 0.45), "mixture": (0.10, 0.25)}
+FP8_SPEEDUP = 1.4  # at most, of a whole step; assumption
+H100_BF16_FLOPS = 989e12
+# Where there is no store to look into: a prompt, and the mean response as a share of the longest. Assumptions.
+PROMPT_TOKENS = 256
+RESPONSE_SHARE = 0.4
+_MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of one rank: `expert` ones have another data-parallel group; `matrix` are those FP8 keeps a copy of."""
+
+    dense: int
+    expert: int
+    matrix: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest GPU."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values()) * (1 + FRAGMENTATION) + FIXED_BYTES
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens (prompt and response) a second of all GPUs, seconds a step and GPU hours of the run; each from the best to the worst case."""
+
+    tokens_per_second: tuple[float, float]
+    step_seconds: tuple[float, float]
+    gpu_hours: tuple[float, float]
+    tokens_per_step: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups; data parallel is what is left of the GPUs. Raises UserError where it does not divide."""
+
+    gpus: int
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    ep: int
+
+    @staticmethod
+    def of(config: TrainerConfig, gpus: int) -> Layout:
+        sizes = {name: getattr(config.parallel, name, 1) for name in ("tp", "pp", "vpp", "cp", "ep")}
+        return Layout(gpus, **sizes)
+
+    @property
+    def dp(self) -> int:
+        return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of an expert: the experts of a layer lie on ep of the ranks of a stage, each expert whole."""
+        return self.gpus // (self.pp * self.ep)
+
+    def faults(self, config: TrainerConfig) -> list[str]:
+        found = []
+        if self.gpus % (self.tp * self.pp * self.cp):
+            found.append(f"{self.gpus} GPUs are not a multiple of tp * pp * cp = {self.tp} * {self.pp} * {self.cp}")
+        elif self.gpus % (self.pp * self.ep):
+            found.append(f"{self.gpus} GPUs are not a multiple of pp * ep = {self.pp} * {self.ep}")
+        elif config.global_batch < self.dp:
+            found.append(f"global_batch = {config.global_batch} is smaller than {self.dp} data-parallel ranks")
+        return found
+
+
+def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> Parameters:
+    """Parameters of a rank of pipeline stage `stage` (from 0)."""
+    H, F, D = arch.hidden_size, arch.ffn_size, arch.head_dim
+    experts = getattr(arch, "num_experts", 0)
+    attention = H * D * (2 * arch.num_heads + 2 * arch.num_kv_heads) // layout.tp
+    bias = D * (arch.num_heads + 2 * arch.num_kv_heads) // layout.tp if arch.qkv_bias else 0
+    norms = 2 * H + (2 * D if arch.qk_norm else 0)
+    mlp = experts * H if experts else 3 * H * F // layout.tp
+    expert = experts // layout.ep * 3 * H * F
+    layers = layers_of_stage(arch, layout, stage)
+    vocabulary = arch.padded_vocab(layout.tp) // layout.tp * H
+    first, last = stage == 0, stage == layout.pp - 1
+    tables = int(first) + int(last and not (first and arch.tied_embeddings))
+    dense = layers * (attention + bias + norms + mlp) + tables * vocabulary + (H if last else 0)
+    return Parameters(dense, layers * expert, layers * (attention + (0 if experts else mlp) + expert))
+
+
+def layers_of_stage(arch: Architecture, layout: Layout, stage: int) -> int:
+    """Layers of all chunks of a rank of pipeline stage `stage`; what does not divide goes to the middle."""
+    count = layout.pp * layout.vpp
+    chunks = [arch.num_layers // count] * count
+    left = arch.num_layers % count
+    for chunk in range((count - left) // 2, (count - left) // 2 + left):
+        chunks[chunk] += 1
+    return sum(chunks[stage :: layout.pp])
+
+
+def activation_bytes(arch: Architecture, config: TrainerConfig, layout: Layout) -> tuple[float, float]:
+    """(kept for the backward pass, at most, with no recomputation) bytes of a token in one layer, in bf16 with flash attention."""
+    H, F, D, tp = arch.hidden_size, arch.ffn_size, arch.head_dim, layout.tp
+    spread = tp if config.parallel.sequence_parallel else 1  # norms and residuals
+    experts = getattr(arch, "experts_per_token", 0)
+    norms = 2 * 2 * 2 * H / spread  # input and output of both
+    qkv = 2 * D * (arch.num_heads + 2 * arch.num_kv_heads) / tp
+    core = qkv + (2 * D * (arch.num_heads + arch.num_kv_heads) / tp if arch.qk_norm else 0) + (2 * D + 4) * arch.num_heads / tp
+    activation = 2 * F
+    feed_forward = (4 * F + activation) / tp
+    if experts:  # tokens are sent to the experts once each: input, both halves of the first product, the activation
+        feed_forward = experts * (2 * 2 * H + 4 * F + activation) / spread + 4 * getattr(arch, "num_experts", 0) / spread
+    whole = norms + core + feed_forward
+    if config.recompute == "full":
+        return 2 * H / spread, whole
+    saved = 0.0
+    if str(config.recompute) == "selective":
+        modules = getattr(config, "recompute_modules", ())
+        saved += norms / 2 if "layernorm" in modules else 0
+        saved += feed_forward if {"mlp", "moe"} & set(modules) else 0
+        saved += experts * activation / spread if "moe_act" in modules and "moe" not in modules else 0
+    return whole - saved, whole
+
+
+def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stage: int, *, micro_batches: int) -> Memory:
+    """Bytes on a GPU of pipeline stage `stage`, training in bf16. `micro_batches` of a step, on one rank."""
+    parameters = rank_parameters(arch, layout, stage)
+    aware = getattr(config, "precision_aware_optimizer", False)
+    gradient = 2 if getattr(config, "main_grads_dtype", "float32") == "bfloat16" else 4
+    moment = _MOMENT_BYTES[getattr(config, "moments_dtype", "float32")]
+    state = (2 if aware else 4) + 2 * moment  # main weights (precision-aware: what bf16 leaves of them), and Adam's two moments
+    shards = (layout.dp * layout.cp, layout.expert_dp) if config.distributed_optimizer else (1, 1)
+    optimizer = state * (parameters.dense / shards[0] + parameters.expert / shards[1])
+    fp8_copies = 2 * parameters.matrix if getattr(config, "fp8", None) else 0
+
+    tokens = config.micro_batch_tokens / layout.cp
+    kept, whole = activation_bytes(arch, config, layout)
+    in_flight = min(layout.pp - stage, micro_batches)
+    if layout.vpp > 1:
+        in_flight = layout.pp * (1 + (layout.pp - 1) / (layout.pp * layout.vpp))
+    activations = tokens * kept * layers_of_stage(arch, layout, stage) * in_flight
+    # The layer whose backward pass runs: what is made again, its gradients (as large as the largest activation), gathered inputs.
+    activations += tokens * ((whole - kept) + 2 * 2 * arch.hidden_size + 4 * arch.ffn_size / layout.tp)
+    logits = 0.0
+    if stage == layout.pp - 1:
+        rows = min(tokens, getattr(config, "loss_chunk_tokens", None) or tokens)
+        # bf16 logits that become their own gradient; the whole micro-batch's hidden states, their gradient; a product's output.
+        logits = 2 * rows * arch.padded_vocab(layout.tp) / layout.tp + 3 * 2 * tokens * arch.hidden_size
+    return Memory(
+        parameters=2 * parameters.total + fp8_copies,
+        gradients=gradient * parameters.total,
+        optimizer=optimizer * (1 - getattr(config, "optimizer_offload", 0.0)),
+        activations=activations,
+        logits=logits,
+    )
+
+
+def fullest_stage(arch: Architecture, config: TrainerConfig, layout: Layout, *, mean_tokens: float) -> Memory:
+    """Memory of the pipeline stage that needs most."""
+    micro_batches = max(1, round(config.global_batch * mean_tokens / layout.dp / config.micro_batch_tokens))
+    stages = [stage_memory(arch, config, layout, stage, micro_batches=micro_batches) for stage in range(layout.pp)]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def predict_speed(
+    arch: Architecture, config: TrainerConfig, layout: Layout, *, mean_tokens: float, steps: int, peak_flops: float = H100_BF16_FLOPS
+) -> Speed:
+    """Speed from the model's arithmetic. `mean_tokens`: of a rollout, prompt and response."""
+    tokens = config.global_batch * mean_tokens
+    flops = arch.train_flops(round(tokens), round(config.global_batch * mean_tokens**2))
+    micro_batches = max(1.0, tokens / layout.dp / config.micro_batch_tokens)
+    bubble = 1 + (layout.pp - 1) / (micro_batches * layout.vpp)
+    recompute = 4 / 3 if config.recompute == "full" else 1.0  # one more forward pass, a third of forward and backward
+    low, high = UTILISATION["mixture" if getattr(arch, "num_experts", 0) else "dense"]
+    if getattr(config, "fp8", None):
+        high *= FP8_SPEEDUP
+    best, worst = (flops * recompute * bubble / (layout.gpus * peak_flops * share) for share in (high, low))
+    hours = (steps * best * layout.gpus / 3600, steps * worst * layout.gpus / 3600)
+    return Speed((tokens / best, tokens / worst), (best, worst), hours, tokens, steps)
+
+
+def check_fits(arch: Architecture, name: str, config: TrainerConfig, gpus: int, gpu_gib: float, *, mean_tokens: float) -> Memory:
+    """Memory of the fullest GPU. Raises UserError for a recipe that does not divide or fit, with single changes that would do."""
+    layout = Layout.of(config, gpus)
+    arch.check_parallel(config.parallel)
+    if faults := layout.faults(config):
+        raise UserError(f"{name}: {'; '.join(faults)}; change {name}.parallel, {name}.global_batch or --gpus")
+    memory = fullest_stage(arch, config, layout, mean_tokens=mean_tokens)
+    if memory.total > gpu_gib * GIB:
+        fitting = [text for text, changed in _changes(config) if _fits(arch, changed, gpus, gpu_gib, mean_tokens)]
+        hint = (
+            f"any of these alone would fit: {', '.join(f'{name}.{text}' for text in fitting)}"
+            if fitting
+            else ("no single change of recompute, micro_batch_tokens, tp, pp or offload is enough: use more GPUs or several changes")
+        )
+        raise UserError(f"{name}: needs about {memory.total / GIB:.0f} GiB on a GPU, which has {gpu_gib:g}; {describe(memory)}; {hint}")
+    return memory
+
+
+def _fits(arch: Architecture, config: TrainerConfig, gpus: int, gpu_gib: float, mean_tokens: float) -> bool:
+    layout = Layout.of(config, gpus)
+    try:
+        arch.check_parallel(config.parallel)
+    except UserError:
+        return False
+    return not layout.faults(config) and fullest_stage(arch, config, layout, mean_tokens=mean_tokens).total <= gpu_gib * GIB
+
+
+def _changes(config: TrainerConfig) -> Iterator[tuple[str, TrainerConfig]]:
+    """Single changes of a recipe that need less memory."""
+
+    def changed(**update: Any) -> TrainerConfig:
+        return config.model_copy(update=update)
+
+    if config.recompute != "full":
+        yield "recompute = 'full'", changed(recompute="full")
+    if not config.distributed_optimizer:
+        yield "distributed_optimizer = true", changed(distributed_optimizer=True)
+    half = config.micro_batch_tokens // 2
+    if half > (config.max_response_tokens or 0):
+        yield f"micro_batch_tokens = {half}", changed(micro_batch_tokens=half)
+    for size in ("tp", "pp"):
+        for factor in (2, 4, 8):
+            value = getattr(config.parallel, size) * factor
+            yield f"parallel.{size} = {value}", changed(parallel=config.parallel.model_copy(update={size: value}))
+    if hasattr(config, "optimizer_offload"):
+        yield "optimizer_offload = 1.0", changed(optimizer_offload=1.0)
+
+
+def describe(memory: Memory) -> str:
+    """The parts in GiB, on one line."""
+    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in vars(memory).items())
+    return f"{parts}, fixed {FIXED_BYTES / GIB:.0f}, fragmentation {FRAGMENTATION:.0%}"
+
+
+def estimate_recipe(recipe: Recipe, gpus: int, gpu_gib: float) -> list[str]:
+    """Lines that say what sft and train would need on these GPUs. Raises UserError for what can't fit or does not divide."""
+    arch, source = _student(recipe)
+    lines = [f"student: {arch.num_parameters / 1e9:.2f} billion parameters ({source})"]
+    for name, config, sampler in (("sft", recipe.sft, recipe.generate), ("train", recipe.train, recipe.rollout)):
+        if sampler is None:
+            lines.append(f"{name}: the recipe has no [{'generate' if name == 'sft' else 'rollout'}] section, so no data to estimate it by")
+            continue
+        data = _data(config, sampler)
+        if data.longest > config.micro_batch_tokens and config.overlong == "refuse":
+            raise UserError(
+                f"{name}: a rollout may have {data.longest} tokens ({data.source}), over micro_batch_tokens = {config.micro_batch_tokens}; "
+                f"raise it, or cut with {name}.max_response_tokens or {name}.overlong = 'cut'"
+            )
+        memory = check_fits(arch, name, config, gpus, gpu_gib, mean_tokens=data.mean)
+        layout = Layout.of(config, gpus)
+        sizes = " x ".join(f"{key} {getattr(layout, key)}" for key in ("tp", "pp", "cp", "dp")) + (
+            f", ep {layout.ep}" if layout.ep > 1 else ""
+        )
+        lines.append(f"{name}: {sizes} on {gpus} GPUs; {data.source}: {data.mean:.0f} tokens a rollout")
+        lines.append(f"  memory: {memory.total / GIB:.1f} of {gpu_gib:g} GiB on the fullest GPU ({describe(memory)})")
+        steps = config.steps or data.steps(config)
+        speed = predict_speed(arch, config, layout, mean_tokens=data.mean, steps=steps or 1)
+        (fast, slow), (best, worst) = speed.tokens_per_second, speed.step_seconds
+        run = f"; {steps} steps: {speed.gpu_hours[0]:.1f} to {speed.gpu_hours[1]:.1f} GPU hours" if steps else ""
+        lines.append(f"  speed on H100s: {slow:,.0f} to {fast:,.0f} tokens/s, {best:.1f} to {worst:.1f} s a step{run}")
+    lines.append("estimates by the model in docs/training.md, which has not been compared with a run on GPUs yet")
+    return lines
+
+
+@dataclass(frozen=True)
+class _Data:
+    source: str
+    mean: float  # tokens of a rollout, prompt and response
+    longest: int
+    num_rollouts: int | None
+
+    def steps(self, config: TrainerConfig) -> int | None:
+        return None if self.num_rollouts is None else num_steps(self.num_rollouts, global_batch=config.global_batch, epochs=config.epochs)
+
+
+def _data(config: TrainerConfig, sampler: SampleStage) -> _Data:
+    """Lengths from the store where it is there, otherwise guessed from the longest response."""
+    location = Location(config.store)
+    if location.read_attributes("") is not None:
+        reader = StoreReader(config.store)
+        if len(reader):
+            lengths = cut_lengths(reader, config)
+            return _Data(config.store, float(lengths.mean()), int(lengths.max()), len(reader))
+    response = min(sampler.sampling.max_new_tokens, config.max_response_tokens or sampler.sampling.max_new_tokens)
+    return _Data("no store yet, guessed", PROMPT_TOKENS + RESPONSE_SHARE * response, PROMPT_TOKENS + response, None)
+
+
+def _student(recipe: Recipe) -> tuple[Architecture, str]:
+    """Architecture of the student, and where it is from. Raises UserError."""
+    from megatron_opd.model.architecture import parse_architecture, read_architecture
+
+    for directory in (recipe.train.init, recipe.sft.init, recipe.models.student):
+        if (Path(directory) / "config.json").exists():
+            return read_architecture(directory), f"{directory}/config.json"
+    if (config := known_config(recipe.models.student)) is not None:
+        return parse_architecture(config, recipe.models.student), f"the published sizes; {recipe.models.student} is not there"
+    raise UserError(
+        f"{recipe.models.student}: no config.json, and no model whose sizes are known ({', '.join(KNOWN)}); put the model there"
+    )

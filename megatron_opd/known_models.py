@@ -1,0 +1,51 @@
+"""Sizes of published models, so that a recipe can be estimated before its models are there. From their config.json files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "vocab_size": 151936,
+}
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "tie_word_embeddings")
+KNOWN: dict[str, dict[str, Any]] = {
+    name: _QWEN3 | dict(zip(_SIZES, sizes, strict=True))
+    for name, sizes in {
+        "Qwen3-0.6B": (1024, 28, 16, 3072, True),
+        "Qwen3-1.7B": (2048, 28, 16, 6144, True),
+        "Qwen3-4B": (2560, 36, 32, 9728, True),
+        "Qwen3-8B": (4096, 36, 32, 12288, False),
+        "Qwen3-14B": (5120, 40, 40, 17408, False),
+        "Qwen3-32B": (5120, 64, 64, 25600, False),
+    }.items()
+}
+KNOWN["Qwen3-30B-A3B"] = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
+
+
+def known_config(directory: str) -> dict[str, Any] | None:
+    """config.json of the published model that a directory's name begins with ("Qwen3-4B-Base" is a Qwen3-4B); None if there is none."""
+    name = Path(directory).name
+    fitting = [known for known in KNOWN if name == known or name.startswith(f"{known}-")]
+    return KNOWN[max(fitting, key=len)] if fitting else None

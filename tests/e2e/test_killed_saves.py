@@ -1,0 +1,181 @@
+"""How a run ends: killed at any file operation of a save, asked to stop by a file, or because its loss is not a number."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stores import make_scored_store
+from tiny_models import make_model
+
+from megatron_opd.data.order import step_rollouts
+from megatron_opd.train.checkpoint import checkpoint_folder, latest_checkpoint, read_state
+
+STEPS = 5
+WORKER = Path(__file__).with_name("save_worker.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saves")
+    make_model(folder / "student", "qwen3", seed=5)
+    make_model(folder / "teacher", "qwen3", seed=6)
+    make_scored_store(folder / "store", sampler=folder / "student", teacher=folder / "teacher")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.communicate(timeout=60)
+
+
+def run(
+    worker: subprocess.Popen[str], folder: Path, output: str, *, kill_at: int | None = None, code: int = 0, **options: Any
+) -> dict[str, Any]:
+    settings = {"steps": STEPS, "save_every": 1, "keep_last": 1, "global_batch": 4, "micro_batch_tokens": 128, "lr": 1e-2} | options
+    overrides = [f"train.{key}={json.dumps(value)}" for key, value in settings.items()]
+    paths = {"run_dir": "run", "train.init": "student", "train.store": "store", "train.output": output}
+    overrides += [f"{key}={str(folder / path)!r}" for key, path in paths.items()]
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write(json.dumps({"recipe": overrides, "kill_at": kill_at, "log": str(folder / f"{output}.log")}) + "\n")
+    worker.stdin.flush()
+    answer = json.loads(worker.stdout.readline())
+    assert answer["killed"] or answer["code"] == code, (folder / f"{output}.log").read_text()[-3000:]
+    return answer
+
+
+def rows(folder: Path, output: str) -> list[dict[str, Any]]:
+    path = folder / output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(folder: Path, output: str) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, output)]
+
+
+def kill_often(worker: subprocess.Popen[str], folder: Path, output: str, *, kills: int, seed: int) -> None:
+    """Kill run after run at a random operation of its first saves, then let one finish."""
+    chooser, reached = random.Random(seed), 0
+    operations = run(worker, folder, "whole")["operations"]
+    per_save = operations // STEPS
+    assert per_save > 8
+    for _ in range(kills):
+        run(worker, folder, output, kill_at=chooser.randint(1, 2 * per_save))
+        checkpoint = latest_checkpoint(folder / output)  # whole, or this raises
+        step = 0 if checkpoint is None else read_state(checkpoint)["step"]
+        assert step >= reached, "a checkpoint was lost"
+        reached = step
+    run(worker, folder, output)
+    assert losses(folder, output) == losses(folder, "whole")
+    names = sorted(path.name for path in checkpoint_folder(folder / output).iterdir())
+    assert names == ["latest", f"step_{STEPS:06d}"], "something was left behind"
+
+
+def test_killed_saves(worker: subprocess.Popen[str], folder: Path) -> None:
+    kill_often(worker, folder, "killed", kills=5, seed=0)
+
+
+@pytest.mark.slow
+def test_many_killed_saves(worker: subprocess.Popen[str], folder: Path) -> None:
+    for seed in range(1, 6):
+        kill_often(worker, folder, f"killed-{seed}", kills=12, seed=seed)
+
+
+def test_which_checkpoints_are_kept(worker: subprocess.Popen[str], folder: Path) -> None:
+    run(worker, folder, "kept", keep_last=2, keep_every=2, async_save=False)
+    kept = sorted(path.name for path in checkpoint_folder(folder / "kept").glob("step_*"))
+    assert kept == ["step_000002", "step_000004", "step_000005"]
+    assert losses(folder, "kept") == losses(folder, "whole")
+
+
+def test_the_stop_file(worker: subprocess.Popen[str], folder: Path) -> None:
+    """It stops the run that is under way after a step, or the next one before its first; it is taken away, and the run goes on."""
+    stop, log = folder / "asked" / "STOP", folder / "asked.log"
+    stop.parent.mkdir()
+    stop.touch()
+    run(worker, folder, "asked", steps=400, save_every=1000)
+    assert "stopped after step 0 as asked; the same command goes on from the start" in log.read_text()
+    assert not stop.exists()
+    assert rows(folder, "asked") == []
+
+    def ask() -> None:
+        while len(rows(folder, "asked")) < 3:
+            time.sleep(0.01)
+        stop.touch()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    run(worker, folder, "asked", steps=400, save_every=1000)
+    thread.join()
+    reached = len(rows(folder, "asked"))
+    assert 3 <= reached < 400
+    assert not stop.exists()
+    checkpoint = latest_checkpoint(folder / "asked")
+    assert checkpoint is not None
+    assert f"stopped after step {reached} as asked; the same command goes on from {checkpoint}" in log.read_text()
+    run(worker, folder, "asked", steps=reached + 2, save_every=1000)
+    assert f"going on after step {reached}" in log.read_text()
+    assert len(rows(folder, "asked")) == reached + 2
+
+
+def test_a_run_whose_loss_is_not_a_number(worker: subprocess.Popen[str], folder: Path) -> None:
+    """An absurd rate: the steps after the first are skipped and counted, then the run ends with the rollouts of the last."""
+    options = {"steps": 30, "lr": 1e25, "clip_grad": 0.0, "max_skipped_steps": 2}
+    run(worker, folder, "diverges", code=2, save_every=100, **options)
+    found = rows(folder, "diverges")
+    first = next(row["step"] for row in found if row["skipped"])
+    assert [row["skipped"] for row in found[first - 1 :]] == [True] * 3
+    assert found[-1]["loss"] is None or found[-1]["grad_norm"] is None
+    text = (folder / "diverges.log").read_text()
+    order = step_rollouts(len(found) - 1, 20, global_batch=4, seed=0)
+    assert (
+        f"after 2 skipped steps in a row; weights are those from before them. Look at the rollouts (global index) {', '.join(map(str, order))};"
+        in text
+    )
+    assert "Traceback" not in text
+
+
+def test_the_count_of_skipped_steps_survives_a_resume(worker: subprocess.Popen[str], folder: Path) -> None:
+    options = {"steps": 30, "lr": 1e25, "clip_grad": 0.0, "max_skipped_steps": 3, "save_every": 1}
+    run(worker, folder, "skips", code=2, **options)
+    checkpoint = latest_checkpoint(folder / "skips")
+    assert checkpoint is not None
+    state = read_state(checkpoint)
+    assert (state["skipped"], state["skipped_in_a_row"]) == (3, 3)
+    run(worker, folder, "skips", code=2, **options)
+    assert [row["skipped"] for row in rows(folder, "skips")[-4:]] == [True] * 4
+    assert read_state(checkpoint)["step"] == state["step"]
+    costs = [json.loads(line) for line in (folder / "run" / "stages.jsonl").read_text().splitlines()]
+    assert costs[-1]["error"].startswith("UserError: train: loss or gradient of step")
+
+
+def test_drift_stops_the_run_with_advice(worker: subprocess.Popen[str], folder: Path) -> None:
+    """The rollouts of the test's store are random tokens, so that nearly all of them are off from the first step."""
+    limits = {"drift.max_off_share": 0.5, "drift.min_effective_share": 0.9, "drift.patience": 2}
+    run(worker, folder, "drifts", **limits)
+    text = (folder / "drifts.log").read_text()
+    assert text.count("collect new rollouts: ") == 1
+    assert "of the tokens have pi_S / pi_ref beyond 2 (limit 50.0%) and the effective sample share is" in text
+    assert f"megatron-opd convert to-hf {folder / 'drifts'} " in text
+    assert losses(folder, "drifts") == losses(folder, "whole")
+    run(worker, folder, "drifts-and-stops", **limits, **{"drift.stop": True})
+    assert losses(folder, "drifts-and-stops") == losses(folder, "whole")[:2]
+    checkpoint = latest_checkpoint(folder / "drifts-and-stops")
+    assert checkpoint is not None
+    assert read_state(checkpoint)["beyond_drift_limit"] == 2
