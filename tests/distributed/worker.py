@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
@@ -251,6 +252,32 @@ def every_loss(folder: Path) -> dict[str, list[float]]:
     return results
 
 
+def overlapped(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
+    """[relative gradient error, calls of a hook on the output layer] where Megatron reduces gradients while the backward pass runs."""
+    results = {}
+    for kind in kinds:
+        directory = folder / kind
+        arch = read_architecture(directory)
+        parallel.start(ParallelConfig(), seed=0)
+        config = stage_config(str(folder), init=str(directory), packing=False)
+        source = source_of(config)
+        _, expected = reference_gradients(arch, [source.build([int(i)]) for i in source.step_rollouts(0)], directory, opd_formula)
+        for tp in (1, 2):
+            config = stage_config(str(folder), init=str(directory), parallel=layout(tp, 1))
+            student = build_student(arch, transformer_config(arch, parallel=config.parallel, dtype=torch.float32))
+            load_hf_weights(student, arch, directory)
+            options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=2000)
+            ddp = DistributedDataParallel(student.config, options, student)
+            student.config.finalize_model_grads_func, student.config.no_sync_func = finalize_model_grads, ddp.no_sync
+            calls: list[int] = []
+            student.output_layer.register_forward_pre_hook(lambda module, *_, calls=calls: calls.append(1))
+            ddp.zero_grad_buffer()
+            forward_backward(ddp, student, arch, opd_loss, source_of(config).micro_batches(0), chunk_tokens=9)
+            error, _ = gradient_error(student, expected)
+            results[f"{kind} tp{tp}"] = [max_over_ranks(error), len(calls)]
+    return results
+
+
 def reshard(folder: Path, distributed_optimizer: bool) -> dict[str, list[float]]:
     """Losses of three steps after a checkpoint, continued in the layout that saved it and loaded into others."""
     directory = folder / "student"
@@ -290,7 +317,7 @@ def max_over_ranks(value: float) -> float:
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]
     parallel.start(ParallelConfig(), seed=0)
-    answer = {"parity": parity, "gradients": gradients, "every_loss": every_loss, "reshard": reshard}[name](
+    answer = {"parity": parity, "gradients": gradients, "every_loss": every_loss, "overlapped": overlapped, "reshard": reshard}[name](
         Path(folder), **json.loads(arguments)
     )
     if dist.get_rank() == 0:
