@@ -10,7 +10,7 @@ import re
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -142,10 +142,15 @@ class TrainerConfig(_Section):
     allow_incomplete: bool = Field(default=False, description="train on the sealed parts of a store that is not complete")
     distributed_optimizer: bool = True
     recompute: Literal["none", "full"] = "none"
-    loss_chunk_tokens: int | None = Field(
-        default=4096, gt=0, description="response tokens whose logits are held at once; null: all of a micro-batch"
+    loss_chunk_tokens: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
+        default=4096, description="response tokens whose logits are held at once; 'all' of a micro-batch"
     )
     parallel: ParallelConfig = ParallelConfig()
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens a chunk of the LM head, None for all at once."""
+        return None if self.loss_chunk_tokens == "all" else self.loss_chunk_tokens
 
 
 class SftStage(TrainerConfig):

@@ -133,9 +133,7 @@ def train(job: Job, trainee: Trainee, loss: LossFunction, first_step: int, cost:
     for step in range(first_step, job.steps):
         start = time.perf_counter()
         micro_batches = [batch.to(job.device) for batch in job.source.micro_batches(step)]
-        result = train_step(
-            trainee, job.ready.arch, loss, micro_batches, seed=job.config.seed + step, chunk_tokens=job.config.loss_chunk_tokens
-        )
+        result = train_step(trainee, job.ready.arch, loss, micro_batches, seed=job.config.seed + step, chunk_tokens=job.config.chunk_tokens)
         check_finite(job, step, result.grad_norm)
         row = report(job, step, result, seconds=time.perf_counter() - start)
         cost.tokens += row["batch_tokens"]

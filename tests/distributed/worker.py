@@ -204,7 +204,11 @@ def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
             for tp, pp in LAYOUTS:
                 if not sequence_mean and (tp, pp) != (2, 2):
                     continue
-                for options in ({"micro_batch_tokens": 96}, {"micro_batch_tokens": 600, "loss_chunk_tokens": 17}, {"packing": False}):
+                for options in (
+                    {"micro_batch_tokens": 96, "loss_chunk_tokens": "all"},
+                    {"micro_batch_tokens": 600, "loss_chunk_tokens": 17},
+                    {"packing": False},
+                ):
                     config = stage_config(str(folder), init=str(directory), parallel=layout(tp, pp), distributed_optimizer=False, **options)
                     trainee = build(config, arch)
                     trainee.ddp.zero_grad_buffer()
@@ -214,7 +218,7 @@ def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
                         arch,
                         opd_loss,
                         source_of(config, sequence_mean=sequence_mean).micro_batches(0),
-                        chunk_tokens=config.loss_chunk_tokens,
+                        chunk_tokens=config.chunk_tokens,
                     )
                     error, _ = gradient_error(trainee.student, expected)
                     name = f"{kind} tp{tp} pp{pp} {options} {'sequence' if sequence_mean else 'token'}"
