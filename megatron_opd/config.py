@@ -11,7 +11,7 @@ import re
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -225,8 +225,8 @@ class TrainerConfig(_Section):
         default=["core_attn"], description="what 'selective' makes again"
     )
     fp8: Fp8Config | None = Field(default=None, description="matrix products in FP8; not given: all in dtype")
-    loss_chunk_tokens: int | None = Field(
-        default=4096, gt=0, description="response tokens whose logits are held at once; null: all of a micro-batch"
+    loss_chunk_tokens: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
+        default=4096, description="response tokens whose logits are held at once; 'all' of a micro-batch"
     )
     parallel: ParallelConfig = ParallelConfig()
 
@@ -251,6 +251,11 @@ class TrainerConfig(_Section):
     def token_multiple(self) -> int:
         """Tokens of a micro-batch are padded to a multiple of this."""
         return self.parallel.token_multiple * (self.fp8.token_multiple if self.fp8 else 1)
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens a chunk of the LM head, None for all at once."""
+        return None if self.loss_chunk_tokens == "all" else self.loss_chunk_tokens
 
 
 class SftStage(TrainerConfig):

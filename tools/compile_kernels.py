@@ -105,7 +105,7 @@ def variants(fast: bool) -> Iterator[Variant]:
 def compile_variant(variant: Variant, arch: int, **options: Any) -> Compiled:
     """Compile for sm_`arch` and measure. Raises RuntimeError with the assembler's output if it refuses."""
     source, warps = variant.source()
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, **options})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, **kernels.OPTIONS, **options})
     with tempfile.TemporaryDirectory() as folder:
         assembler = _assemble(compiled.asm["ptx"], arch, Path(folder))
         cubin = Path(folder) / "kernel.cubin"

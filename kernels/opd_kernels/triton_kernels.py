@@ -13,6 +13,7 @@ applied to the values: masked by `num_real`, the compiler could not prove alignm
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ LOAD_BYTES = 16  # of one thread's load; the columns of one load are the tile's 
 FORWARD_TILE, FORWARD_WARPS = 1024, 8  # loads of a tile: four a thread
 BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 8
 CHOSEN_WARPS = 1
+OPTIONS = {"enable_fp_fusion": True}  # a multiplication and an addition in one instruction, whatever triton's default is
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -156,11 +158,13 @@ def local_stats(logits: torch.Tensor, ids: torch.Tensor, row_mask: torch.Tensor 
     """See `opd_kernels.reference.local_stats`; reads the logits once."""
     (n, v), k = logits.shape, ids.shape[1]
     stats = LocalStats.empty(n, k, dtype=torch.float32, device=logits.device)
-    if n:
+    if not n:
+        return stats
+    with _device_of(logits):
         _stats[(n,)](
             logits, logits.stride(0), ids, _mask(row_mask, ids), stats.max_N, stats.packed, n, v, shard.num_real, shard.start,
             1.0 / shard.temperature, K=k, KP=triton.next_power_of_2(max(k, 1)), HAS_MASK=row_mask is not None,
-            WITH_ENTROPY=shard.with_entropy, TILE=FORWARD_TILE, LANES=LOAD_BYTES // logits.element_size(), num_warps=FORWARD_WARPS,
+            WITH_ENTROPY=shard.with_entropy, TILE=FORWARD_TILE, LANES=LOAD_BYTES // logits.element_size(), num_warps=FORWARD_WARPS, **OPTIONS,
         )  # fmt: skip
     return stats
 
@@ -174,15 +178,21 @@ def write_gradient_(
         return
     mask, g_sum_N = _mask(row_mask, ids), rows.g_logp_NK.sum(1)
     constants = {"HAS_MASK": row_mask is not None, "WITH_ENTROPY": shard.with_entropy}
-    _gradient_of[(n, triton.cdiv(v, BACKWARD_BLOCK))](
-        out, out.stride(0), logits, logits.stride(0), mask, rows.lse_N, rows.entropy_N, g_sum_N, rows.g_entropy_N, v, shard.num_real,
-        1.0 / shard.temperature, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS, **constants,
-    )  # fmt: skip
-    if k:
-        _chosen[(n,)](
-            out, out.stride(0), ids, mask, rows.z_ids_NK.t(), rows.g_logp_NK, rows.lse_N, rows.entropy_N, g_sum_N, rows.g_entropy_N,
-            n, shard.num_real, shard.start, 1.0 / shard.temperature, K=k, KP=triton.next_power_of_2(k), num_warps=CHOSEN_WARPS, **constants,
+    with _device_of(logits):
+        _gradient_of[(n, triton.cdiv(v, BACKWARD_BLOCK))](
+            out, out.stride(0), logits, logits.stride(0), mask, rows.lse_N, rows.entropy_N, g_sum_N, rows.g_entropy_N, v, shard.num_real,
+            1.0 / shard.temperature, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS, **constants, **OPTIONS,
         )  # fmt: skip
+        if k:
+            _chosen[(n,)](
+                out, out.stride(0), ids, mask, rows.z_ids_NK.t(), rows.g_logp_NK, rows.lse_N, rows.entropy_N, g_sum_N, rows.g_entropy_N,
+                n, shard.num_real, shard.start, 1.0 / shard.temperature, K=k, KP=triton.next_power_of_2(k), num_warps=CHOSEN_WARPS, **constants, **OPTIONS,
+            )  # fmt: skip
+
+
+def _device_of(logits: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
 def _mask(row_mask: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:

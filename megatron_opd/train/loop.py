@@ -150,7 +150,7 @@ def train(
         micro_batches = [batch.to(job.device) for batch in job.source.micro_batches(step)]
         data_seconds = time.perf_counter() - start
         result = train_step(
-            trainee, job.ready.arch, loss, micro_batches, seed=config.seed + step, chunk_tokens=config.loss_chunk_tokens, watch=watch
+            trainee, job.ready.arch, loss, micro_batches, seed=config.seed + step, chunk_tokens=config.chunk_tokens, watch=watch
         )
         facts = step_facts(job, step, len(micro_batches), seconds=time.perf_counter() - start, data_seconds=data_seconds)
         row = step_row(result, facts, resources.read(facts.seconds))

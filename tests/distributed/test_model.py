@@ -43,6 +43,15 @@ def test_gradients_of_every_loss_agree_with_float64(folder: Path) -> None:
     assert max(error for _, error in results.values()) < 1e-5, results
 
 
+def test_the_head_works_with_overlapped_reduction(folder: Path) -> None:
+    """Megatron reduces a bucket when each of its weights has reported a gradient, which the head adds to main_grad itself."""
+    results = run_ranks("overlapped", 4, folder, kinds=["qwen3-tied", "qwen3"])
+    assert len(results) == 4
+    assert max(error for error, _ in results.values()) < 1e-5, results
+    # The untied head waits for its gathered weights, in each of its micro-batches, though its module is never called.
+    assert {name: waits > 0 for name, (_, waits) in results.items()} == {name: name.startswith("qwen3 ") for name in results}
+
+
 @pytest.mark.parametrize("distributed_optimizer", [True, False])
 def test_checkpoint_loads_into_any_layout(folder: Path, distributed_optimizer: bool) -> None:
     """Three steps after the load: an optimizer state restored wrongly shows in the second."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
@@ -206,7 +207,11 @@ def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
             for tp, pp in LAYOUTS:
                 if not sequence_mean and (tp, pp) != (2, 2):
                     continue
-                for options in ({"micro_batch_tokens": 96}, {"micro_batch_tokens": 600, "loss_chunk_tokens": 17}, {"packing": False}):
+                for options in (
+                    {"micro_batch_tokens": 96, "loss_chunk_tokens": "all"},
+                    {"micro_batch_tokens": 600, "loss_chunk_tokens": 17},
+                    {"packing": False},
+                ):
                     config = stage_config(str(folder), init=str(directory), parallel=layout(tp, pp), distributed_optimizer=False, **options)
                     trainee = build(config, arch)
                     trainee.ddp.zero_grad_buffer()
@@ -216,7 +221,7 @@ def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
                         arch,
                         opd_loss,
                         source_of(config, sequence_mean=sequence_mean).micro_batches(0),
-                        chunk_tokens=config.loss_chunk_tokens,
+                        chunk_tokens=config.chunk_tokens,
                     )
                     error, _ = gradient_error(trainee.student, expected)
                     name = f"{kind} tp{tp} pp{pp} {options} {'sequence' if sequence_mean else 'token'}"
@@ -251,6 +256,32 @@ def every_loss(folder: Path) -> dict[str, list[float]]:
         sums = forward_backward(trainee.ddp, trainee.student, arch, loss, source_of(config, topk=True).micro_batches(0), chunk_tokens=31)
         error, _ = gradient_error(trainee.student, expected)
         results[name] = [abs(sums[0].item() / sums[1].item() - value), max_over_ranks(error)]
+    return results
+
+
+def overlapped(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
+    """[relative gradient error, calls of a hook on the output layer] where Megatron reduces gradients while the backward pass runs."""
+    results = {}
+    for kind in kinds:
+        directory = folder / kind
+        arch = read_architecture(directory)
+        parallel.start(ParallelConfig(), seed=0)
+        config = stage_config(str(folder), init=str(directory), packing=False)
+        source = source_of(config)
+        _, expected = reference_gradients(arch, [source.build([int(i)]) for i in source.step_rollouts(0)], directory, opd_formula)
+        for tp in (1, 2):
+            config = stage_config(str(folder), init=str(directory), parallel=layout(tp, 1))
+            student = build_student(arch, transformer_config(arch, parallel=config.parallel, dtype=torch.float32))
+            load_hf_weights(student, arch, directory)
+            options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=2000)
+            ddp = DistributedDataParallel(student.config, options, student)
+            student.config.finalize_model_grads_func, student.config.no_sync_func = finalize_model_grads, ddp.no_sync
+            calls: list[int] = []
+            student.output_layer.register_forward_pre_hook(lambda module, *_, calls=calls: calls.append(1))
+            ddp.zero_grad_buffer()
+            forward_backward(ddp, student, arch, opd_loss, source_of(config).micro_batches(0), chunk_tokens=9)
+            error, _ = gradient_error(student, expected)
+            results[f"{kind} tp{tp}"] = [max_over_ranks(error), len(calls)]
     return results
 
 
@@ -356,8 +387,7 @@ def max_over_ranks(value: float) -> float:
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]
     parallel.start(ParallelConfig(), seed=0)
-    functions = {"parity": parity, "gradients": gradients, "every_loss": every_loss, "reshard": reshard, "estimates": estimates, "skipping": skipping}
-    answer = functions[name](
+    answer = globals()[name](
         Path(folder), **json.loads(arguments)
     )
     if dist.get_rank() == 0:

@@ -160,6 +160,21 @@ def test_logits_of_all_tokens_are_never_held_in_chunks() -> None:
         assert seen.elements == largest
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+def test_the_chunked_head_of_a_real_model_holds_less_than_two_gigabytes() -> None:
+    hidden = torch.randn(16384, 4096, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    weight = with_main_grad(torch.nn.Parameter(torch.randn(151936, 4096, device=DEVICE, dtype=torch.bfloat16) / 64))
+    ids = torch.randint(151936, (16384, 1), device=DEVICE)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    total, logp, _ = linear_loss(hidden, weight, ids, nll, chunk_tokens=4096)
+    total.backward()
+    assert torch.cuda.max_memory_allocated() - held < 2.0e9
+    exact = torch.log_softmax(hidden[:4].double() @ weight.double().t(), -1).gather(1, ids[:4])
+    torch.testing.assert_close(logp[:4].double(), exact, rtol=0, atol=0.05)  # logits are rounded to bf16
+
+
 def test_wrong_arguments_are_refused() -> None:
     hidden, weight, rows, ids = head()
     for match, arguments, options in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,11 @@ def test_options_that_do_nothing_are_refused() -> None:
     models = {"models": {"teacher": "t", "student": "s"}, "name": "x"}
     with pytest.raises(ConfigError, match="has no advantage"):
         build_recipe(models | {"train": {"loss": {"name": "jsd", "advantage_clip": 1.0}}})
+    with pytest.raises(ConfigError, match="loss_chunk_tokens"):
+        build_recipe(models | {"train": {"loss_chunk_tokens": 0}})
+    whole = build_recipe(models | {"train": {"loss_chunk_tokens": "all"}})
+    assert whole.train.chunk_tokens is None
+    assert build_recipe(tomllib.loads(whole.to_toml())) == whole  # as a run writes it down
     with pytest.raises(ConfigError, match="reverse_kl"):
         build_recipe(models | {"train": {"loss": {"name": "kl"}}})
 
