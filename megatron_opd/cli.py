@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from megatron_opd import __version__
-from megatron_opd.config import Recipe, load_recipe, require, shipped_recipes
+from megatron_opd.config import Recipe, apply_overrides, build_recipe, load_recipe, require, shipped_recipes
 from megatron_opd.errors import QuarantineError, UserError
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
@@ -74,7 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
         )
     _add_convert(stages)
     _recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
-    _recipe_stage(stages, "check", "is everything ready to train?", _check)
+    check = _recipe_stage(stages, "check", "is everything ready to train? and: how far apart are the engines?", _check)
+    check.add_argument(
+        "--model", metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
+    )
+    check.add_argument("--rollouts", type=int, default=64, metavar="N", help="with --model: rollouts to compare on")
+    _add_servers(check)
     inspect = stages.add_parser(
         "inspect", help="what is in a store", description="Print a store's manifest, lineage, counts, lengths and scores."
     )
@@ -114,15 +119,7 @@ def _recipe_stage(
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and exit")
     if sharded:
-        parser.add_argument("--url", action="append", metavar="URL", help="a running SGLang server (repeat for several); engine.urls")
-        parser.add_argument(
-            "--launch",
-            nargs="?",
-            const=1,
-            type=int,
-            metavar="N",
-            help="start N SGLang servers (default 1) for the stage; engine.launch.tp, .dp, .options and .command say how",
-        )
+        _add_servers(parser)
         parser.add_argument("--shard", default="0/1", metavar="I/N", help="make the parts p with p %% N == I, beside other workers")
     if trains:
         parser.add_argument(
@@ -130,6 +127,8 @@ def _recipe_stage(
         )
 
     def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:
+        if getattr(args, "model", None):
+            return _calibrate(args)
         recipe = load_recipe(args.recipe, args.overrides + _flag_overrides(args))
         if args.dry_run:
             print(recipe.to_toml(), end="")
@@ -140,6 +139,18 @@ def _recipe_stage(
 
     parser.set_defaults(run=run_with_recipe)
     return parser
+
+
+def _add_servers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", action="append", metavar="URL", help="a running SGLang server (repeat for several); engine.urls")
+    parser.add_argument(
+        "--launch",
+        nargs="?",
+        const=1,
+        type=int,
+        metavar="N",
+        help="start N SGLang servers (default 1) for the stage; engine.launch.tp, .dp, .options and .command say how",
+    )
 
 
 def _flag_overrides(args: argparse.Namespace) -> list[str]:
@@ -214,6 +225,14 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     for note in ready.notes:
         print(note)
     print(f"ready to train {ready.init.short()} on {recipe.train.store} with teacher {recipe.train.teacher!r}")
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from megatron_opd.calibrate import calibrate
+
+    tree = apply_overrides({}, args.overrides + _flag_overrides(args))
+    recipe = build_recipe({"name": "check", "models": {"teacher": args.model, "student": args.model}} | tree, "check")
+    return calibrate(args.recipe, args.model, recipe.engine, rollouts=args.rollouts, max_gap=recipe.train.max_engine_gap)
 
 
 def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:

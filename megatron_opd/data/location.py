@@ -67,11 +67,15 @@ class Location:
         """Write the group's zarr.json whole; with `exclusive`, False if there is one already."""
         content = {"zarr_format": 3, "node_type": "group", "attributes": {} if attributes is None else {ATTRIBUTE: attributes}}
         text = json.dumps(content, indent=1).encode()
-        target = self.path(f"{group}/zarr.json" if group else "zarr.json")
+        return self.write_file(f"{group}/zarr.json" if group else "zarr.json", text, exclusive=exclusive)
+
+    def write_file(self, relative: str, content: bytes, *, exclusive: bool = False) -> bool:
+        """Write a file whole; with `exclusive`, False if there is one already."""
+        target = self.path(relative)
         if not self.is_local:
             if exclusive and self.fs.exists(target):
                 return False
-            self.fs.pipe_file(target, text)
+            self.fs.pipe_file(target, content)
             return True
         try:
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -80,7 +84,7 @@ class Location:
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
             with open(temporary, "wb") as file:
-                file.write(text)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             if not exclusive:

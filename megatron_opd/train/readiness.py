@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_opd.config import SftStage, TrainerConfig, TrainStage
+from megatron_opd.data.calibration import check_calibration
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, StoreError, UserError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, read_lineage, same_model
@@ -59,7 +60,8 @@ def check_train(stage: TrainStage) -> Readiness:
     if override is not None:
         overrides.append(override)
     lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
-    return Readiness(arch, init, lineage, _notes(reader, overrides))
+    noise = check_calibration(reader.location, teacher.weights_sha256, stage.max_engine_gap)
+    return Readiness(arch, init, lineage, [*_notes(reader, overrides), noise])
 
 
 def _check_common(stage: TrainerConfig, teacher: str | None = None) -> tuple[StoreReader, Architecture, ModelFingerprint]:
