@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from megatron_opd import __version__
-from megatron_opd.config import STAGES, Recipe, load_recipe, require, shipped_recipes
+from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, load_recipe, require, shipped_recipes
 from megatron_opd.errors import QuarantineError, UserError
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     _add_convert(stages)
     _recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
-    check = _recipe_stage(stages, "check", "is everything ready to train? With --gpus: would it fit, and what would it cost?", _check)
+    check = _recipe_stage(stages, "check", "is everything ready to train? would it fit (--gpus)? do the engines agree (--model)?", _check)
     check.add_argument(
         "--stage",
         choices=("inputs", "sft", "train"),
@@ -85,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--gpus", type=_positive, metavar="N", help="estimate memory, speed and GPU hours on N GPUs, before anything has run"
     )
     check.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU for --gpus (default: 80)")
+    check.add_argument(
+        "--model", metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
+    )
+    check.add_argument("--rollouts", type=int, default=64, metavar="N", help="with --model: rollouts to compare on")
+    _add_servers(check)
     progress = _recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left to do", _progress)
     progress.add_argument("--stage", choices=STAGES, help="only this stage")
     inspect = stages.add_parser(
@@ -126,15 +131,7 @@ def _recipe_stage(
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and exit")
     if sharded:
-        parser.add_argument("--url", action="append", metavar="URL", help="a running SGLang server (repeat for several); engine.urls")
-        parser.add_argument(
-            "--launch",
-            nargs="?",
-            const=1,
-            type=int,
-            metavar="N",
-            help="start N SGLang servers (default 1) for the stage; engine.launch.tp, .dp, .options and .command say how",
-        )
+        _add_servers(parser)
         parser.add_argument("--shard", default="0/1", metavar="I/N", help="make the parts p with p %% N == I, beside other workers")
     if trains:
         parser.add_argument(
@@ -145,6 +142,8 @@ def _recipe_stage(
         )
 
     def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:
+        if getattr(args, "model", None):
+            return _calibrate(args)
         recipe = load_recipe(args.recipe, args.overrides + _flag_overrides(args))
         if args.dry_run:
             print(recipe.to_toml(), end="")
@@ -155,6 +154,18 @@ def _recipe_stage(
 
     parser.set_defaults(run=run_with_recipe)
     return parser
+
+
+def _add_servers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", action="append", metavar="URL", help="a running SGLang server (repeat for several); engine.urls")
+    parser.add_argument(
+        "--launch",
+        nargs="?",
+        const=1,
+        type=int,
+        metavar="N",
+        help="start N SGLang servers (default 1) for the stage; engine.launch.tp, .dp, .options and .command say how",
+    )
 
 
 def _flag_overrides(args: argparse.Namespace) -> list[str]:
@@ -254,6 +265,14 @@ def _progress(recipe: Recipe, args: argparse.Namespace) -> int:
     from megatron_opd.progress import show_progress
 
     return show_progress(recipe, args.stage)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from megatron_opd.calibrate import calibrate
+
+    tree = apply_overrides({}, args.overrides + _flag_overrides(args))
+    recipe = build_recipe({"name": "check", "models": {"teacher": args.model, "student": args.model}} | tree, "check")
+    return calibrate(args.recipe, args.model, recipe.engine, rollouts=args.rollouts, max_gap=recipe.train.max_engine_gap)
 
 
 def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:

@@ -84,9 +84,10 @@ class SampleStage(_Section):
     """A stage that samples responses into a store."""
 
     model: str
-    prompts: str
+    prompts: str = Field(description="JSONL or Parquet file, or the folder of a Hugging Face dataset")
     store: str
     num_prompts: int | None = Field(default=None, gt=0, description="use only the first N prompts of the file")
+    unique_prompts: bool = Field(default=False, description="each prompt but once (DAPO-Math-17k holds each a hundred times)")
     prompts_per_part: int = Field(default=256, gt=0)
     max_quarantined: float = Field(default=0.001, ge=0, le=1, description="share of failed rollouts above which the stage exits with 3")
     sampling: SamplingParams = SamplingParams()
@@ -314,6 +315,9 @@ class TrainStage(TrainerConfig):
     teacher: str = Field(default="teacher", description="name of the teacher's group in the store")
     loss: LossConfig = LossConfig()
     drift: DriftConfig = DriftConfig()
+    max_engine_gap: float = Field(
+        default=0.1, gt=0, description="nats a token, on average, that serving and training engine may differ by ('check STORE --model')"
+    )
     allow_teacher_mismatch: bool = False
 
 

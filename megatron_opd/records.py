@@ -232,6 +232,33 @@ class ScoreManifest(_Record):
     provenance: dict[str, Any] = Field(default_factory=dict)
 
 
+class Gap(_Record):
+    """|difference| of two engines' log-probabilities of the same tokens, nats."""
+
+    mean: float
+    p99: float
+    max: float
+    tokens: int
+
+    def describe(self) -> str:
+        return f"mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g} nats over {self.tokens} tokens"
+
+
+class Calibration(_Record):
+    """How far the engines are apart on a sample of a store's rollouts.
+
+    `floor`: the sampler scored by the serving engine, against Megatron. `stored`: pi_ref as stored, against Megatron. `replicas`: servers
+    of one model with each other, by the model's weights_sha256.
+    """
+
+    floor: Gap | None = None
+    stored: Gap | None = None
+    replicas: dict[str, Gap] = Field(default_factory=dict)
+    num_rollouts: int = 0
+    engine: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class LossSums:
     """Sums over the response tokens of a global batch; means are made where they are printed."""

@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore, LocalStore
 
+from megatron_opd.data.shards import ShardedArray
 from megatron_opd.errors import StoreError
 
 ATTRIBUTE = "opd"
@@ -67,11 +68,15 @@ class Location:
         """Write the group's zarr.json whole; with `exclusive`, False if there is one already."""
         content = {"zarr_format": 3, "node_type": "group", "attributes": {} if attributes is None else {ATTRIBUTE: attributes}}
         text = json.dumps(content, indent=1).encode()
-        target = self.path(f"{group}/zarr.json" if group else "zarr.json")
+        return self.write_file(f"{group}/zarr.json" if group else "zarr.json", text, exclusive=exclusive)
+
+    def write_file(self, relative: str, content: bytes, *, exclusive: bool = False) -> bool:
+        """Write a file whole; with `exclusive`, False if there is one already."""
+        target = self.path(relative)
         if not self.is_local:
             if exclusive and self.fs.exists(target):
                 return False
-            self.fs.pipe_file(target, text)
+            self.fs.pipe_file(target, content)
             return True
         try:
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -80,7 +85,7 @@ class Location:
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
             with open(temporary, "wb") as file:
-                file.write(text)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             if not exclusive:
@@ -147,27 +152,23 @@ class Location:
                     if time.time() - entry.stat().st_mtime > 86400:
                         shutil.rmtree(entry.path, ignore_errors=True)
 
-    def open_array(self, group: str, name: str) -> zarr.Array:
+    def open_array(self, group: str, name: str) -> ShardedArray:
         """Raises StoreError naming the array that can't be opened."""
         try:
-            array = zarr.open_array(self.zarr_store(group), path=name, mode="r")
-        except Exception as error:  # zarr raises many types for damaged metadata
-            raise StoreError(f"{self.show(group)}/{name} can't be opened: {error}") from None
-        assert isinstance(array, zarr.Array)
-        if array.size and not self.fs.exists(self.path(f"{group}/{name}/c/" + "/".join("0" * array.ndim))):
-            raise StoreError(f"{self.show(group)}/{name}: the data file is missing; delete this group and make it again")
-        return array
+            return ShardedArray(self.fs, self.path(f"{group}/{name}"), is_local=self.is_local)
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # damaged metadata is of any type
+            raise StoreError(f"{self.show(group)}/{name} can't be opened: {error}; delete this group and make it again") from None
 
     def read_array(self, group: str, name: str, rows: slice = slice(None), *, crc32c: int | None = None) -> np.ndarray:
         """Rows of an array; checks the whole array's CRC-32C where it is given. Raises StoreError naming the array."""
         return read_rows(self.open_array(group, name), f"{self.show(group)}/{name}", rows, crc32c=crc32c)
 
 
-def read_rows(array: zarr.Array, shown: str, rows: slice = slice(None), *, crc32c: int | None = None) -> np.ndarray:
+def read_rows(array: ShardedArray, shown: str, rows: slice = slice(None), *, crc32c: int | None = None) -> np.ndarray:
     """Rows of an open array with errors that name it."""
     try:
-        values = np.asarray(array[rows])
-    except Exception as error:  # codecs raise their own types; all mean that the bytes are not what was written
+        values = array.read(rows)
+    except (OSError, ValueError, RuntimeError, IndexError) as error:  # RuntimeError: zstd does not understand the bytes
         raise StoreError(f"{shown} is damaged: {error}; delete this group and make it again") from None
     if crc32c is not None and checksum(values) != crc32c:
         raise StoreError(f"{shown} is damaged: its checksum is not the one in the manifest; delete this group and make it again")

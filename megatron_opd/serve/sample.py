@@ -53,7 +53,7 @@ def sample_into_store(
     lineage: Lineage | None = None,
 ) -> StoreReader:
     """Fill the store's missing parts that belong to `shard`. Goes on where an earlier run stopped. Raises UserError."""
-    prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts)
+    prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts, unique=stage.unique_prompts)
     fingerprint = fingerprint_model(stage.model)
     manifest = StoreManifest(
         sampler_role=role,

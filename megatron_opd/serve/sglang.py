@@ -8,6 +8,7 @@ Legend: P prompt tokens, R response tokens, T = P + R. Behaviour of the server i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from megatron_opd.records import SamplingParams, TeacherScores
 from megatron_opd.serve.engine import Engine, Failed, Generated, GenerateRequest, Progress, ScoreRequest, check_requests
 from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused, checked_url
 from megatron_opd.serve.launch import ServerProcess
-from megatron_opd.serve.pool import Pool, Server, weights_changed
+from megatron_opd.serve.pool import Balancer, Pool, Server, weights_changed
 from megatron_opd.serve.sglang_answers import WrongAnswer, read_generated, read_scores, score_body
 
 Request = TypeVar("Request")
@@ -77,6 +78,16 @@ class SglangEngine(Engine):
     def describe(self) -> dict[str, Any]:
         identity = next(server.identity for server in self.pool.servers if server.identity is not None)
         return {"kind": "sglang", "version": identity.version, **identity.settings, "num_servers": len(self.pool.servers)}
+
+    @contextlib.contextmanager
+    def only(self, number: int) -> Iterator[None]:
+        """Inside, all requests go to one server."""
+        balancer = self.pool.balancer
+        self.pool.balancer = Balancer([self.pool.servers[number]])
+        try:
+            yield
+        finally:
+            self.pool.balancer = balancer
 
     def close(self) -> None:
         if self._loop.is_closed():

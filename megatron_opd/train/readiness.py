@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_opd.config import Recipe, SftStage, TrainerConfig, TrainStage
+from megatron_opd.data.calibration import check_calibration
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader
@@ -80,7 +81,8 @@ def check_train(stage: TrainStage) -> Readiness:
     if override is not None:
         overrides.append(override)
     lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
-    return Readiness(arch, init, lineage, _notes(reader, overrides))
+    noise = check_calibration(reader.location, teacher.weights_sha256, stage.max_engine_gap)
+    return Readiness(arch, init, lineage, [*_notes(reader, overrides), noise])
 
 
 def _check_topk(reader: StoreReader, stage: TrainStage) -> None:

@@ -208,7 +208,7 @@ def test_bad_prompts(work: Workplace) -> None:
     for text, place, message in (
         ('{"prompt": ""}', 2, "'prompt' must be text or a list of {role, content} messages, not ''"),
         ("{", 2, "not JSON"),
-        ('{"question": "?"}', 2, "no field 'prompt' (fields: question)"),
+        ('{"query": "?"}', 2, "no field 'prompt' (fields: query)"),
     ):
         lines = good.splitlines()
         lines.insert(place - 1, text)

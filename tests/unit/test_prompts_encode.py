@@ -41,7 +41,7 @@ def test_rows(tmp_path: Path) -> None:
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
         (b"[]", r"no field 'prompt' \(fields: list\)"),
-        (b'{"question": "x", "answer": 1}', r"no field 'prompt' \(fields: question, answer\)"),
+        (b'{"query": "x", "answer": 1}', r"no field 'prompt' \(fields: query, answer\)"),
         (b'{"prompt": ""}', "'prompt' must be text or a list of {role, content} messages, not ''"),
         (b'{"prompt": null}', "must be text or a list .* not None"),
         (b'{"prompt": 5}', "must be text or a list .* not 5"),
@@ -76,7 +76,10 @@ def test_limit_and_identity(tmp_path: Path) -> None:
 
 
 def test_no_prompts(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "prompts.jsonl" / "below"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: no \.parquet, \.arrow, \.jsonl files in it"):
+        read_prompts(tmp_path / "empty")
+    for path in (tmp_path / "none.jsonl", tmp_path / "prompts.jsonl" / "below"):
         write(tmp_path, GOOD)
         with pytest.raises(UserError, match=f"{path}: no such prompt file"):
             read_prompts(path)

@@ -1,0 +1,97 @@
+"""`megatron-opd check STORE --model MODEL`: how far apart the serving engine and the training engine are, in nats a token.
+
+The loss is a difference of log-probabilities from the two. What they differ by for one and the same model is the floor of noise below
+which nothing can be learnt. The result is kept in the store, and training refuses to start where the floor is over its bound.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_opd.config import EngineConfig
+from megatron_opd.cost import provenance
+from megatron_opd.data.calibration import read_calibration, write_calibration
+from megatron_opd.data.store import StoreReader
+from megatron_opd.errors import LineageError, UserError
+from megatron_opd.lineage import check_same_tokenizer, fingerprint_model, same_model
+from megatron_opd.records import Calibration, Gap, Rollout
+from megatron_opd.serve.engine import Engine, ScoreRequest, open_engine
+from megatron_opd.serve.stage import closing_engine
+
+
+def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64, max_gap: float = 0.1, log_dir: str | Path = "logs") -> int:
+    """Measure, print and record; returns 0, or 2 if servers of one model differ by more than the engines do. Raises UserError.
+
+    With the store's sampler, the stored log-probs and a new scoring pass are compared with Megatron's; with any model and several
+    servers, the servers with each other.
+    """
+    reader = StoreReader(url)
+    if len(reader) == 0:
+        raise UserError(f"{url}: no rollouts in it")
+    fingerprint = fingerprint_model(model)
+    check_same_tokenizer(reader.manifest.sampler, fingerprint)
+    is_sampler = same_model(reader.manifest.sampler, fingerprint)
+    servers = len(config.urls) if config.urls else config.launch.servers if config.launch else 1
+    if not is_sampler and servers < 2:
+        raise LineageError(
+            f"{url} was sampled from {reader.manifest.sampler.short()}, not from {fingerprint.short()}: give the sampler as --model to compare "
+            "the engines, or two servers of this model (--url twice) to compare them with each other"
+        )
+    sample = _sample(reader, rollouts)
+    before = read_calibration(reader.location) or Calibration()
+    with closing_engine(open_engine(config, model, log_dir=log_dir)) as engine:
+        scores = engine.score([ScoreRequest(rollout.tokens, rollout.prompt_len) for rollout in sample])
+        served = [score.logp[rollout.prompt_len :] for score, rollout in zip(scores, sample, strict=True)]
+        replicas = _replicas(engine, sample) if servers > 1 else None
+        described = engine.describe()
+    changes: dict[str, object] = {"num_rollouts": len(sample), "engine": described, "provenance": provenance()}
+    if replicas is not None:
+        print(f"servers of {fingerprint.short()} with each other: {replicas.describe()}")
+        changes["replicas"] = {**before.replicas, fingerprint.weights_sha256: replicas}
+    if is_sampler:
+        from megatron_opd.train.logp import megatron_logp
+
+        trained = megatron_logp(model, [(rollout.tokens, rollout.prompt_len) for rollout in sample])
+        stored = [rollout.student_logp[rollout.prompt_len :] for rollout in sample]
+        changes |= {"floor": gap(served, trained), "stored": gap(stored, trained)}
+    record = before.model_copy(update=changes)
+    if record.floor is not None and record.stored is not None:
+        print(f"scored by {described['kind']}, against Megatron: {record.floor.describe()}")
+        print(f"stored by the sampler (pi_ref), against Megatron: {record.stored.describe()}")
+    write_calibration(reader.location, record)
+    print(f"recorded in {reader.location.show('calibration.json')}; training refuses a mean over train.max_engine_gap")
+    limit = record.floor.mean if record.floor is not None else max_gap
+    # Two servers of the same dtype have no reason to differ by more than two programs do; a thousandth is fp32 rounding.
+    if replicas is not None and replicas.mean > max(limit, 1e-3):
+        print(f"WARNING: the servers differ by more than the engines ({replicas.mean:.4g} over {limit:.4g} nats): start them alike")
+        return 2
+    return 0
+
+
+def gap(left: list[np.ndarray], right: list[np.ndarray]) -> Gap:
+    """|left - right| over all tokens."""
+    differences = np.abs(np.concatenate(left).astype(np.float64) - np.concatenate(right))
+    return Gap(
+        mean=float(differences.mean()), p99=float(np.quantile(differences, 0.99)), max=float(differences.max()), tokens=len(differences)
+    )
+
+
+def _sample(reader: StoreReader, count: int) -> list[Rollout]:
+    """Rollouts from all over the store, the same each time."""
+    chosen = np.random.default_rng(0).permutation(len(reader))[:count]
+    return [reader.rollout(int(index)) for index in np.sort(chosen)]
+
+
+def _replicas(engine: Engine, sample: list[Rollout]) -> Gap:
+    """The largest gap between the first server and another, each scoring all of `sample` by itself."""
+    from megatron_opd.serve.sglang import SglangEngine
+
+    assert isinstance(engine, SglangEngine)
+    requests = [ScoreRequest(rollout.tokens, rollout.prompt_len) for rollout in sample]
+    by_server = []
+    for server in range(len(engine.pool.servers)):
+        with engine.only(server):
+            by_server.append([score.logp[request.start :] for score, request in zip(engine.score(requests), requests, strict=True)])
+    return max((gap(by_server[0], other) for other in by_server[1:]), key=lambda found: found.mean)
