@@ -5,30 +5,24 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.cost import read_jsonl
 from megatron_opd.errors import UserError
-
-_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
-_CURVES = (
-    ("reverse_kl", "reverse KL to the teacher on the rollouts, nat/token"),
-    ("nll", "negative log-likelihood, nat/token"),
-    ("entropy", "entropy, nat"),
-    ("effective_sample_share", "effective sample share against pi_ref"),
-    ("grad_norm", "gradient norm"),
-    ("tokens_per_second", "tokens/s"),
-)
+from megatron_opd.evaluate.figures import distils, draw, kl_by_position, window
 
 
 def write_report(runs: list[str], output: str | None = None) -> Path:
     """Write report.html, report.md and PNG figures; returns the page. Raises UserError for a folder that holds no run."""
     folders = [Path(run) for run in runs]
-    data = {folder.name: _read_run(folder) for folder in folders}
+    names = [folder.resolve().name for folder in folders]
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    data = {label: _read_run(folder) for label, folder in zip(labels, folders, strict=True)}
     target = Path(output) if output else folders[0] / "report"
     target.mkdir(parents=True, exist_ok=True)
-    figures = _figures(data, target)
+    figures = draw(data, target)
     tables = _tables(data)
     (target / "report.md").write_text("\n\n".join(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables) + "\n")
     page = target / "report.html"
@@ -58,12 +52,16 @@ def _tables(data: dict[str, dict[str, Any]]) -> list[tuple[str, list[list[str]]]
         ]
     ]
     differences = [["run", "model", "against", "accuracy, points (95 % interval)", "reverse KL, nat/token (95 % interval)", "prompts"]]
-    stages = [["run", "stage", "seconds", "tokens", "tokens/s", "GPU hours"]]
+    training = [["run", "stage", *TRAINING_COLUMNS]]
+    stages = [["run", "stage", "seconds", "tokens", "tokens/s", "GPU hours", "energy, kWh"]]
     for run, content in data.items():
         results += [[run, *evaluation_cells(evaluation)] for evaluation in content["evaluations"]]
         differences += [[run, *difference_cells(evaluation)] for evaluation in content["evaluations"] if "against" in evaluation]
-        stages += [[run, *stage_cells(row)] for row in content["stages"]]
-    tables = (("Results", results), ("Differences, paired by prompt", differences), ("Stages", stages))
+        training += [[run, stage, *training_cells(rows)] for stage, rows in content["training"].items()]
+        stages += [[run, *stage_cells(row), _number(_kwh(row), ".2f")] for row in content["stages"]]
+        if len(content["stages"]) > 1:
+            stages.append([run, *stage_cells(_total(content["stages"])), _number(_kwh(_total(content["stages"])), ".2f")])
+    tables = (("Results", results), ("Differences, paired by prompt", differences), ("Training", training), ("Stages", stages))
     return [(title, rows) for title, rows in tables if len(rows) > 1]
 
 
@@ -92,6 +90,56 @@ def difference_cells(evaluation: dict[str, Any]) -> list[str]:
     ]
 
 
+TRAINING_COLUMNS = (
+    "steps (skipped)", "loss", "reverse KL, nat/token", "KL at 1st, 16th, 256th, 4096th token", "entropy, nat", "tokens a response",
+    "effective share", "tokens/s", "MFU", "memory, GiB",
+)  # fmt: skip
+
+
+def training_cells(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns above; "a -> b" are means over the first and the last tenth of the steps."""
+    start, end = window(rows, end=False), window(rows, end=True)
+    distilled = distils(rows)
+
+    def change(key: str, form: str) -> str:
+        return f"{_number(_mean(start, key), form)} -> {_number(_mean(end, key), form)}"
+
+    positions = kl_by_position(end)
+    return [
+        f"{rows[-1]['step']} ({sum(bool(row.get('skipped')) for row in rows)})",
+        change("loss", ".4f"),
+        change("reverse_kl", ".4f") if distilled else "",
+        ", ".join(_number(positions[p], ".3f") if p < len(positions) else "-" for p in (0, 4, 8, 12)) if distilled else "",
+        change("entropy", ".3f"),
+        _number(_mean(rows, "response_length"), ".0f"),
+        change("effective_sample_share", ".0%") if distilled else "",
+        _number(_mean(rows, "tokens_per_second"), ",.0f"),
+        _number(_mean(rows, "model_flops_utilisation"), ".1%"),
+        _number(max(row["memory_gib"] for row in rows), ".1f"),
+    ]
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
+    """Mean of the rows that have a value (a skipped step has none)."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def _kwh(row: dict[str, Any]) -> float | None:
+    return row["energy_joules"] / 3.6e6 if "energy_joules" in row else None
+
+
+def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {"stage": "all", **{key: sum(row[key] for row in rows) for key in ("seconds", "tokens", "gpu_hours")}}
+    if any("energy_joules" in row for row in rows):
+        total["energy_joules"] = sum(row.get("energy_joules", 0.0) for row in rows)
+    return total
+
+
 def stage_cells(row: dict[str, Any]) -> list[str]:
     """stage, seconds, tokens, tokens/s, GPU hours."""
     failed = f" (ended by {row['error'].split(':')[0]})" if "error" in row else ""
@@ -107,68 +155,6 @@ def stage_cells(row: dict[str, Any]) -> list[str]:
 def _markdown(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def _figures(data: dict[str, dict[str, Any]], target: Path) -> list[Path]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9})
-    paths = []
-    evaluations = [
-        (f"{run}: {e['name']}" if len(data) > 1 else e["name"], e) for run, content in data.items() for e in content["evaluations"]
-    ]
-    panels = [
-        (key, title)
-        for key, title in (("accuracy", "accuracy"), ("reverse_kl", "reverse KL to the teacher, nat/token"))
-        if any(key in e for _, e in evaluations)
-    ]
-    if panels:
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
-        for axis, (key, title) in zip(axes[0], panels, strict=True):
-            shown = [(name, e[key]) for name, e in evaluations if key in e]
-            for x, (_, value) in enumerate(shown):
-                error = [[max(0.0, value["mean"] - value["low"])], [max(0.0, value["high"] - value["mean"])]]
-                axis.bar(x, value["mean"], yerr=error, color=_COLOURS[x % len(_COLOURS)], capsize=4, width=0.6)
-                label = f"{value['mean']:.1%}" if key == "accuracy" else f"{value['mean']:.3f}"
-                axis.annotate(label, (x, value["high"]), ha="center", va="bottom", xytext=(0, 3), textcoords="offset points")
-            axis.set_xticks(range(len(shown)), [name for name, _ in shown])
-            axis.set_title(title)
-            axis.margins(y=0.15)
-        paths.append(_save(figure, target / "results.png"))
-    curves = [
-        (f"{run} {stage}" if len(data) > 1 else stage, rows) for run, content in data.items() for stage, rows in content["training"].items()
-    ]
-    if curves:
-        figure, axes = plt.subplots(2, 3, figsize=(12, 6))
-        for axis, (key, title) in zip(axes.flat, _CURVES, strict=True):
-            for number, (label, rows) in enumerate(curves):
-                if key in ("reverse_kl", "effective_sample_share") and not any(row["abs_advantage"] for row in rows):
-                    continue
-                axis.plot(
-                    [row["step"] for row in rows],
-                    [row[key] for row in rows],
-                    color=_COLOURS[number % len(_COLOURS)],
-                    label=label,
-                    linewidth=1.3,
-                )
-            axis.set_title(title)
-            axis.set_xlabel("step")
-            if axis.has_data():
-                axis.legend(frameon=False)
-        paths.append(_save(figure, target / "training.png"))
-    return paths
-
-
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
 
 
 def _page(data: dict[str, dict[str, Any]], tables: list[tuple[str, list[list[str]]]], figures: list[Path]) -> str:

@@ -44,7 +44,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
         assert against[figure]["low"] <= change <= against[figure]["high"]
     assert "opd against sft, paired over 16 prompts" in output
     page = (folder / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 2
+    assert page.count("data:image/png;base64") == 4  # results, training, positions, cost
     assert (folder / "report" / "results.png").stat().st_size > 5000
 
     teacher = fingerprint_model(folder / "teacher")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from megatron_opd.cost import StageCost, append_jsonl, git_commit, provenance, read_jsonl
+from megatron_opd.cost import StageCost, append_jsonl, git_commit, open_meter, provenance, read_jsonl, write_jsonl
 
 
 def test_a_row_a_run(tmp_path: Path) -> None:
@@ -23,6 +25,96 @@ def test_a_row_a_run(tmp_path: Path) -> None:
     assert first["gpu_hours"] == pytest.approx(2 * first["seconds"] / 3600)
     assert "error" not in first
     assert (second["tokens"], second["error"]) == (3, "ValueError: broken")
+
+
+class FakeNvml(types.ModuleType):
+    """The part of pynvml that is used, with four GPUs: NVML itself needs NVIDIA's driver, which a CPU machine has not."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *, energy: bool = True):
+        super().__init__("pynvml")
+        self.millijoules = {f"GPU-{n}": 1000 * n for n in range(4)}
+        self.energy = energy
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 4
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        return f"GPU-{index}"
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        if uuid not in self.millijoules:
+            raise self.NVMLError("not found")
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        if not self.energy:
+            raise self.NVMLError("not supported")
+        return self.millijoules[handle]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(used=(1 + int(handle[-1])) << 30)
+
+
+def test_energy_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-3")
+    meter = open_meter()
+    assert meter is not None
+    assert (meter.num_gpus, meter.energy_joules(), meter.memory_gib()) == (2, 4.0, 4.0)
+    with StageCost(tmp_path, "score", num_gpus=2, meter=meter) as cost:
+        cost.tokens = 5
+        nvml.millijoules["GPU-1"] += 2500
+        nvml.millijoules["GPU-2"] += 99  # of somebody else
+    with StageCost(tmp_path, "train", num_gpus=16, meter=meter) as cost:
+        cost.tokens = 5
+        cost.facts["energy_joules"] = 80.0  # of all nodes
+    first, second = read_jsonl(tmp_path / "stages.jsonl")
+    assert (first["energy_joules"], first["num_gpus"]) == (2.5, 2)
+    assert second["energy_joules"] == 80.0
+
+
+def test_no_energy_where_none_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert open_meter() is None
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(energy=False))
+    meter = open_meter()
+    assert meter is not None
+    assert meter.num_gpus == 4
+    with StageCost(tmp_path, "score", meter=meter, tokens=1):
+        pass
+    assert "energy_joules" not in read_jsonl(tmp_path / "stages.jsonl")[0]
+    assert open_meter(["GPU-9"]) is None
+    assert open_meter([]) is None
+
+
+def test_the_real_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a driver it says so, and there is no meter; with one, energy goes up."""
+    pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    meter = open_meter()
+    if not Path("/proc/driver/nvidia/version").exists():
+        assert meter is None
+    elif meter is not None and (energy := meter.energy_joules()) is not None:
+        assert energy > 0
+        assert meter.memory_gib() >= 0
+
+
+def test_rows_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    write_jsonl(path, [{"row": 0}, {"row": 1}])
+    append_jsonl(path, {"row": 2})
+    assert [row["row"] for row in read_jsonl(path)] == [0, 1, 2]
+    write_jsonl(path, read_jsonl(path)[:1])
+    assert read_jsonl(path) == [{"row": 0}]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_the_stage_s_own_error_is_the_one_that_is_shown(tmp_path: Path) -> None:

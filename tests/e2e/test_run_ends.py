@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,15 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from stores import make_scored_store
 from tiny_models import make_model
 
 from megatron_opd.data.order import step_rollouts
+from megatron_opd.data.store import StoreReader
+from megatron_opd.evaluate.report import write_report
 from megatron_opd.train.checkpoint import checkpoint_folder, latest_checkpoint, read_state
 
 STEPS = 5
-WORKER = Path(__file__).with_name("save_worker.py")
+WORKER = Path(__file__).with_name("run_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def run(
 ) -> dict[str, Any]:
     settings = {"steps": STEPS, "save_every": 1, "keep_last": 1, "global_batch": 4, "micro_batch_tokens": 128, "lr": 1e-2} | options
     overrides = [f"train.{key}={json.dumps(value)}" for key, value in settings.items()]
-    paths = {"run_dir": "run", "train.init": "student", "train.store": "store", "train.output": output}
+    paths = {"run_dir": ".", "train.init": "student", "train.store": "store", "train.output": output}
     overrides += [f"{key}={str(folder / path)!r}" for key, path in paths.items()]
     assert worker.stdin is not None
     assert worker.stdout is not None
@@ -161,7 +165,7 @@ def test_the_count_of_skipped_steps_survives_a_resume(worker: subprocess.Popen[s
     run(worker, folder, "skips", code=2, **options)
     assert [row["skipped"] for row in rows(folder, "skips")[-4:]] == [True] * 4
     assert read_state(checkpoint)["step"] == state["step"]
-    costs = [json.loads(line) for line in (folder / "run" / "stages.jsonl").read_text().splitlines()]
+    costs = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
     assert costs[-1]["error"].startswith("UserError: train: loss or gradient of step")
 
 
@@ -179,3 +183,38 @@ def test_drift_stops_the_run_with_advice(worker: subprocess.Popen[str], folder: 
     checkpoint = latest_checkpoint(folder / "drifts-and-stops")
     assert checkpoint is not None
     assert read_state(checkpoint)["beyond_drift_limit"] == 2
+
+
+def test_the_report_of_these_runs(worker: subprocess.Popen[str], folder: Path) -> None:
+    """Two runs side by side; rows of skipped steps have no loss."""
+    run(worker, folder, "reported")
+    run(worker, folder, "reported-badly", code=2, lr=1e25, clip_grad=0.0, max_skipped_steps=1, steps=30)
+    other = folder / "other"
+    shutil.copytree(folder / "reported", other / "opd")
+    shutil.copy(folder / "stages.jsonl", other)
+    page = write_report([str(folder), str(other)], str(folder / "report")).read_text()
+    assert page.count("data:image/png;base64") == 3  # training, positions, cost
+    text = (folder / "report" / "report.md").read_text()
+    rows_of = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|") for line in text.splitlines() if line.startswith("|")}
+    cells = [cell.strip() for cell in rows_of["other", "opd"][3:-1]]
+    assert cells[0] == f"{STEPS} (0)"
+    found = rows(folder, "reported")
+    assert cells[1] == f"{found[0]['loss']:.4f} -> {found[-1]['loss']:.4f}"
+    assert cells[2] == f"{found[0]['reverse_kl']:.4f} -> {found[-1]['reverse_kl']:.4f}"
+    by_position = found[-1]["reverse_kl_by_position"]
+    assert len(by_position) == 6, "responses of the store have up to 60 tokens: 1, 2, 4, ... 32"
+    assert cells[3] == f"{by_position[0]:.3f}, {by_position[4]:.3f}, -, -"
+    assert rows_of[folder.name, "reported-badly"][3].strip().endswith("(2)")
+    assert (folder.name, "all") in rows_of
+    assert "nan" not in text
+
+
+def test_position_means_add_up(worker: subprocess.Popen[str], folder: Path) -> None:
+    """One response token in each class's mean: weighted by their numbers they are the mean of all."""
+    run(worker, folder, "positions", steps=1)
+    row = rows(folder, "positions")[0]
+    reader = StoreReader(str(folder / "store"))
+    lengths = reader.response_lens[step_rollouts(0, 20, global_batch=4, seed=0)]
+    counts = np.bincount(np.concatenate([np.floor(np.log2(np.arange(length) + 1)).astype(int) for length in lengths]))
+    assert row["response_tokens"] == counts.sum() == lengths.sum()
+    assert np.dot(row["reverse_kl_by_position"], counts) / counts.sum() == pytest.approx(row["reverse_kl"], rel=1e-6)

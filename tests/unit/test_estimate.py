@@ -1,0 +1,135 @@
+"""The estimator: parameter counts of published models, refusals with changes that do fit, and what must go up or down."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_scored_store
+from tiny_models import make_model
+
+from megatron_opd.cli import main
+from megatron_opd.config import TrainStage, load_recipe
+from megatron_opd.estimate import GIB, Layout, estimate_recipe, fullest_stage, predict_speed, rank_parameters
+from megatron_opd.known_models import KNOWN, known_config
+from megatron_opd.model.architecture import SUPPORTED, Architecture, parse_architecture
+
+# Billions of parameters as their model cards say them; the embedding of a tied model counts once.
+PUBLISHED = {
+    "Qwen3-0.6B": 0.6,
+    "Qwen3-1.7B": 1.7,
+    "Qwen3-4B": 4.0,
+    "Qwen3-8B": 8.2,
+    "Qwen3-14B": 14.8,
+    "Qwen3-32B": 32.8,
+    "Qwen3-30B-A3B": 30.5,
+}
+
+
+def architecture(name: str) -> Architecture:
+    config = KNOWN[name]
+    if config["architectures"][0] not in SUPPORTED:
+        pytest.skip(f"{config['architectures'][0]} is not supported")
+    return parse_architecture(config, name)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_published_models_have_their_size(name: str) -> None:
+    arch = architecture(name)
+    assert arch.num_parameters / 1e9 == pytest.approx(PUBLISHED[name], abs=0.05)
+    whole = rank_parameters(arch, Layout(gpus=1, tp=1, pp=1, vpp=1, cp=1, ep=1), 0).total
+    assert whole == pytest.approx(arch.num_parameters, rel=1e-4)  # but for the padding of the vocabulary
+
+
+def test_a_published_model_is_known_by_the_name_of_its_directory() -> None:
+    assert known_config("models/Qwen3-4B-Base") == KNOWN["Qwen3-4B"]
+    assert known_config("/data/Qwen3-30B-A3B-Thinking-2507/") == KNOWN["Qwen3-30B-A3B"]
+    assert known_config("models/Qwen3-40B") is None
+
+
+@settings(deadline=None)
+@given(
+    tp=st.sampled_from([1, 2, 4]), pp=st.sampled_from([1, 2, 4]), dp=st.integers(1, 8),
+    tokens=st.integers(4200, 40000), recompute=st.sampled_from(["none", "full"]), batch=st.integers(4096, 8192),  # more micro-batches than stages
+)  # fmt: skip
+def test_what_takes_and_gives_memory(tp: int, pp: int, dp: int, tokens: int, recompute: Any, batch: int) -> None:
+    arch = parse_architecture(KNOWN["Qwen3-8B"], "Qwen3-8B")
+
+    def total(*, tp: int = tp, pp: int = pp, dp: int = dp, tokens: int = tokens, recompute: Any = recompute) -> float:
+        config = TrainStage(init="", store="", output="", micro_batch_tokens=tokens, recompute=recompute, global_batch=batch)
+        return fullest_stage(arch, config, Layout(tp * pp * dp, tp, pp, 1, 1, 1), mean_tokens=1900).total
+
+    here = total()
+    assert total(tp=2 * tp) < here
+    assert total(dp=2 * dp) < here
+    assert total(tokens=tokens + 1000) > here
+    assert total(recompute="full") <= here <= total(recompute="none")
+    # More stages hold fewer weights, and as many activations of more micro-batches in flight: less as long as those are recomputed.
+    assert recompute == "none" or total(pp=2 * pp) < here
+    config = TrainStage(init="", store="", output="", micro_batch_tokens=tokens, recompute=recompute, global_batch=batch)
+    speed = predict_speed(arch, config, Layout(tp * pp * dp, tp, pp, 1, 1, 1), mean_tokens=1900, steps=10)
+    assert speed.tokens_per_second[0] > speed.tokens_per_second[1] > 0
+    assert speed.gpu_hours[0] == pytest.approx(10 * speed.step_seconds[0] * tp * pp * dp / 3600)
+    assert speed.tokens_per_second[0] * speed.step_seconds[0] == pytest.approx(batch * 1900)
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main(["check", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize("recipe", ["opd_4b", "opd_8b"])
+def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = check(capsys, recipe, "--gpus", "8", "--gpu-memory", "80")
+    assert code == 0
+    assert re.search(r"train: tp \d x pp 1 x cp 1 x dp \d on 8 GPUs", text)
+    assert text.count("GPU hours") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "6"], r"sft: 6 GPUs are not a multiple of tp \* pp \* cp = 4 \* 1 \* 1"),
+        (["--gpus", "8", "train.parallel.tp=3"], r"tp=3 does not divide the model's 32 attention heads.*tp may be 1, 2, 4, 8"),
+        (["--gpus", "8", "train.global_batch=1"], r"train: global_batch = 1 is smaller than 2 data-parallel ranks"),
+        (["--gpus", "8", "train.micro_batch_tokens=4000"], r"train: a rollout may have 4352 tokens .*over micro_batch_tokens = 4000"),
+        (
+            ["--gpus", "8", "train.parallel.tp=1", "train.recompute=none"],
+            r"train: needs about \d+ GiB on a GPU, which has 80; .*any of these alone",
+        ),
+        (["--gpus", "8", "--gpu-memory", "12"], r"sft: needs about \d+ GiB on a GPU, which has 12; .*no single change"),
+        (["--gpus", "8", "models.student=models/unheard-of"], r"models/unheard-of: no config.json, and no model whose sizes are known"),
+    ],
+)
+def test_what_can_t_be_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = check(capsys, "opd_8b", *arguments)
+    assert code == 2
+    assert re.search(message, text), text
+
+
+def test_the_changes_that_are_proposed_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["opd_8b", "--gpus", "8", "train.parallel.tp=1", "train.recompute=none"]
+    _, text = check(capsys, *arguments)
+    proposed = re.findall(r"(train\.[\w.]+) = ('?\w+'?)", text)
+    assert len(proposed) > 1
+    for field, value in proposed:
+        kept = [argument for argument in arguments if not argument.startswith(f"{field}=")]
+        assert check(capsys, *kept, f"{field}={value}")[0] == 0, (field, value)
+
+
+def test_lengths_come_from_the_store_that_is_there(tmp_path: Path) -> None:
+    make_model(tmp_path / "student")
+    reader = make_scored_store(tmp_path / "store", sampler=tmp_path / "student", teacher=tmp_path / "student")
+    recipe = load_recipe(
+        "tiny", [f"train.init={str(tmp_path / 'student')!r}", f"train.store={str(tmp_path / 'store')!r}", "train.epochs=3"]
+    )
+    lines = "\n".join(estimate_recipe(recipe, 2, 1.0 + 3.2 * 1.05))
+    assert f"{tmp_path / 'store'}: {reader.lengths.mean():.0f} tokens a rollout" in lines
+    assert re.search(r"s a step; 4 steps: ", lines), "20 rollouts, three times, 16 a step"
+    assert f"({tmp_path / 'student'}/config.json)" in lines
+    assert GIB == 1 << 30
