@@ -115,7 +115,10 @@ def _recipe_stage(
         parser.add_argument("--shard", default="0/1", metavar="I/N", help="make the parts p with p %% N == I, beside other workers")
     if trains:
         parser.add_argument(
-            "--nproc", type=int, metavar="N", help="ranks to start on this node (default: one a GPU, or as few as the layout needs on a CPU; not under torchrun)"
+            "--nproc",
+            type=int,
+            metavar="N",
+            help="ranks to start on this node (default: one a GPU, or as few as the layout needs on a CPU; not under torchrun)",
         )
 
     def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:

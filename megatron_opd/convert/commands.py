@@ -16,7 +16,7 @@ from megatron_opd.convert.to_mcore import global_tensor, open_source
 from megatron_opd.cost import provenance
 from megatron_opd.errors import CheckpointError, UserError
 from megatron_opd.lineage import hash_tensors, read_lineage, tensor_index, write_json_atomic, write_lineage
-from megatron_opd.model.architecture import read_architecture
+from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.records import Lineage
 from megatron_opd.train.checkpoint import STATE_FILE, latest_checkpoint
 
@@ -66,7 +66,9 @@ def _check_same_tensors(written: McoreTensors, arch: Architecture, model: str) -
     wanted = hash_tensors(model)
     wrong = [name for name, tensor in hf_tensors(written, arch, written.dtype) if hash_tensor(name, tensor) != wanted[name]]
     if wrong:
-        raise CheckpointError(f"{len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?")
+        raise CheckpointError(
+            f"{len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?"
+        )
 
 
 def stored_dtype(model: str) -> torch.dtype:

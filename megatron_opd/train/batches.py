@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_opd.config import TrainerConfig
+from megatron_opd.data.context import context_parallel_tokens
 from megatron_opd.data.order import step_rollouts
 from megatron_opd.data.packing import pack, split_over_ranks
 from megatron_opd.data.store import StoreReader
@@ -20,11 +21,14 @@ from megatron_opd.errors import StoreError, UserError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed sequences and, for each response token, its row of the logits, its id and its stored log-probabilities."""
+    """Packed sequences and, for each response token, its row of the logits, its id and its stored log-probabilities.
+
+    Under context parallelism: this rank's S of the S * cp tokens of the pack, and the response tokens whose rows are among them.
+    """
 
     tokens: torch.Tensor  # int64 [1,S]
     positions: torch.Tensor  # int64 [1,S], restarting in each sequence
-    cu_seqlens: torch.Tensor  # int32 [B+1], the padding at the end is a sequence of its own
+    cu_seqlens: torch.Tensor  # int32 [B+1], of the whole pack; the padding at the end is a sequence of its own
     rows: torch.Tensor  # int64 [N]: position t-1, whose logits predict tokens[t]
     labels: torch.Tensor  # int64 [N]
     weights: torch.Tensor  # float32 [N]
@@ -54,6 +58,7 @@ class BatchSource:
     dp_rank: int
     dp_size: int
     pad_multiple: int
+    cp_rank: int = 0
 
     def __post_init__(self) -> None:
         config, reader = self.config, self.reader
@@ -81,20 +86,28 @@ class BatchSource:
         """This rank's share of a step."""
         rollouts = self.step_rollouts(step)
         lengths = self.lengths(rollouts)
-        mine = split_over_ranks(lengths.tolist(), self.dp_size)[self.dp_rank]
-        bins = pack(lengths[mine].tolist(), self.config.micro_batch_tokens, packing=self.config.packing)
-        return [self.build([int(rollouts[mine[position]]) for position in bin_]) for bin_ in bins]
+        ranks = split_over_ranks(lengths.tolist(), self.dp_size)
+        bins = [pack(lengths[rank].tolist(), self.config.micro_batch_tokens, packing=self.config.packing) for rank in ranks]
+        mine = bins[self.dp_rank]
+        parallel = self.config.parallel
+        # Ranks that exchange tokens with each other's experts, and an interleaved pipeline, need a number of micro-batches.
+        count = max(map(len, bins)) if parallel.ep > 1 else len(mine)
+        mine += [[]] * (-(-count // parallel.pp) * parallel.pp - len(mine) if parallel.vpp > 1 else count - len(mine))
+        return [self.build([int(rollouts[ranks[self.dp_rank][position]]) for position in bin_]) for bin_ in mine]
 
     def build(self, rollouts: Sequence[int]) -> MicroBatch:
-        """One micro-batch of these rollouts (global indices). Raises StoreError for what is missing or broken."""
+        """One micro-batch of these rollouts (global indices; none: padding alone). Raises StoreError for what is missing or broken."""
         tokens, positions, rows, labels, weights, student, teacher = ([] for _ in range(7))
-        lengths: list[int] = []
+        lengths: list[int] = []  # with the padding that context parallelism needs in each sequence
+        num_tokens = sum_squared_lengths = 0
+        cp = self.config.parallel.cp
         for index in rollouts:
             rollout = self.reader.rollout(index)
             length, start = int(self.lengths(np.array([index]))[0]), rollout.prompt_len
             offset = sum(lengths)
-            tokens.append(rollout.tokens[:length])
-            positions.append(np.arange(length))
+            padded = length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
+            tokens.append(np.pad(rollout.tokens[:length], (0, padded - length)))
+            positions.append(np.arange(padded))
             rows.append(np.arange(start - 1, length - 1) + offset)
             labels.append(rollout.tokens[start:length])
             weights.append(np.full(length - start, 1.0 / (length - start) if self.sequence_mean else 1.0))
@@ -106,14 +119,15 @@ class BatchSource:
                 except ValueError as error:
                     raise StoreError(f"{self.reader.location.url}, rollout {index}: {error}") from None
                 teacher.append(scores.logp[start:length])
-            lengths.append(length)
-        num_tokens = sum(lengths)
-        padding = -num_tokens % self.pad_multiple
+            lengths.append(padded)
+            num_tokens += length
+            sum_squared_lengths += length * length
+        padding = -sum(lengths) % self.pad_multiple if lengths else self.pad_multiple
         if padding:
             tokens.append(np.zeros(padding, np.int32))
             positions.append(np.arange(padding))
         num_rows = sum(len(piece) for piece in rows)
-        return MicroBatch(
+        batch = MicroBatch(
             tokens=_tensor(tokens, torch.int64)[None],
             positions=_tensor(positions, torch.int64)[None],
             cu_seqlens=torch.tensor(np.cumsum([0, *lengths, *([padding] if padding else [])]), dtype=torch.int32),
@@ -126,9 +140,31 @@ class BatchSource:
             max_seqlen=max([*lengths, padding]),
             num_sequences=len(rollouts),
             num_tokens=num_tokens,
-            sum_squared_lengths=sum(length * length for length in lengths),
+            sum_squared_lengths=sum_squared_lengths,
         )
+        return batch if cp == 1 else _context_parallel_part(batch, cp=cp, rank=self.cp_rank)
+
+
+def _context_parallel_part(batch: MicroBatch, *, cp: int, rank: int) -> MicroBatch:
+    """The rank's tokens of the pack and their rows; what is counted once a pack is counted by the first rank."""
+    mine = torch.from_numpy(context_parallel_tokens(batch.cu_seqlens.numpy(), cp=cp, rank=rank))
+    local = torch.full((batch.tokens.shape[1],), -1)
+    local[mine] = torch.arange(len(mine))
+    rows = local[batch.rows]
+    kept = rows >= 0
+    return replace(
+        batch,
+        tokens=batch.tokens[:, mine],
+        positions=batch.positions[:, mine],
+        rows=rows[kept],
+        labels=batch.labels[kept],
+        weights=batch.weights[kept],
+        student_logp=batch.student_logp[kept],
+        teacher_logp=batch.teacher_logp[kept] if batch.teacher_logp is not None else None,
+        denominator=batch.denominator if rank == 0 else 0,
+        num_sequences=batch.num_sequences if rank == 0 else 0,
+    )
 
 
 def _tensor(pieces: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(pieces)).to(dtype)
+    return torch.from_numpy(np.concatenate(pieces) if pieces else np.zeros(0)).to(dtype)

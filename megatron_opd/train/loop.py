@@ -76,6 +76,7 @@ def _run(
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         pad_multiple=config.token_multiple,
+        cp_rank=parallel_state.get_context_parallel_rank(),
     )
     steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
     job = Job(name, config, Path(config.output), ready, source, steps, device, position=position_of(config, source.reader))

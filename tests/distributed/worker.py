@@ -23,15 +23,35 @@ from megatron_opd.convert.mapping import table
 from megatron_opd.convert.to_mcore import load_hf_weights, sharded_tensors
 from megatron_opd.data.store import StoreReader
 from megatron_opd.model.architecture import Architecture, read_architecture
-from megatron_opd.model.student import Student, build_student, transformer_config
+from megatron_opd.model.student import Student, build_chunks, transformer_config
 from megatron_opd.records import Lineage
 from megatron_opd.train.batches import BatchSource, MicroBatch
 from megatron_opd.train.checkpoint import load_checkpoint, save_checkpoint
 from megatron_opd.train.loss import opd_loss
 from megatron_opd.train.optim import Trainee, make_trainee
-from megatron_opd.train.step import forward_backward, train_step
+from megatron_opd.train.step import train_step
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+DENSE: list[dict[str, Any]] = [
+    {},
+    {"tp": 2},
+    {"tp": 2, "sequence_parallel": False},
+    {"pp": 2},
+    {"tp": 2, "pp": 2},
+    {"tp": 2, "pp": 2, "sequence_parallel": False},
+    {"pp": 2, "vpp": 2},
+    {"pp": 4},
+]
+MIXTURE: list[dict[str, Any]] = [
+    {},
+    {"tp": 2},
+    {"ep": 2},
+    {"ep": 4},
+    {"tp": 2, "ep": 2},
+    {"tp": 2, "ep": 4},
+    {"pp": 2, "ep": 2},
+    {"pp": 2, "vpp": 2, "ep": 2},
+    {"tp": 2, "pp": 2, "ep": 2},
+]
 
 
 def stage_config(folder: str, **options: Any) -> TrainStage:
@@ -46,10 +66,17 @@ def stage_config(folder: str, **options: Any) -> TrainStage:
     return TrainStage(**(defaults | options))
 
 
+def chunks_of(config: TrainStage, arch: Architecture) -> list[Student]:
+    """This rank's stages with the weights of config.init, float32."""
+    model_config = transformer_config(arch, parallel=config.parallel, dtype=torch.float32, recompute=config.recompute)
+    chunks = build_chunks(arch, model_config)
+    for chunk in chunks:
+        load_hf_weights(chunk, arch, config.init)
+    return chunks
+
+
 def build(config: TrainStage, arch: Architecture) -> Trainee:
-    student = build_student(arch, transformer_config(arch, parallel=config.parallel, dtype=torch.float32, recompute=config.recompute))
-    load_hf_weights(student, arch, config.init)
-    return make_trainee(student, config, steps=10)
+    return make_trainee(chunks_of(config, arch), config, steps=10)
 
 
 def source_of(config: TrainStage, *, sequence_mean: bool = True) -> BatchSource:
@@ -60,14 +87,19 @@ def source_of(config: TrainStage, *, sequence_mean: bool = True) -> BatchSource:
         sequence_mean=sequence_mean,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        pad_multiple=config.parallel.tp,
+        pad_multiple=config.token_multiple,
+        cp_rank=parallel_state.get_context_parallel_rank(),
     )
 
 
-def layout(tp: int, pp: int, *, sequence_parallel: bool = True) -> ParallelConfig:
-    config = ParallelConfig(tp=tp, pp=pp, sequence_parallel=sequence_parallel)
+def layout(**sizes: Any) -> ParallelConfig:
+    config = ParallelConfig(**sizes)
     parallel.start(config, seed=0)
     return config
+
+
+def label(sizes: dict[str, Any]) -> str:
+    return " ".join(f"{name}{int(value)}" for name, value in sizes.items()) or "dp"
 
 
 def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
@@ -80,20 +112,16 @@ def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
         reference = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
         with torch.no_grad():
             expected = torch.cat([reference(ids[None]).logits[0] for ids in sequences])
-        for tp, pp in LAYOUTS:
-            for sequence_parallel in (True, False) if tp > 1 else (False,):
-                student = build_student(
-                    arch, transformer_config(arch, parallel=layout(tp, pp, sequence_parallel=sequence_parallel), dtype=torch.float32)
-                )
-                load_hf_weights(student, arch, directory)
-                logits = packed_logits(student, sequences, pad_multiple=tp)
-                difference = (logits[: len(expected), : arch.vocab_size] - expected).abs().max().item() if logits is not None else 0.0
-                worst[f"{kind} tp{tp} pp{pp} sp{int(sequence_parallel)}"] = max_over_ranks(difference)
+        for sizes in MIXTURE if arch.num_experts else DENSE:
+            config = stage_config(str(folder), init=str(directory), parallel=layout(**sizes))
+            logits = packed_logits(chunks_of(config, arch), sequences, pad_multiple=config.token_multiple)
+            difference = (logits[: len(expected), : arch.vocab_size] - expected).abs().max().item() if logits is not None else 0.0
+            worst[f"{kind} {label(sizes)}"] = max_over_ranks(difference)
     return worst
 
 
-def packed_logits(student: Student, sequences: list[torch.Tensor], *, pad_multiple: int) -> torch.Tensor | None:
-    """Logits of the whole vocabulary on the last stage, through the pipeline."""
+def packed_logits(chunks: list[Student], sequences: list[torch.Tensor], *, pad_multiple: int) -> torch.Tensor | None:
+    """Logits of the whole vocabulary on the last stage, through the pipeline (twice the same micro-batch where it is interleaved)."""
     lengths = [len(ids) for ids in sequences]
     if padding := -sum(lengths) % pad_multiple:
         sequences, lengths = [*sequences, torch.zeros(padding, dtype=torch.long)], [*lengths, padding]
@@ -105,7 +133,7 @@ def packed_logits(student: Student, sequences: list[torch.Tensor], *, pad_multip
     kept: list[torch.Tensor] = []
 
     def keep(hidden: torch.Tensor) -> Any:
-        kept.append(tensor_parallel.gather_from_tensor_model_parallel_region(student.logits(hidden)))
+        kept.append(tensor_parallel.gather_from_tensor_model_parallel_region(chunks[-1].logits(hidden)))
         return hidden.sum(), torch.tensor(1, dtype=torch.int), {}
 
     def forward(iterator: Any, model: torch.nn.Module) -> Any:
@@ -113,7 +141,8 @@ def packed_logits(student: Student, sequences: list[torch.Tensor], *, pad_multip
 
     with torch.no_grad():
         get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=iter([torch.cat(sequences)[None]]), model=student, num_microbatches=1,
+            forward_step_func=forward, data_iterator=[iter([torch.cat(sequences)[None]] * 2) for _ in chunks], model=list(chunks),
+            num_microbatches=len(chunks),
             seq_length=sum(lengths), micro_batch_size=1, forward_only=True,
         )  # fmt: skip
     return kept[0] if kept else None
@@ -137,35 +166,44 @@ def reference_gradients(
             total = total - (batch.weights[chosen].double() * advantage * logp).sum()
     (total / denominator).backward()
     hf = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name in [name for name in hf if ".experts." in name]:  # transformers 5 stacks the experts of a layer in memory
+        for expert, gradient in enumerate(hf.pop(name)):
+            prefix = f"{name.rpartition('.')[0]}.{expert}."
+            if name.endswith("gate_up_proj"):
+                hf[prefix + "gate_proj.weight"], hf[prefix + "up_proj.weight"] = gradient.chunk(2)
+            else:
+                hf[prefix + "down_proj.weight"] = gradient
     if arch.tied_embeddings:
         hf.setdefault("model.embed_tokens.weight", hf.get("lm_head.weight"))
     gradients = {}
     for entry in table(arch):
-        for layer in range(arch.num_layers) if entry.per_layer else [None]:
-            gradients[f"{entry.mcore}/{layer}"] = entry.to_mcore([hf[name] for name in entry.hf_names(layer)], arch)
+        for index in entry.indices(arch):
+            gradients[f"{entry.mcore}/{index}"] = entry.to_mcore([hf[name] for name in entry.hf_names(index)], arch)
     return (total / denominator).item(), gradients
 
 
-def gradient_error(student: Student, expected: dict[str, torch.Tensor]) -> tuple[float, int]:
+def gradient_error(chunks: list[Student], expected: dict[str, torch.Tensor]) -> float:
     """Largest difference of main_grad from the expected global tensors, over this rank's shards, relative to the largest gradient."""
     largest = max(gradient.abs().max().item() for gradient in expected.values())
-    parameters = list(student.parameters())
-    sharded = dict(student.sharded_state_dict(metadata={"singleton_local_shards": False}))
-    apply_factories(sharded)
-    worst, compared = 0.0, 0
-    for shard in sharded_tensors(sharded):
-        skip = shard.prepend_axis_num
-        layer = shard.global_offset[0] if skip else None
-        full = expected[f"{shard.key}/{layer}"]
-        piece = full[tuple(slice(offset, offset + size) for offset, size in zip(shard.global_offset[skip:], shard.data.shape, strict=True))]
-        owner = next(p for p in parameters if same_memory(p, shard.data))
-        first = shard.data.storage_offset() - owner.data.storage_offset()
-        grad = owner.main_grad.reshape(-1)[first : first + shard.data.numel()].reshape(shard.data.shape)
-        grad = grad[tuple(slice(size) for size in piece.shape)]
-        worst = max(worst, (grad - piece).abs().max().item() if piece.numel() else 0.0)
-        compared += shard.data.numel()
-    assert compared == sum(p.numel() for p in parameters)
-    return worst / largest, compared
+    worst = 0.0
+    for student in chunks:
+        parameters = list(student.parameters())
+        sharded = dict(student.sharded_state_dict(metadata={"singleton_local_shards": False}))
+        apply_factories(sharded)
+        compared = 0
+        for shard in sharded_tensors(sharded):
+            skip = shard.prepend_axis_num
+            full = expected[f"{shard.key}/{tuple(shard.global_offset[:skip])}"]
+            cut = [slice(offset, offset + size) for offset, size in zip(shard.global_offset[skip:], shard.data.shape, strict=True)]
+            piece = full[tuple(cut)]
+            owner = next(p for p in parameters if same_memory(p, shard.data))
+            first = shard.data.storage_offset() - owner.data.storage_offset()
+            grad = owner.main_grad.reshape(-1)[first : first + shard.data.numel()].reshape(shard.data.shape)
+            grad = grad[tuple(slice(size) for size in piece.shape)]
+            worst = max(worst, (grad - piece).abs().max().item() if piece.numel() else 0.0)
+            compared += shard.data.numel()
+        assert compared == sum(p.numel() for p in parameters)
+    return worst / largest
 
 
 def same_memory(parameter: torch.nn.Parameter, view: torch.Tensor) -> bool:
@@ -175,61 +213,75 @@ def same_memory(parameter: torch.nn.Parameter, view: torch.Tensor) -> bool:
     return start <= view.storage_offset() < start + parameter.numel()
 
 
-def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
-    """[loss difference, relative gradient error] against the float64 reference: layouts, packing, micro-batch sizes, normalisations."""
+def gradients(folder: Path, kinds: list[str], layouts: list[dict[str, Any]] | None = None) -> dict[str, list[float]]:
+    """[loss difference, relative gradient error, relative error of the norm] against the float64 reference.
+
+    Over layouts, packing, micro-batch sizes and normalisations; the first layout has every combination.
+    """
     results = {}
+    options: list[dict[str, Any]] = [{"micro_batch_tokens": 96}, {"packing": False}, {"micro_batch_tokens": 600}]
     for kind in kinds:
         directory = folder / kind
         arch = read_architecture(directory)
+        chosen_layouts = layouts or (MIXTURE if arch.num_experts else DENSE)
         for sequence_mean in (True, False):
-            parallel.start(ParallelConfig(), seed=0)
-            config = stage_config(str(folder), init=str(directory), packing=False, distributed_optimizer=False)
-            source = source_of(config, sequence_mean=sequence_mean)
+            layout()
+            common = {"init": str(directory), "distributed_optimizer": False, "clip_grad": 0.0, "lr": 1e-9}
+            source = source_of(stage_config(str(folder), packing=False, **common), sequence_mean=sequence_mean)
             everything = [source.build([int(i)]) for i in source.step_rollouts(0)]
             loss, expected = reference_gradients(folder, arch, everything, directory)
-            for tp, pp in LAYOUTS:
-                if not sequence_mean and (tp, pp) != (2, 2):
-                    continue
-                for options in ({"micro_batch_tokens": 96}, {"micro_batch_tokens": 600}, {"packing": False}):
-                    config = stage_config(str(folder), init=str(directory), parallel=layout(tp, pp), distributed_optimizer=False, **options)
+            norm = sum(gradient.square().sum().item() for gradient in expected.values()) ** 0.5
+            for number, sizes in enumerate(chosen_layouts if sequence_mean else chosen_layouts[-1:]):
+                for chosen in options if number == 0 and sequence_mean else [options[number % len(options)]]:
+                    config = stage_config(str(folder), parallel=layout(**sizes), **common, **chosen)
                     trainee = build(config, arch)
-                    trainee.ddp.zero_grad_buffer()
-                    sums = forward_backward(
-                        trainee.ddp, trainee.student, arch, opd_loss, source_of(config, sequence_mean=sequence_mean).micro_batches(0)
-                    )
-                    error, _ = gradient_error(trainee.student, expected)
-                    name = f"{kind} tp{tp} pp{pp} {options} {'sequence' if sequence_mean else 'token'}"
-                    results[name] = [abs(sums[0].item() / sums[1].item() - loss), max_over_ranks(error)]
+                    batches = source_of(config, sequence_mean=sequence_mean).micro_batches(0)
+                    result = train_step(trainee, arch, opd_loss, batches, seed=0)
+                    error = gradient_error(trainee.students, expected)
+                    name = f"{kind} {label(sizes)} {chosen} {'sequence' if sequence_mean else 'token'}"
+                    loss_error = abs(result.sums.loss / result.sums.denominator - loss)
+                    results[name] = [loss_error, max_over_ranks(error), abs(result.grad_norm / norm - 1)]
     return results
 
 
-def reshard(folder: Path, distributed_optimizer: bool) -> dict[str, list[float]]:
-    """Losses of three steps after a checkpoint, continued in the layout that saved it and loaded into others."""
-    directory = folder / "student"
-    arch = read_architecture(directory)
-    results: dict[str, list[float]] = {}
+def stage_of(folder: Path, kind: str, sizes: dict[str, Any], *, distributed_optimizer: bool = True) -> TrainStage:
+    return stage_config(str(folder), init=str(folder / kind), parallel=layout(**sizes), distributed_optimizer=distributed_optimizer)
 
-    def steps(trainee: Trainee, config: TrainStage, first: int, count: int) -> list[float]:
-        source = source_of(config)
-        found = [
-            train_step(trainee, arch, partial(opd_loss, advantage_clip=3.0), source.micro_batches(step), seed=step)
-            for step in range(first, first + count)
-        ]
-        return [value for result in found for value in (result.sums.loss / result.sums.denominator, result.grad_norm)]
 
-    config = stage_config(str(folder), parallel=layout(2, 1), distributed_optimizer=distributed_optimizer)
+def train_steps(trainee: Trainee, arch: Architecture, config: TrainStage, steps: range) -> list[float]:
+    """Loss and gradient norm of each step."""
+    source = source_of(config)
+    found = [train_step(trainee, arch, partial(opd_loss, advantage_clip=3.0), source.micro_batches(step), seed=step) for step in steps]
+    return [value for result in found for value in (result.sums.loss / result.sums.denominator, result.grad_norm)]
+
+
+def losses(folder: Path, kind: str, layouts: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Three steps in each layout, with the distributed optimizer."""
+    arch = read_architecture(folder / kind)
+    results = {}
+    for sizes in layouts:
+        config = stage_of(folder, kind, sizes)
+        results[label(sizes)] = train_steps(build(config, arch), arch, config, range(3))
+    return results
+
+
+def reshard(
+    folder: Path, kind: str, distributed_optimizer: bool, saved: dict[str, Any], loaded: list[dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Losses and gradient norms of three steps after a checkpoint, continued in the layout that saved it and loaded into others."""
+    arch = read_architecture(folder / kind)
+    config = stage_of(folder, kind, saved, distributed_optimizer=distributed_optimizer)
     trainee = build(config, arch)
-    steps(trainee, config, 0, 2)
-    checkpoint = save_checkpoint(
-        folder / f"out{int(distributed_optimizer)}", trainee, {"step": 2}, init=str(directory), lineage=Lineage(), keep_last=2
-    )
-    results["continued tp2 pp1"] = steps(trainee, config, 2, 3)
-    for tp, pp in [(2, 1), (1, 2), (2, 2), (1, 1)]:
-        config = stage_config(str(folder), parallel=layout(tp, pp), distributed_optimizer=distributed_optimizer)
+    train_steps(trainee, arch, config, range(2))
+    output = folder / f"out-{kind}-{label(saved)}-{int(distributed_optimizer)}"
+    checkpoint = save_checkpoint(output, trainee, {"step": 2}, init=str(folder / kind), lineage=Lineage(), keep_last=2)
+    results = {"continued": train_steps(trainee, arch, config, range(2, 5))}
+    for sizes in loaded:
+        config = stage_of(folder, kind, sizes, distributed_optimizer=distributed_optimizer)
         trainee = build(config, arch)
         load_checkpoint(checkpoint, trainee)
         trainee.scheduler.step(increment=2)
-        results[f"loaded tp{tp} pp{pp}"] = steps(trainee, config, 2, 3)
+        results[f"loaded {label(sizes)}"] = train_steps(trainee, arch, config, range(2, 5))
     return results
 
 
@@ -242,7 +294,7 @@ def max_over_ranks(value: float) -> float:
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]
     parallel.start(ParallelConfig(), seed=0)
-    answer = {"parity": parity, "gradients": gradients, "reshard": reshard}[name](Path(folder), **json.loads(arguments))
+    answer = {"parity": parity, "gradients": gradients, "losses": losses, "reshard": reshard}[name](Path(folder), **json.loads(arguments))
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(answer))
     parallel.stop()
