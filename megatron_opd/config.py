@@ -156,7 +156,8 @@ class Fp8Config(_Section):
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(description="how values are scaled; see docs/parallelism.md")
     format: Literal["hybrid", "e4m3"] | None = Field(
-        default=None, description="'hybrid': e4m3 forward, e5m2 gradients; by default hybrid for delayed and tensorwise, e4m3 for the others"
+        default=None,
+        description="'hybrid': e4m3 forward, e5m2 gradients; by default hybrid for delayed and tensorwise, e4m3 for the others",
     )
     bf16_first_layers: int = Field(default=0, ge=0, description="layers at the start that stay in bfloat16 (not with 'delayed')")
     bf16_last_layers: int = Field(default=0, ge=0, description="layers at the end that stay in bfloat16 (not with 'delayed')")
@@ -216,11 +217,14 @@ class TrainerConfig(_Section):
     allow_incomplete: bool = Field(default=False, description="train on the sealed parts of a store that is not complete")
     distributed_optimizer: bool = True
     precision_aware_optimizer: bool = Field(
-        default=False, description="gradients and Adam moments in the dtypes below, main weights as bfloat16 and a remainder (GPU, Transformer Engine)"
+        default=False,
+        description="gradients and Adam moments in the dtypes below, main weights as bfloat16 and a remainder (GPU, Transformer Engine)",
     )
     main_grads_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="with precision_aware_optimizer")
     moments_dtype: Literal["float32", "bfloat16", "float16", "fp8"] = Field(default="float32", description="with precision_aware_optimizer")
-    optimizer_offload: float = Field(default=0.0, ge=0, le=1, description="share of the optimizer's state that lives and is updated on the CPU")
+    optimizer_offload: float = Field(
+        default=0.0, ge=0, le=1, description="share of the optimizer's state that lives and is updated on the CPU"
+    )
     recompute: Literal["none", "selective", "full"] = Field(default="none", description="activations that the backward pass makes again")
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]] = Field(
         default=["core_attn"], description="what 'selective' makes again"
@@ -239,9 +243,9 @@ class TrainerConfig(_Section):
         if self.precision_aware_optimizer and not self.distributed_optimizer:
             raise ValueError("precision_aware_optimizer needs distributed_optimizer = true")
         if self.optimizer_offload and not self.precision_aware_optimizer:
-            raise ValueError("optimizer_offload needs precision_aware_optimizer = true: Megatron-Core's offloading optimizer is built on it")
-        if self.recompute == "full" and "recompute_modules" in self.model_fields_set:
-            raise ValueError("recompute_modules is for recompute = 'selective'")
+            raise ValueError(
+                "optimizer_offload needs precision_aware_optimizer = true: Megatron-Core's offloading optimizer is built on it"
+            )
         if self.precision_aware_optimizer and self.dtype == "float32":
             raise ValueError("precision_aware_optimizer is for bfloat16 training, but dtype = 'float32'")
         if self.fp8 is not None and self.dtype == "float32":

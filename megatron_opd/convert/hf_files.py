@@ -80,7 +80,9 @@ def write_hf_directory(
         given = _write_weights(staging, tensors, max_shard_bytes)
         wrong = [name for name, digest in hash_tensors(staging).items() if digest != given[name]]
         if wrong:
-            raise UserError(f"{target}: {len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?")
+            raise UserError(
+                f"{target}: {len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?"
+            )
         copy_side_files(side_files, staging)
         config = json.loads((staging / "config.json").read_text())
         for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
@@ -96,7 +98,7 @@ def write_hf_directory(
 def hash_tensor(name: str, tensor: torch.Tensor) -> str:
     """What `lineage.hash_tensors` finds for this tensor in a file: sha256 of name, dtype, shape and bytes."""
     digest = hashlib.sha256(json.dumps([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]).encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

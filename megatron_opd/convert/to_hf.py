@@ -24,9 +24,7 @@ def convert_to_hf(checkpoint: Path, target: Path, *, dtype: torch.dtype | None =
     arch = read_architecture(side_files)
     source = McoreTensors(checkpoint, arch)
     out_dtype = dtype or source.dtype
-    write_hf_directory(
-        target, hf_tensors(source, arch, out_dtype), side_files=side_files, dtype=out_dtype, max_shard_bytes=max_shard_bytes
-    )
+    write_hf_directory(target, hf_tensors(source, arch, out_dtype), side_files=side_files, dtype=out_dtype, max_shard_bytes=max_shard_bytes)
     lineage = read_lineage(checkpoint)
     if lineage is not None:
         write_lineage(target, lineage, for_weights=True)

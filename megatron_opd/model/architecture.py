@@ -80,7 +80,9 @@ class Architecture:
             fitting = [n for n in range(1, self.num_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
             faults[-1] += f" (tp may be {', '.join(map(str, fitting))})"
         if stages > self.num_layers:
-            faults.append(f"pp={parallel.pp} x vpp={parallel.vpp} makes {stages} stages of the model's {self.num_layers} layers (one each at most)")
+            faults.append(
+                f"pp={parallel.pp} x vpp={parallel.vpp} makes {stages} stages of the model's {self.num_layers} layers (one each at most)"
+            )
         if ep > 1 and not self.num_experts:
             faults.append(f"ep={ep}, but {self.name} has no experts (ep must be 1)")
         elif ep > 1 and self.num_experts % ep:

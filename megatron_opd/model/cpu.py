@@ -87,6 +87,12 @@ def _patch_module(module: types.ModuleType, overlay: types.ModuleType) -> None:
         module.__dict__["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
         # Both generators are one here, so this warning would come at every fork.
         logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    elif module.__name__.endswith("moe.moe_utils"):
+        # It makes split sizes numbers on their way from the GPU; here they are on the CPU already, and would stay tensors.
+        move = module.__dict__["maybe_move_tensor_to_cpu"]
+        module.__dict__["maybe_move_tensor_to_cpu"] = lambda tensor, as_numpy=False, record_stream=False: (
+            tensor.numpy() if as_numpy and torch.is_tensor(tensor) else move(tensor)
+        )
     elif module.__name__.endswith("optimizer.distrib_optimizer"):
         _keep_step(module.__dict__["DistributedOptimizer"])
 

@@ -61,16 +61,17 @@ def check_fp8(fp8: Fp8Config, machine: Machine) -> None:
     elif machine.transformer_engine < engine:
         faults.append(f"it needs Transformer Engine {_dotted(engine)} or newer, {_dotted(machine.transformer_engine)} is installed")
     if faults:
-        raise UserError(
-            f"fp8.recipe = {fp8.recipe!r} can't run: {'; '.join(faults)}. {_suggest(machine)}"
-        )
+        raise UserError(f"fp8.recipe = {fp8.recipe!r} can't run: {'; '.join(faults)}. {_suggest(machine)}")
 
 
 def _suggest(machine: Machine) -> str:
     able = [
         recipe
         for recipe, (engine, least, below) in _NEEDS.items()
-        if machine.capability and machine.transformer_engine and least <= machine.capability < below and machine.transformer_engine >= engine
+        if machine.capability
+        and machine.transformer_engine
+        and least <= machine.capability < below
+        and machine.transformer_engine >= engine
     ]
     return f"Here can run: {', '.join(able)}" if able else "Leave fp8 out to train in bfloat16"
 

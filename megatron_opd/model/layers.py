@@ -9,10 +9,13 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+
+from megatron_opd.data.context import context_parallel_tokens
 
 
 class RMSNorm(torch.nn.Module):
@@ -35,6 +38,9 @@ class PackedAttention(MegatronModule):
 
     Sequences are grouped by the next power of two of their length and padded within a group, so that a pack costs a few SDPA
     calls, not one a sequence. Right padding is never seen by a real token under a causal mask.
+
+    Under context parallelism the whole pack is gathered and every rank keeps its rows: exact, but with no work saved, so it is for
+    tests on CPUs (Transformer Engine's ring is for GPUs).
     """
 
     def __init__(
@@ -48,10 +54,10 @@ class PackedAttention(MegatronModule):
         **kwargs: Any,
     ):
         super().__init__(config=config)
-        assert config.context_parallel_size == 1
         assert config.attention_dropout == 0.0
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.cp_group = groups.cp
         self.heads_per_kv = config.num_attention_heads // config.num_query_groups
         assert config.num_query_groups % groups.tp.size() == 0
 
@@ -72,6 +78,13 @@ class PackedAttention(MegatronModule):
         assert query.dim() == 3, "the trainer packs every micro-batch"
         if self.heads_per_kv > 1 and key.shape[1] != query.shape[1]:
             key, value = (x.repeat_interleave(self.heads_per_kv, dim=1) for x in (key, value))
+        cp, bounds = self.cp_group.size(), packed_seq_params.cu_seqlens_q
+        mine: torch.Tensor | None = None
+        if cp > 1:
+            assert bounds is not None
+            parts = [torch.from_numpy(context_parallel_tokens(bounds.numpy(), cp=cp, rank=rank)) for rank in range(cp)]
+            mine, order = parts[self.cp_group.rank()], torch.argsort(torch.cat(parts))
+            query, key, value = (_GatherTokens.apply(x, self.cp_group)[order] for x in (query, key, value))
         pieces: list[torch.Tensor] = []
         rows: list[torch.Tensor] = []
         for index_BL, real_BL in _length_groups(packed_seq_params):
@@ -79,12 +92,30 @@ class PackedAttention(MegatronModule):
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)  # [B,L,H,D]
             pieces.append(attended[real_BL])
             rows.append(index_BL[real_BL])
-        return torch.cat(pieces)[torch.argsort(torch.cat(rows))].reshape(len(query), -1)
+        attended_SH = torch.cat(pieces)[torch.argsort(torch.cat(rows))].reshape(len(query), -1)
+        return attended_SH if mine is None else attended_SH[mine]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         return {}
+
+
+class _GatherTokens(torch.autograd.Function):
+    """[S/cp,...] of each rank -> [S,...] on every rank, one after another; gradients are summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed, group=ctx.group)
+        return summed.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
 
 
 def _length_groups(packed: PackedSeqParams) -> list[tuple[torch.Tensor, torch.Tensor]]:

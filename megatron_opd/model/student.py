@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from opd_kernels import ChunkLoss, linear_loss
 
 from megatron_opd.config import Fp8Config, ParallelConfig
+from megatron_opd.errors import UserError
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.model.fp8 import fp8_options
 from megatron_opd.model.layers import PackedAttention, RMSNorm
@@ -93,6 +94,8 @@ def transformer_config(
     """Megatron-Core's configuration for `arch`. Raises UserError where the parallel sizes do not divide, or this machine has no FP8."""
     arch.check_parallel(parallel)
     on_gpu = torch.cuda.is_available()
+    if parallel.cp > 1 and on_gpu and not uses_transformer_engine():
+        raise UserError(f"cp={parallel.cp} on a GPU needs Transformer Engine (its ring attention), which is not installed; set cp = 1")
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -194,7 +197,9 @@ def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | N
     experts = arch.num_experts or None
     if uses_transformer_engine():
         logger.info("layers: Transformer Engine")
-        return get_gpt_layer_with_transformer_engine_spec(num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
+        )
     logger.info("layers: Megatron-Core local spec, attention by torch SDPA")
     layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     norm: Any = RMSNorm  # what a spec may hold differs between versions

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_opd.config import TrainerConfig
+from megatron_opd.data.context import context_parallel_tokens
 from megatron_opd.data.order import cut_lengths, step_rollouts
 from megatron_opd.data.packing import plan_micro_batches
 from megatron_opd.data.store import StoreReader
@@ -21,11 +22,14 @@ from megatron_opd.errors import StoreError, UserError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed sequences and, for each response token, its row of the logits, its id and its stored log-probabilities."""
+    """Packed sequences and, for each response token, its row of the logits, its id and its stored log-probabilities.
+
+    Under context parallelism: this rank's S of the S * cp tokens of the pack, and the response tokens whose rows are among them.
+    """
 
     tokens: torch.Tensor  # int64 [1,S]
     positions: torch.Tensor  # int64 [1,S], restarting in each sequence
-    cu_seqlens: torch.Tensor  # int32 [B+1], the padding at the end is a sequence of its own
+    cu_seqlens: torch.Tensor  # int32 [B+1], of the whole pack; the padding at the end is a sequence of its own
     rows: torch.Tensor  # int64 [N]: position t-1, whose logits predict tokens[t]
     labels: torch.Tensor  # int64 [N]
     response_positions: torch.Tensor  # int64 [N], from 0 in each response
@@ -52,6 +56,10 @@ class MicroBatch:
         )
 
 
+# Arrays of a micro-batch with an entry for each response token.
+_PER_ROW = ("labels", "response_positions", "weights", "student_logp", "teacher_logp", "topk_ids", "topk_logp")
+
+
 @dataclass(frozen=True)
 class BatchSource:
     """Makes the micro-batches of any step for one data-parallel rank; holds no position of its own.
@@ -68,6 +76,7 @@ class BatchSource:
     pad_multiple: int
     quadratic_cost: float = 0.0
     topk: bool = False  # whether the loss needs the teacher's candidates
+    cp_rank: int = 0
 
     def __post_init__(self) -> None:
         config, reader = self.config, self.reader
@@ -81,6 +90,12 @@ class BatchSource:
     def all_lengths(self) -> np.ndarray:
         """Tokens of every rollout after the cut, int64."""
         return cut_lengths(self.reader, self.config)
+
+    @cached_property
+    def num_candidates(self) -> int:
+        """The teacher's candidates a position, 0 without any."""
+        record = self.reader.score_manifest(next(iter(self.reader.parts)), self.teacher) if self.teacher else None
+        return record.top_k if record else 0
 
     def lengths(self, rollouts: np.ndarray) -> np.ndarray:
         return self.all_lengths[rollouts]
@@ -101,21 +116,27 @@ class BatchSource:
             quadratic=self.quadratic_cost,
             packing=self.config.packing,
             # Ranks that exchange tokens with each other's experts, and an interleaved pipeline, need a number of micro-batches.
-            equal_counts=getattr(parallel, "ep", 1) > 1,
-            multiple=parallel.pp if getattr(parallel, "vpp", 1) > 1 else 1,
+            equal_counts=parallel.ep > 1,
+            multiple=parallel.pp if parallel.vpp > 1 else 1,
         )
         return [self.build([int(rollouts[position]) for position in bin_]) for bin_ in plan[self.dp_rank]]
 
     def build(self, rollouts: Sequence[int]) -> MicroBatch:
         """One micro-batch of these rollouts (global indices); of none, padding alone. Raises StoreError for what is missing or broken."""
         tokens, positions, rows, labels, places, weights, student, teacher, topk_ids, topk_logp = ([] for _ in range(10))
-        lengths: list[int] = []
+        lengths: list[int] = []  # with the padding that context parallelism needs in each sequence
+        num_tokens = sum_squared_lengths = 0
+        if self.topk:  # so that a micro-batch of padding alone has their shape, too
+            topk_ids.append(np.empty((0, self.num_candidates), np.int32))
+            topk_logp.append(np.empty((0, self.num_candidates), np.float32))
+        cp = self.config.parallel.cp
         for index in rollouts:
             rollout = self.reader.rollout(index)
             length, start = int(self.all_lengths[index]), rollout.prompt_len
             offset = sum(lengths)
-            tokens.append(rollout.tokens[:length])
-            positions.append(np.arange(length))
+            padded = length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
+            tokens.append(np.pad(rollout.tokens[:length], (0, padded - length)))
+            positions.append(np.arange(padded))
             rows.append(np.arange(start - 1, length - 1) + offset)
             labels.append(rollout.tokens[start:length])
             places.append(np.arange(length - start))
@@ -131,14 +152,15 @@ class BatchSource:
                 if scores.topk_ids is not None and scores.topk_logp is not None:
                     topk_ids.append(scores.topk_ids[start:length])
                     topk_logp.append(scores.topk_logp[start:length])
-            lengths.append(length)
-        num_tokens = sum(lengths)
-        padding = -num_tokens % self.pad_multiple if num_tokens else self.pad_multiple
+            lengths.append(padded)
+            num_tokens += length
+            sum_squared_lengths += length * length
+        padding = -sum(lengths) % self.pad_multiple if lengths else self.pad_multiple
         if padding:
             tokens.append(np.zeros(padding, np.int32))
             positions.append(np.arange(padding))
         num_rows = sum(len(piece) for piece in rows)
-        return MicroBatch(
+        batch = MicroBatch(
             tokens=_tensor(tokens, torch.int64)[None],
             positions=_tensor(positions, torch.int64)[None],
             cu_seqlens=torch.tensor(np.cumsum([0, *lengths, *([padding] if padding else [])]), dtype=torch.int32),
@@ -154,8 +176,28 @@ class BatchSource:
             max_seqlen=max([*lengths, padding]),
             num_sequences=len(rollouts),
             num_tokens=num_tokens,
-            sum_squared_lengths=sum(length * length for length in lengths),
+            sum_squared_lengths=sum_squared_lengths,
         )
+        return batch if cp == 1 else _context_parallel_part(batch, cp=cp, rank=self.cp_rank)
+
+
+def _context_parallel_part(batch: MicroBatch, *, cp: int, rank: int) -> MicroBatch:
+    """The rank's tokens of the pack and their rows; what is counted once a pack is counted by the first rank."""
+    mine = torch.from_numpy(context_parallel_tokens(batch.cu_seqlens.numpy(), cp=cp, rank=rank))
+    local = torch.full((batch.tokens.shape[1],), -1)
+    local[mine] = torch.arange(len(mine))
+    rows = local[batch.rows]
+    kept = rows >= 0
+    per_row = {name: getattr(batch, name) for name in _PER_ROW}
+    return replace(
+        batch,
+        tokens=batch.tokens[:, mine],
+        positions=batch.positions[:, mine],
+        rows=rows[kept],
+        **{name: value[kept] for name, value in per_row.items() if value is not None},
+        denominator=batch.denominator if rank == 0 else 0,
+        num_sequences=batch.num_sequences if rank == 0 else 0,
+    )
 
 
 def check_lengths(reader: StoreReader, config: TrainerConfig) -> None:

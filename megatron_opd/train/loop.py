@@ -77,6 +77,7 @@ def _run(
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         pad_multiple=config.token_multiple,
+        cp_rank=parallel_state.get_context_parallel_rank(),
         topk=topk,
         quadratic_cost=ready.arch.train_flops(0, 1) / ready.arch.train_flops(1, 0),
     )

@@ -49,11 +49,12 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     for chunk in chunks:
         chunk.broadcast_params()
     logging.getLogger("megatron.core.optimizer").setLevel(logging.ERROR)
-    optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16, on_gpu=on_gpu), chunks)
+    optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16, on_gpu=on_gpu), [*chunks])
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
     if on_gpu:
-        model_config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+        no_sync: Any = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+        model_config.no_sync_func = no_sync
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -14,6 +14,8 @@ from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
 KERNEL_WORKER = Path(__file__).with_name("kernel_worker.py")
+LOSS_WORKER = Path(__file__).with_name("loss_worker.py")
+TRAINER_WORKER = Path(__file__).with_name("trainer_worker.py")
 
 
 def run_ranks(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,28 +13,50 @@ from megatron_opd.model import parallel  # isort: skip  (prepares megatron.core,
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import apply_factories
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
 
-from megatron_opd.config import LossConfig, ParallelConfig, TrainStage
+from megatron_opd.config import ParallelConfig, TrainStage
 from megatron_opd.convert.mapping import table
 from megatron_opd.convert.to_mcore import load_hf_weights, sharded_tensors
 from megatron_opd.data.store import StoreReader
-from megatron_opd.estimate import Layout, rank_parameters
 from megatron_opd.model.architecture import Architecture, read_architecture
-from megatron_opd.model.student import Student, build_student, transformer_config
+from megatron_opd.model.student import Student, build_chunks, transformer_config
 from megatron_opd.records import Lineage
 from megatron_opd.train.batches import BatchSource, MicroBatch
-from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint, torch_optimizers
-from megatron_opd.train.loss import LossFunction, Stored, make_loss, opd_loss
+from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint
+from megatron_opd.train.loss import opd_loss
 from megatron_opd.train.optim import Trainee, make_trainee
-from megatron_opd.train.step import StepResult, forward_backward, train_step
+from megatron_opd.train.step import train_step
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+DENSE: list[dict[str, Any]] = [
+    {},
+    {"tp": 2},
+    {"tp": 2, "sequence_parallel": False},
+    {"pp": 2},
+    {"tp": 2, "pp": 2},
+    {"tp": 2, "pp": 2, "sequence_parallel": False},
+    {"pp": 2, "vpp": 2},
+    {"pp": 4},
+    {"cp": 2},
+    {"tp": 2, "cp": 2},
+    {"pp": 2, "cp": 2},
+]
+MIXTURE: list[dict[str, Any]] = [
+    {},
+    {"tp": 2},
+    {"ep": 2},
+    {"ep": 4},
+    {"tp": 2, "ep": 2},
+    {"tp": 2, "ep": 4},
+    {"pp": 2, "ep": 2},
+    {"pp": 2, "vpp": 2, "ep": 2},
+    {"tp": 2, "pp": 2, "ep": 2},
+    {"cp": 2, "ep": 2},
+]
 
 
 def stage_config(folder: str, **options: Any) -> TrainStage:
@@ -51,10 +71,17 @@ def stage_config(folder: str, **options: Any) -> TrainStage:
     return TrainStage(**(defaults | options))
 
 
+def chunks_of(config: TrainStage, arch: Architecture) -> list[Student]:
+    """This rank's stages with the weights of config.init, float32."""
+    model_config = transformer_config(arch, parallel=config.parallel, dtype=torch.float32, recompute=config.recompute)
+    chunks = build_chunks(arch, model_config)
+    for chunk in chunks:
+        load_hf_weights(chunk, arch, config.init)
+    return chunks
+
+
 def build(config: TrainStage, arch: Architecture) -> Trainee:
-    student = build_student(arch, transformer_config(arch, parallel=config.parallel, dtype=torch.float32, recompute=config.recompute))
-    load_hf_weights(student, arch, config.init)
-    return make_trainee(student, config, steps=10)
+    return make_trainee(chunks_of(config, arch), config, steps=10)
 
 
 def source_of(config: TrainStage, *, sequence_mean: bool = True, topk: bool = False) -> BatchSource:
@@ -65,15 +92,20 @@ def source_of(config: TrainStage, *, sequence_mean: bool = True, topk: bool = Fa
         sequence_mean=sequence_mean,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        pad_multiple=config.parallel.tp,
+        pad_multiple=config.token_multiple,
+        cp_rank=parallel_state.get_context_parallel_rank(),
         topk=topk,
     )
 
 
-def layout(tp: int, pp: int, *, sequence_parallel: bool = True) -> ParallelConfig:
-    config = ParallelConfig(tp=tp, pp=pp, sequence_parallel=sequence_parallel)
+def layout(**sizes: Any) -> ParallelConfig:
+    config = ParallelConfig(**sizes)
     parallel.start(config, seed=0)
     return config
+
+
+def label(sizes: dict[str, Any]) -> str:
+    return " ".join(f"{name}{int(value)}" for name, value in sizes.items()) or "dp"
 
 
 def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
@@ -86,20 +118,21 @@ def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
         reference = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
         with torch.no_grad():
             expected = torch.cat([reference(ids[None]).logits[0] for ids in sequences]).log_softmax(-1)
-        for tp, pp in LAYOUTS:
-            for sequence_parallel in (True, False) if tp > 1 else (False,):
-                student = build_student(
-                    arch, transformer_config(arch, parallel=layout(tp, pp, sequence_parallel=sequence_parallel), dtype=torch.float32)
-                )
-                load_hf_weights(student, arch, directory)
-                logp = packed_logp(student, sequences, vocab_size=arch.vocab_size, pad_multiple=tp)
-                difference = (logp[: len(expected)] - expected).abs().max().item() if logp is not None else 0.0
-                worst[f"{kind} tp{tp} pp{pp} sp{int(sequence_parallel)}"] = max_over_ranks(difference)
+        for sizes in MIXTURE if arch.num_experts else DENSE:
+            if "cp" in sizes:  # the logits of a sequence would be spread over ranks; its gradients are compared
+                continue
+            config = stage_config(str(folder), init=str(directory), parallel=layout(**sizes))
+            logp = packed_logp(chunks_of(config, arch), sequences, vocab_size=arch.vocab_size, pad_multiple=config.token_multiple)
+            difference = (logp[: len(expected)] - expected).abs().max().item() if logp is not None else 0.0
+            worst[f"{kind} {label(sizes)}"] = max_over_ranks(difference)
     return worst
 
 
-def packed_logp(student: Student, sequences: list[torch.Tensor], *, vocab_size: int, pad_multiple: int) -> torch.Tensor | None:
-    """Log-probabilities of the whole vocabulary on the last stage, through the pipeline and the head as training uses them."""
+def packed_logp(chunks: list[Student], sequences: list[torch.Tensor], *, vocab_size: int, pad_multiple: int) -> torch.Tensor | None:
+    """Log-probabilities of the whole vocabulary on the last stage, through the pipeline and the head as training uses them.
+
+    An interleaved pipeline gets the same micro-batch twice.
+    """
     lengths = [len(ids) for ids in sequences]
     if padding := -sum(lengths) % pad_multiple:
         sequences, lengths = [*sequences, torch.zeros(padding, dtype=torch.long)], [*lengths, padding]
@@ -112,7 +145,7 @@ def packed_logp(student: Student, sequences: list[torch.Tensor], *, vocab_size: 
 
     def keep(hidden: torch.Tensor) -> Any:
         every_id = torch.arange(vocab_size).expand(sum(lengths), -1)
-        _, logp, _ = student.linear_loss(hidden, every_id, lambda logp, *_: logp.sum(), vocab_size=vocab_size, chunk_tokens=13)
+        _, logp, _ = chunks[-1].linear_loss(hidden, every_id, lambda logp, *_: logp.sum(), vocab_size=vocab_size, chunk_tokens=13)
         kept.append(logp)
         return hidden.sum(), torch.tensor(1, dtype=torch.int), {}
 
@@ -121,7 +154,8 @@ def packed_logp(student: Student, sequences: list[torch.Tensor], *, vocab_size: 
 
     with torch.no_grad():
         get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=iter([torch.cat(sequences)[None]]), model=student, num_microbatches=1,
+            forward_step_func=forward, data_iterator=[iter([torch.cat(sequences)[None]] * 2) for _ in chunks], model=list(chunks),
+            num_microbatches=len(chunks),
             seq_length=sum(lengths), micro_batch_size=1, forward_only=True,
         )  # fmt: skip
     return kept[0] if kept else None
@@ -142,7 +176,8 @@ def reference_gradients(
     arch: Architecture, batches: list[MicroBatch], directory: Path, formula: Formula
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of `formula` by autograd through transformers in float64, one sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
+    options = {"experts_implementation": "eager"} if arch.num_experts else {}  # the grouped product has no float64
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager", **options)
     total, denominator = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         denominator += batch.denominator
@@ -154,35 +189,44 @@ def reference_gradients(
             total = total + (batch.weights[chosen].double() * formula(torch.log_softmax(logits, -1), batch, chosen)).sum()
     (total / denominator).backward()
     hf = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name in [name for name in hf if ".experts." in name]:  # transformers 5 stacks the experts of a layer in memory
+        for expert, gradient in enumerate(hf.pop(name)):
+            prefix = f"{name.rpartition('.')[0]}.{expert}."
+            if name.endswith("gate_up_proj"):
+                hf[prefix + "gate_proj.weight"], hf[prefix + "up_proj.weight"] = gradient.chunk(2)
+            else:
+                hf[prefix + "down_proj.weight"] = gradient
     if arch.tied_embeddings:
         hf.setdefault("model.embed_tokens.weight", hf.get("lm_head.weight"))
     gradients = {}
     for entry in table(arch):
-        for layer in range(arch.num_layers) if entry.per_layer else [None]:
-            gradients[f"{entry.mcore}/{layer}"] = entry.to_mcore([hf[name] for name in entry.hf_names(layer)], arch)
+        for index in entry.indices(arch):
+            gradients[f"{entry.mcore}/{index}"] = entry.to_mcore([hf[name] for name in entry.hf_names(index)], arch)
     return (total / denominator).item(), gradients
 
 
-def gradient_error(student: Student, expected: dict[str, torch.Tensor]) -> tuple[float, int]:
+def gradient_error(chunks: list[Student], expected: dict[str, torch.Tensor]) -> float:
     """Largest difference of main_grad from the expected global tensors, over this rank's shards, relative to the largest gradient."""
     largest = max(gradient.abs().max().item() for gradient in expected.values())
-    parameters = list(student.parameters())
-    sharded = dict(student.sharded_state_dict(metadata={"singleton_local_shards": False}))
-    apply_factories(sharded)
-    worst, compared = 0.0, 0
-    for shard in sharded_tensors(sharded):
-        skip = shard.prepend_axis_num
-        layer = shard.global_offset[0] if skip else None
-        full = expected[f"{shard.key}/{layer}"]
-        piece = full[tuple(slice(offset, offset + size) for offset, size in zip(shard.global_offset[skip:], shard.data.shape, strict=True))]
-        owner = next(p for p in parameters if same_memory(p, shard.data))
-        first = shard.data.storage_offset() - owner.data.storage_offset()
-        grad = owner.main_grad.reshape(-1)[first : first + shard.data.numel()].reshape(shard.data.shape)
-        grad = grad[tuple(slice(size) for size in piece.shape)]
-        worst = max(worst, (grad - piece).abs().max().item() if piece.numel() else 0.0)
-        compared += shard.data.numel()
-    assert compared == sum(p.numel() for p in parameters)
-    return worst / largest, compared
+    worst = 0.0
+    for student in chunks:
+        parameters = list(student.parameters())
+        sharded = dict(student.sharded_state_dict(metadata={"singleton_local_shards": False}))
+        apply_factories(sharded)
+        compared = 0
+        for shard in sharded_tensors(sharded):
+            skip = shard.prepend_axis_num
+            full = expected[f"{shard.key}/{tuple(shard.global_offset[:skip])}"]
+            cut = [slice(offset, offset + size) for offset, size in zip(shard.global_offset[skip:], shard.data.shape, strict=True)]
+            piece = full[tuple(cut)]
+            owner = next(p for p in parameters if same_memory(p, shard.data))
+            first = shard.data.storage_offset() - owner.data.storage_offset()
+            grad = owner.main_grad.reshape(-1)[first : first + shard.data.numel()].reshape(shard.data.shape)
+            grad = grad[tuple(slice(size) for size in piece.shape)]
+            worst = max(worst, (grad - piece).abs().max().item() if piece.numel() else 0.0)
+            compared += shard.data.numel()
+        assert compared == sum(p.numel() for p in parameters)
+    return worst / largest
 
 
 def same_memory(parameter: torch.nn.Parameter, view: torch.Tensor) -> bool:
@@ -192,190 +236,105 @@ def same_memory(parameter: torch.nn.Parameter, view: torch.Tensor) -> bool:
     return start <= view.storage_offset() < start + parameter.numel()
 
 
-def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
-    """[loss difference, relative gradient error] against the float64 reference: layouts, packing, micro-batch sizes, normalisations."""
+def gradients(folder: Path, kinds: list[str], layouts: list[dict[str, Any]] | None = None) -> dict[str, list[float]]:
+    """[loss difference, relative gradient error, relative error of the norm] against the float64 reference.
+
+    Over layouts, packing, micro-batch sizes and normalisations; the first layout has every combination.
+    """
     results = {}
+    options: list[dict[str, Any]] = [
+        {"micro_batch_tokens": 96, "loss_chunk_tokens": "all"},
+        {"packing": False},
+        {"micro_batch_tokens": 600, "loss_chunk_tokens": 17},
+    ]
     for kind in kinds:
         directory = folder / kind
         arch = read_architecture(directory)
+        chosen_layouts = layouts or (MIXTURE if arch.num_experts else DENSE)
         for sequence_mean in (True, False):
-            parallel.start(ParallelConfig(), seed=0)
-            config = stage_config(str(folder), init=str(directory), packing=False, distributed_optimizer=False)
-            source = source_of(config, sequence_mean=sequence_mean)
+            layout()
+            common = {"init": str(directory), "distributed_optimizer": False, "clip_grad": 0.0, "lr": 1e-9}
+            source = source_of(stage_config(str(folder), packing=False, **common), sequence_mean=sequence_mean)
             everything = [source.build([int(i)]) for i in source.step_rollouts(0)]
             loss, expected = reference_gradients(arch, everything, directory, opd_formula)
-            for tp, pp in LAYOUTS:
-                if not sequence_mean and (tp, pp) != (2, 2):
-                    continue
-                for options in (
-                    {"micro_batch_tokens": 96, "loss_chunk_tokens": "all"},
-                    {"micro_batch_tokens": 600, "loss_chunk_tokens": 17},
-                    {"packing": False},
-                ):
-                    config = stage_config(str(folder), init=str(directory), parallel=layout(tp, pp), distributed_optimizer=False, **options)
+            norm = sum(gradient.square().sum().item() for gradient in expected.values()) ** 0.5
+            for number, sizes in enumerate(chosen_layouts if sequence_mean else chosen_layouts[-1:]):
+                for chosen in options if number == 0 and sequence_mean else [options[number % len(options)]]:
+                    config = stage_config(str(folder), parallel=layout(**sizes), **common, **chosen)
                     trainee = build(config, arch)
-                    trainee.ddp.zero_grad_buffer()
-                    sums = forward_backward(
-                        trainee.ddp,
-                        trainee.student,
-                        arch,
-                        opd_loss,
-                        source_of(config, sequence_mean=sequence_mean).micro_batches(0),
-                        chunk_tokens=config.chunk_tokens,
-                    )
-                    error, _ = gradient_error(trainee.student, expected)
-                    name = f"{kind} tp{tp} pp{pp} {options} {'sequence' if sequence_mean else 'token'}"
-                    results[name] = [abs(sums[0].item() / sums[1].item() - loss), max_over_ranks(error)]
+                    batches = source_of(config, sequence_mean=sequence_mean).micro_batches(0)
+                    result = train_step(trainee, arch, opd_loss, batches, seed=0, chunk_tokens=config.chunk_tokens)
+                    error = gradient_error(trainee.students, expected)
+                    name = f"{kind} {label(sizes)} {chosen} {'sequence' if sequence_mean else 'token'}"
+                    loss_error = abs(result.sums.loss / result.sums.denominator - loss)
+                    results[name] = [loss_error, max_over_ranks(error), abs(result.grad_norm / norm - 1)]
     return results
 
 
-def every_loss(folder: Path) -> dict[str, list[float]]:
-    """[loss difference, relative gradient error] of each loss of the registry, from stored candidates, against float64."""
-    directory = folder / "qwen3-tied"
-    arch = read_architecture(directory)
+def stage_of(folder: Path, kind: str, sizes: dict[str, Any], *, distributed_optimizer: bool = True) -> TrainStage:
+    return stage_config(str(folder), init=str(folder / kind), parallel=layout(**sizes), distributed_optimizer=distributed_optimizer)
+
+
+def train_steps(trainee: Trainee, arch: Architecture, config: TrainStage, steps: range) -> list[float]:
+    """Loss and gradient norm of each step."""
+    source = source_of(config)
+    found = [train_step(trainee, arch, partial(opd_loss, advantage_clip=3.0), source.micro_batches(step), seed=step) for step in steps]
+    return [value for result in found for value in (result.sums.loss / result.sums.denominator, result.grad_norm)]
+
+
+def losses(folder: Path, kind: str, layouts: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Three steps in each layout, with the distributed optimizer."""
+    arch = read_architecture(folder / kind)
     results = {}
-    for number, name in enumerate(["opd", "vopd", "exopd", "reverse_kl", "forward_kl", "jsd"]):
-        sampled = number < 3
-        loss = make_loss(
-            LossConfig.model_validate(
-                {"name": name, "entropy_bonus": 0.1, **({"advantage_clip": 2.0, "importance_clip": 1.5} if sampled else {})}
-            )
-        )
-
-        def formula(logp: torch.Tensor, batch: MicroBatch, chosen: torch.Tensor, loss: LossFunction = loss) -> torch.Tensor:
-            stored = Stored(*(piece[chosen].double() for piece in (batch.student_logp, batch.teacher_logp, batch.topk_logp)))
-            return loss(logp.gather(1, batch.loss_ids[chosen]), -(logp.exp() * logp).sum(1), stored)[0]
-
-        options: dict[str, Any] = {"init": str(directory), "store": f"{folder}/topk", "distributed_optimizer": False}
-        parallel.start(ParallelConfig(), seed=0)
-        source = source_of(stage_config(str(folder), packing=False, **options), topk=True)
-        value, expected = reference_gradients(arch, [source.build([int(i)]) for i in source.step_rollouts(0)], directory, formula)
-        config = stage_config(str(folder), parallel=layout(2, 1 + number % 2), **options)
-        trainee = build(config, arch)
-        trainee.ddp.zero_grad_buffer()
-        sums = forward_backward(trainee.ddp, trainee.student, arch, loss, source_of(config, topk=True).micro_batches(0), chunk_tokens=31)
-        error, _ = gradient_error(trainee.student, expected)
-        results[name] = [abs(sums[0].item() / sums[1].item() - value), max_over_ranks(error)]
+    for sizes in layouts:
+        config = stage_of(folder, kind, sizes)
+        results[label(sizes)] = train_steps(build(config, arch), arch, config, range(3))
     return results
 
 
-def overlapped(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
-    """[relative gradient error, calls of a hook on the output layer] where Megatron reduces gradients while the backward pass runs."""
-    results = {}
-    for kind in kinds:
-        directory = folder / kind
-        arch = read_architecture(directory)
-        parallel.start(ParallelConfig(), seed=0)
-        config = stage_config(str(folder), init=str(directory), packing=False)
-        source = source_of(config)
-        _, expected = reference_gradients(arch, [source.build([int(i)]) for i in source.step_rollouts(0)], directory, opd_formula)
-        for tp in (1, 2):
-            config = stage_config(str(folder), init=str(directory), parallel=layout(tp, 1))
-            student = build_student(arch, transformer_config(arch, parallel=config.parallel, dtype=torch.float32))
-            load_hf_weights(student, arch, directory)
-            options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=2000)
-            ddp = DistributedDataParallel(student.config, options, student)
-            student.config.finalize_model_grads_func, student.config.no_sync_func = finalize_model_grads, ddp.no_sync
-            calls: list[int] = []
-            student.output_layer.register_forward_pre_hook(lambda module, *_, calls=calls: calls.append(1))
-            ddp.zero_grad_buffer()
-            forward_backward(ddp, student, arch, opd_loss, source_of(config).micro_batches(0), chunk_tokens=9)
-            error, _ = gradient_error(student, expected)
-            results[f"{kind} tp{tp}"] = [max_over_ranks(error), len(calls)]
-    return results
-
-
-def reshard(folder: Path, distributed_optimizer: bool) -> dict[str, list[float]]:
-    """Losses of three steps after a checkpoint, continued in the layout that saved it and loaded into others."""
-    directory = folder / "student"
-    arch = read_architecture(directory)
-    results: dict[str, list[float]] = {}
-
-    def steps(trainee: Trainee, config: TrainStage, first: int, count: int) -> list[float]:
-        source = source_of(config)
-        found = [
-            train_step(trainee, arch, partial(opd_loss, advantage_clip=3.0), source.micro_batches(step), seed=step)
-            for step in range(first, first + count)
-        ]
-        return [value for result in found for value in (result.sums.loss / result.sums.denominator, result.grad_norm)]
-
-    config = stage_config(str(folder), parallel=layout(2, 1), distributed_optimizer=distributed_optimizer)
+def reshard(
+    folder: Path, kind: str, distributed_optimizer: bool, saved: dict[str, Any], loaded: list[dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Losses and gradient norms of three steps after a checkpoint, continued in the layout that saved it and loaded into others."""
+    arch = read_architecture(folder / kind)
+    config = stage_of(folder, kind, saved, distributed_optimizer=distributed_optimizer)
     trainee = build(config, arch)
-    steps(trainee, config, 0, 2)
-    writer = CheckpointWriter(folder / f"out{int(distributed_optimizer)}", str(directory), Lineage())
+    train_steps(trainee, arch, config, range(2))
+    output = folder / f"out-{kind}-{label(saved)}-{int(distributed_optimizer)}"
+    writer = CheckpointWriter(output, str(folder / kind), Lineage())
     checkpoint = writer.save(trainee, {"step": 2})
-    results["continued tp2 pp1"] = steps(trainee, config, 2, 3)  # while the checkpoint is being written
+    results = {"continued": train_steps(trainee, arch, config, range(2, 5))}  # while the checkpoint is being written
     writer.finish()
-    for tp, pp in [(2, 1), (1, 2), (2, 2), (1, 1)]:
-        config = stage_config(str(folder), parallel=layout(tp, pp), distributed_optimizer=distributed_optimizer)
+    for sizes in loaded:
+        config = stage_of(folder, kind, sizes, distributed_optimizer=distributed_optimizer)
         trainee = build(config, arch)
         load_checkpoint(checkpoint, trainee)
         trainee.scheduler.step(increment=2)
-        results[f"loaded tp{tp} pp{pp}"] = steps(trainee, config, 2, 3)
+        results[f"loaded {label(sizes)}"] = train_steps(trainee, arch, config, range(2, 5))
     return results
 
 
-def estimates(folder: Path, kinds: list[str]) -> dict[str, list[list[float]]]:
-    """[counted, predicted] of each rank's parameters and of its optimizer's numbers (main weights and moments), for every layout."""
+def converted(folder: Path, model: str, checkpoint: str, layouts: list[dict[str, Any]]) -> dict[str, bool]:
+    """Does Megatron's own loader make of a converted checkpoint, bit for bit, what the Hugging Face weights make?"""
+    arch = read_architecture(folder / model)
     results = {}
-    for kind in kinds:
-        arch = read_architecture(folder / kind)
-        for tp, pp in LAYOUTS:
-            config = stage_config(str(folder), init=str(folder / kind), parallel=layout(tp, pp))
-            trainee = build(config, arch)
-            train_step(trainee, arch, opd_loss, source_of(config).micro_batches(0), seed=0)
-            sizes = Layout.of(config, dist.get_world_size())
-            predicted = rank_parameters(arch, sizes, parallel_state.get_pipeline_model_parallel_rank()).total
-            counted = sum(parameter.numel() for parameter in trainee.student.parameters())
-            states = [state for part in torch_optimizers(trainee.optimizer) for state in part.state.values()]
-            moments = sum(state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in states)
-            pairs = torch.tensor([[counted, predicted], [moments, 2 * predicted / sizes.dp]], dtype=torch.float64)
-            everybody = [torch.zeros_like(pairs) for _ in range(dist.get_world_size())]
-            dist.all_gather(everybody, pairs)
-            for rank, found in enumerate(everybody):
-                results[f"{kind} tp{tp} pp{pp} rank {rank}"] = found.tolist()
+    for sizes in layouts:
+        config = stage_config(str(folder), init=str(folder / model), parallel=layout(**sizes))
+        same = True
+        for student in chunks_of(config, arch):
+            expected = [parameter.detach().clone() for parameter in student.parameters()]
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.fill_(torch.nan)
+            metadata = dist_checkpointing.load_content_metadata(str(folder / checkpoint))
+            state: Any = {"model": student.sharded_state_dict(metadata=metadata)}
+            student.load_state_dict(dist_checkpointing.load(state, str(folder / checkpoint))["model"])
+            for loaded, wanted in zip(student.parameters(), expected, strict=True):
+                rows = loaded.isnan().flatten(1).any(1) if loaded.dim() > 1 else torch.zeros(len(loaded), dtype=torch.bool)
+                same &= torch.equal(loaded[~rows], wanted[~rows])
+                same &= not wanted[rows].any()  # rows of a padded vocabulary that the file has not
+        results[label(sizes)] = max_over_ranks(float(not same)) == 0.0
     return results
-
-
-def skipping(folder: Path, distributed_optimizer: bool) -> dict[str, bool]:
-    """A step with a loss, or a gradient alone, that is not finite on one data-parallel rank: all skip it, and nothing shows of it."""
-    arch = read_architecture(folder / "student")
-    results = {}
-    for tp, pp in [(1, 1), (2, 1), (1, 2)]:
-        config = stage_config(str(folder), parallel=layout(tp, pp), distributed_optimizer=distributed_optimizer)
-        source = source_of(config)
-
-        def run(trainee: Trainee, step: int, weight: float = 1.0, source: BatchSource = source) -> StepResult:
-            batches = source.micro_batches(step)
-            if source.dp_rank == 1:
-                batches[0] = replace(batches[0], weights=batches[0].weights * weight)
-            return train_step(trainee, arch, opd_loss, batches, seed=step)
-
-        trainee = build(config, arch)
-        run(trainee, 0)
-        before = snapshot(trainee)
-        for name, weight in (("loss", math.inf), ("gradient", 1e30)):
-            result = run(trainee, 1, weight)
-            assert math.isfinite(result.sums.loss) == (name == "gradient")
-            results[f"tp{tp} pp{pp} {name} skipped"] = result.skipped
-            results[f"tp{tp} pp{pp} {name} left alone"] = all(map(torch.equal, before, snapshot(trainee)))
-        after = run(trainee, 2)
-        clean = build(config, arch)
-        run(clean, 0)
-        clean.scheduler.step(increment=2)
-        expected = run(clean, 2)
-        results[f"tp{tp} pp{pp} goes on"] = not after.skipped and (after.sums, after.grad_norm, after.learning_rate) == (
-            expected.sums, expected.grad_norm, expected.learning_rate,
-        )  # fmt: skip
-        results[f"tp{tp} pp{pp} same weights"] = all(map(torch.equal, snapshot(clean), snapshot(trainee)))
-    return {name: not max_over_ranks(float(not value)) for name, value in results.items()}
-
-
-def snapshot(trainee: Trainee) -> list[torch.Tensor]:
-    """Copies of weights and optimizer state."""
-    states = [state for part in torch_optimizers(trainee.optimizer) for state in part.state.values()]
-    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-    return [tensor.detach().clone() for tensor in [*trainee.student.parameters(), *tensors]]
 
 
 def max_over_ranks(value: float) -> float:
@@ -384,12 +343,15 @@ def max_over_ranks(value: float) -> float:
     return tensor.item()
 
 
-if __name__ == "__main__":
+def main(functions: list[Callable[..., Any]]) -> None:
+    """Run the function that the command line names; rank 0 writes its result."""
     name, folder, result, arguments = sys.argv[1:]
     parallel.start(ParallelConfig(), seed=0)
-    answer = globals()[name](
-        Path(folder), **json.loads(arguments)
-    )
+    answer = {function.__name__: function for function in functions}[name](Path(folder), **json.loads(arguments))
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(answer))
     parallel.stop()
+
+
+if __name__ == "__main__":
+    main([parity, gradients, losses, reshard, converted])

@@ -1,0 +1,78 @@
+"""What the tests of the losses run on each rank, as worker.py does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from worker import (  # isort: skip  (prepares megatron.core, so it comes first)
+    build, chunks_of, gradient_error, layout, main, max_over_ranks, opd_formula, reference_gradients, source_of, stage_config,
+)  # fmt: skip
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from megatron_opd.config import LossConfig
+from megatron_opd.model.architecture import read_architecture
+from megatron_opd.train.batches import MicroBatch
+from megatron_opd.train.loss import LossFunction, Stored, make_loss, opd_loss
+from megatron_opd.train.step import forward_backward
+
+
+def every_loss(folder: Path) -> dict[str, list[float]]:
+    """[loss difference, relative gradient error] of each loss of the registry, from stored candidates, against float64."""
+    directory = folder / "qwen3-tied"
+    arch = read_architecture(directory)
+    results = {}
+    for number, name in enumerate(["opd", "vopd", "exopd", "reverse_kl", "forward_kl", "jsd"]):
+        sampled = number < 3
+        loss = make_loss(
+            LossConfig.model_validate(
+                {"name": name, "entropy_bonus": 0.1, **({"advantage_clip": 2.0, "importance_clip": 1.5} if sampled else {})}
+            )
+        )
+
+        def formula(logp: torch.Tensor, batch: MicroBatch, chosen: torch.Tensor, loss: LossFunction = loss) -> torch.Tensor:
+            stored = Stored(*(piece[chosen].double() for piece in (batch.student_logp, batch.teacher_logp, batch.topk_logp)))
+            return loss(logp.gather(1, batch.loss_ids[chosen]), -(logp.exp() * logp).sum(1), stored)[0]
+
+        options: dict[str, Any] = {"init": str(directory), "store": f"{folder}/topk", "distributed_optimizer": False}
+        layout()
+        source = source_of(stage_config(str(folder), packing=False, **options), topk=True)
+        value, expected = reference_gradients(arch, [source.build([int(i)]) for i in source.step_rollouts(0)], directory, formula)
+        config = stage_config(str(folder), parallel=layout(tp=2, pp=1 + number % 2), **options)
+        trainee = build(config, arch)
+        trainee.chunks[0].zero_grad_buffer()
+        sums = forward_backward(trainee.chunks, arch, loss, source_of(config, topk=True).micro_batches(0), chunk_tokens=31)
+        error = gradient_error(trainee.students, expected)
+        results[name] = [abs(sums[0].item() / sums[1].item() - value), max_over_ranks(error)]
+    return results
+
+
+def overlapped(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
+    """[relative gradient error, calls of a hook on the output layer] where Megatron reduces gradients while the backward pass runs."""
+    results = {}
+    for kind in kinds:
+        directory = folder / kind
+        arch = read_architecture(directory)
+        layout()
+        config = stage_config(str(folder), init=str(directory), packing=False)
+        source = source_of(config)
+        _, expected = reference_gradients(arch, [source.build([int(i)]) for i in source.step_rollouts(0)], directory, opd_formula)
+        for tp in (1, 2):
+            config = stage_config(str(folder), init=str(directory), parallel=layout(tp=tp))
+            (student,) = chunks_of(config, arch)
+            options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=2000)
+            ddp = DistributedDataParallel(student.config, options, student)
+            student.config.finalize_model_grads_func, student.config.no_sync_func = finalize_model_grads, ddp.no_sync
+            calls: list[int] = []
+            student.output_layer.register_forward_pre_hook(lambda module, *_, calls=calls: calls.append(1))
+            ddp.zero_grad_buffer()
+            forward_backward([ddp], arch, opd_loss, source_of(config).micro_batches(0), chunk_tokens=9)
+            error = gradient_error([student], expected)
+            results[f"{kind} tp{tp}"] = [max_over_ranks(error), len(calls)]
+    return results
+
+
+if __name__ == "__main__":
+    main([every_loss, overlapped])

@@ -1,0 +1,36 @@
+"""The trainer's promises that need several ranks: skipped steps, and the estimator's counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import TRAINER_WORKER, run_ranks
+from stores import make_scored_store
+from tiny_models import make_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    for kind in ("qwen3", "qwen3-tied", "qwen2"):
+        make_model(folder / kind, kind, layers=4)
+    make_model(folder / "student", "qwen3", seed=5, layers=4)
+    make_scored_store(folder / "store", sampler=folder / "student", teacher=folder / "qwen3")
+    return folder
+
+
+def test_the_estimator_counts_as_megatron_does(folder: Path) -> None:
+    """Parameters of every rank exactly; Adam's moments over the data-parallel ranks, but for the padding of Megatron's buffers."""
+    results = run_ranks("estimates", 4, folder, worker=TRAINER_WORKER, kinds=["qwen3", "qwen3-tied", "qwen2"])
+    assert len(results) == 3 * 4 * 4
+    for name, ((counted, predicted), (moments, predicted_moments)) in results.items():
+        assert counted == predicted, name
+        assert moments == pytest.approx(predicted_moments, rel=0.1), name
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_a_step_that_is_not_finite_leaves_no_trace(folder: Path, distributed_optimizer: bool) -> None:
+    results = run_ranks("skipping", 4, folder, worker=TRAINER_WORKER, distributed_optimizer=distributed_optimizer)
+    assert len(results) == 3 * 6
+    assert all(results.values()), results

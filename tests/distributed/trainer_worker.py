@@ -1,0 +1,90 @@
+"""What the tests of the trainer run on each rank, as worker.py does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from worker import build, layout, main, max_over_ranks, source_of, stage_config  # isort: skip  (prepares megatron.core, so it comes first)
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_opd.estimate import Layout, rank_parameters
+from megatron_opd.model.architecture import read_architecture
+from megatron_opd.train.batches import BatchSource
+from megatron_opd.train.checkpoint import torch_optimizers
+from megatron_opd.train.loss import opd_loss
+from megatron_opd.train.optim import Trainee
+from megatron_opd.train.step import StepResult, train_step
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+
+
+def estimates(folder: Path, kinds: list[str]) -> dict[str, list[list[float]]]:
+    """[counted, predicted] of each rank's parameters and of its optimizer's numbers (main weights and moments), for every layout."""
+    results = {}
+    for kind in kinds:
+        arch = read_architecture(folder / kind)
+        for tp, pp in LAYOUTS:
+            config = stage_config(str(folder), init=str(folder / kind), parallel=layout(tp=tp, pp=pp))
+            trainee = build(config, arch)
+            train_step(trainee, arch, opd_loss, source_of(config).micro_batches(0), seed=0)
+            sizes = Layout.of(config, dist.get_world_size())
+            predicted = rank_parameters(arch, sizes, parallel_state.get_pipeline_model_parallel_rank()).total
+            counted = sum(parameter.numel() for parameter in trainee.students[0].parameters())
+            states = [state for part in torch_optimizers(trainee.optimizer) for state in part.state.values()]
+            moments = sum(state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in states)
+            pairs = torch.tensor([[counted, predicted], [moments, 2 * predicted / sizes.dp]], dtype=torch.float64)
+            everybody = [torch.zeros_like(pairs) for _ in range(dist.get_world_size())]
+            dist.all_gather(everybody, pairs)
+            for rank, found in enumerate(everybody):
+                results[f"{kind} tp{tp} pp{pp} rank {rank}"] = found.tolist()
+    return results
+
+
+def skipping(folder: Path, distributed_optimizer: bool) -> dict[str, bool]:
+    """A step with a loss, or a gradient alone, that is not finite on one data-parallel rank: all skip it, and nothing shows of it."""
+    arch = read_architecture(folder / "student")
+    results = {}
+    for tp, pp in [(1, 1), (2, 1), (1, 2)]:
+        config = stage_config(str(folder), parallel=layout(tp=tp, pp=pp), distributed_optimizer=distributed_optimizer)
+        source = source_of(config)
+
+        def run(trainee: Trainee, step: int, weight: float = 1.0, source: BatchSource = source) -> StepResult:
+            batches = source.micro_batches(step)
+            if source.dp_rank == 1:
+                batches[0] = replace(batches[0], weights=batches[0].weights * weight)
+            return train_step(trainee, arch, opd_loss, batches, seed=step)
+
+        trainee = build(config, arch)
+        run(trainee, 0)
+        before = snapshot(trainee)
+        for name, weight in (("loss", math.inf), ("gradient", 1e30)):
+            result = run(trainee, 1, weight)
+            assert math.isfinite(result.sums.loss) == (name == "gradient")
+            results[f"tp{tp} pp{pp} {name} skipped"] = result.skipped
+            results[f"tp{tp} pp{pp} {name} left alone"] = all(map(torch.equal, before, snapshot(trainee)))
+        after = run(trainee, 2)
+        clean = build(config, arch)
+        run(clean, 0)
+        clean.scheduler.step(increment=2)
+        expected = run(clean, 2)
+        results[f"tp{tp} pp{pp} goes on"] = not after.skipped and (after.sums, after.grad_norm, after.learning_rate) == (
+            expected.sums, expected.grad_norm, expected.learning_rate,
+        )  # fmt: skip
+        results[f"tp{tp} pp{pp} same weights"] = all(map(torch.equal, snapshot(clean), snapshot(trainee)))
+    return {name: not max_over_ranks(float(not value)) for name, value in results.items()}
+
+
+def snapshot(trainee: Trainee) -> list[torch.Tensor]:
+    """Copies of weights and optimizer state."""
+    states = [state for part in torch_optimizers(trainee.optimizer) for state in part.state.values()]
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor.detach().clone() for tensor in [*trainee.students[0].parameters(), *tensors]]
+
+
+if __name__ == "__main__":
+    main([estimates, skipping])
