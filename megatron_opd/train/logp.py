@@ -1,6 +1,6 @@
 """Log-probabilities by the training engine itself, for comparison with those of the serving engine.
 
-Legend: S tokens of a sequence, N response tokens, H hidden size, V vocabulary.
+Legend: S tokens of a sequence, N response tokens.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.model import parallel
 from megatron_opd.model.architecture import read_architecture
-from megatron_opd.model.student import build_student, transformer_config
+from megatron_opd.model.student import build_chunks, transformer_config
 
 _ROWS = 1024  # logits of so many tokens at once
 
@@ -33,12 +32,10 @@ def megatron_logp(model: str | Path, sequences: Sequence[tuple[np.ndarray, int]]
     device = parallel.start(layout, seed=0)
     try:
         name = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-        student = build_student(arch, transformer_config(arch, parallel=layout, dtype=getattr(torch, name)))
+        (student,) = build_chunks(arch, transformer_config(arch, parallel=layout, dtype=getattr(torch, name)))
         student.to(device)
         load_hf_weights(student, arch, model)
         student.eval()
-        weight_VH = student.shared_embedding_or_output_weight() if arch.tied_embeddings else student.output_layer.weight
-        assert weight_VH is not None
         results = []
         for tokens, start in sequences:
             ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -47,12 +44,16 @@ def megatron_logp(model: str | Path, sequences: Sequence[tuple[np.ndarray, int]]
                 qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=len(tokens), max_seqlen_kv=len(tokens)
             )
             positions = torch.arange(len(tokens), device=device)[None]
-            hidden_NH = student(ids[None], positions, None, packed_seq_params=packed)[start - 1 : -1, 0]
-            pieces = []
-            for rows_H, labels in zip(hidden_NH.split(_ROWS), ids[start:].split(_ROWS), strict=True):
-                logits_NV = F.linear(rows_H, weight_VH)[:, : arch.vocab_size].float()
-                pieces.append(torch.log_softmax(logits_NV, -1).gather(1, labels[:, None])[:, 0])
-            results.append(torch.cat(pieces).cpu().numpy())
+            hidden = student(ids[None], positions, None, packed_seq_params=packed)
+            _, logp_N1, _ = student.linear_loss(
+                hidden,
+                ids[start:, None],
+                lambda logp, *_: logp.sum(),
+                rows=torch.arange(start - 1, len(tokens) - 1, device=device),
+                vocab_size=arch.vocab_size,
+                chunk_tokens=_ROWS,
+            )
+            results.append(logp_N1[:, 0].cpu().numpy())
         return results
     finally:
         parallel.stop()
