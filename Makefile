@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 
-.PHONY: demo demo-smollm2 test lint test-mcore sglang-venv clean
+.PHONY: demo demo-smollm2 test test-slow lint test-mcore sglang-venv clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/megatron-opd demo
@@ -15,6 +15,10 @@ demo-smollm2: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+# What takes minutes each and is left out of `make test`.
+test-slow: $(VENV)/.test
+	$(VENV)/bin/pytest -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

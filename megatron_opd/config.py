@@ -208,6 +208,7 @@ class EvalStage(_Section):
     output: str = "{run_dir}/eval"
     grader: Literal["exact", "number", "math", "reasoning_gym", "none"] = "exact"
     teacher: str | None = Field(default="{teacher}", description="score samples with this model for the reverse KL; 'none' does not")
+    baseline: str | None = Field(default=None, description="name of an earlier evaluation in `output` to give the paired difference to")
     num_prompts: int | None = Field(default=None, gt=0)
     sampling: SamplingParams = SamplingParams()
     encoding: EncodingConfig = EncodingConfig()

@@ -14,6 +14,7 @@ from megatron_opd.config import Recipe, load_recipe
 from megatron_opd.cost import read_jsonl
 from megatron_opd.demo import arithmetic, smollm2
 from megatron_opd.evaluate.report import evaluation_cells, stage_cells, write_report
+from megatron_opd.evaluate.run import describe_difference
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def _stages(recipe: Recipe) -> list[list[str]]:
     def convert(source: str, target: str) -> list[list[str]]:
         return [] if (Path(target) / "config.json").exists() else [["convert", "to-hf", source, target]]
 
-    def evaluate(label: str, model: str) -> list[str]:
-        return ["eval", name, f"eval.name={label}", f"eval.model={model!r}"]
+    def evaluate(label: str, model: str, *options: str) -> list[str]:
+        return ["eval", name, f"eval.name={label}", f"eval.model={model!r}", *options]
 
     return [
         ["generate", name],
@@ -67,7 +68,7 @@ def _stages(recipe: Recipe) -> list[list[str]]:
         *convert(recipe.train.output, f"{folder}/opd-hf"),
         evaluate("teacher", recipe.models.teacher),
         evaluate("sft", f"{folder}/sft-hf"),
-        evaluate("opd", f"{folder}/opd-hf"),
+        evaluate("opd", f"{folder}/opd-hf", "eval.baseline=sft"),
     ]
 
 
@@ -83,7 +84,7 @@ def summary(folder: Path, *, seconds: float) -> str:
     models = [["model", "accuracy (95 % interval)", "reverse KL to the teacher, nat/token", "tokens a response", "ended by itself"]]
     models += [evaluation_cells(evaluation) for evaluation in evaluations]
     stages = [["stage", "seconds", "tokens", "tokens/s", "GPU hours"], *(stage_cells(row) for row in read_jsonl(folder / "stages.jsonl"))]
-    return f"\n{_table(models)}\n\n{_table(stages)}\n\n{seconds:.0f} s in all"
+    return f"\n{_table(models)}\n\n{describe_difference(evaluations[-1])}\n\n{_table(stages)}\n\n{seconds:.0f} s in all"
 
 
 def _table(rows: list[list[str]]) -> str:

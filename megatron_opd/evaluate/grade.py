@@ -1,12 +1,11 @@
-"""Graders of verifiable answers, and confidence intervals for what they say."""
+"""Graders of verifiable answers."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_opd.errors import UserError
 from megatron_opd.records import Prompt
@@ -15,14 +14,6 @@ _MARKER = re.compile(r"####|\banswer\s*:", re.IGNORECASE)
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 # A sign belongs to the number unless something to subtract from stands before it: "5-3" ends in 3, "5 * -3" in -3.
 _NUMBER = re.compile(r"(?:(?<![\w.)\]}])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-
-
-class Interval(NamedTuple):
-    """A mean and its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def grade(name: str, prompt: Prompt, response_text: str) -> float:
@@ -125,34 +116,3 @@ def _answer(prompt: Prompt, grader: str) -> str:
             f"prompt {prompt.index}: no field 'answer', which the grader {grader!r} compares with; add it, or set eval.grader='none'"
         )
     return prompt.answer
-
-
-def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22); z = 1.96 is 95 %. For independent trials."""
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}")
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def mean_interval(scores_by_prompt: Sequence[Sequence[float]], z: float = 1.96) -> Interval:
-    """Mean over all samples, with a normal interval that takes the samples of one prompt as dependent.
-
-    The prompts are the independent units: the variance is G / (G - 1) * sum over prompts of (sum of residuals)^2 / N^2
-    for G prompts and N samples (the ratio estimator of cluster sampling: Cochran 1977, Sampling Techniques, 9A).
-    One prompt alone gives an infinite interval. Scores that are all equal give a width of 0: where they are 0 or 1 with
-    one sample a prompt, `wilson_interval` says more. Raises ValueError where there is no score.
-    """
-    groups = [list(scores) for scores in scores_by_prompt if len(scores)]
-    num_samples = sum(len(scores) for scores in groups)
-    if not num_samples:
-        raise ValueError("no scores")
-    mean = math.fsum(score for scores in groups for score in scores) / num_samples
-    if len(groups) == 1:
-        return Interval(mean, -math.inf, math.inf)
-    squares = math.fsum(math.fsum(score - mean for score in scores) ** 2 for scores in groups)
-    half = z * math.sqrt(len(groups) / (len(groups) - 1) * squares) / num_samples
-    return Interval(mean, mean - half, mean + half)

@@ -57,11 +57,14 @@ def _tables(data: dict[str, dict[str, Any]]) -> list[tuple[str, list[list[str]]]
             "ended by itself",
         ]
     ]
+    differences = [["run", "model", "against", "accuracy, points (95 % interval)", "reverse KL, nat/token (95 % interval)", "prompts"]]
     stages = [["run", "stage", "seconds", "tokens", "tokens/s", "GPU hours"]]
     for run, content in data.items():
         results += [[run, *evaluation_cells(evaluation)] for evaluation in content["evaluations"]]
+        differences += [[run, *difference_cells(evaluation)] for evaluation in content["evaluations"] if "against" in evaluation]
         stages += [[run, *stage_cells(row)] for row in content["stages"]]
-    return [(title, rows) for title, rows in (("Results", results), ("Stages", stages)) if len(rows) > 1]
+    tables = (("Results", results), ("Differences, paired by prompt", differences), ("Stages", stages))
+    return [(title, rows) for title, rows in tables if len(rows) > 1]
 
 
 def evaluation_cells(evaluation: dict[str, Any]) -> list[str]:
@@ -73,6 +76,19 @@ def evaluation_cells(evaluation: dict[str, Any]) -> list[str]:
         f"{kl['mean']:.4f} ({kl['low']:.4f} to {kl['high']:.4f})" if kl else "",
         f"{evaluation['response_length']:.0f}",
         f"{evaluation['stopped_share']:.1%}",
+    ]
+
+
+def difference_cells(evaluation: dict[str, Any]) -> list[str]:
+    """name, baseline, change of accuracy and of reverse KL, number of prompts."""
+    against = evaluation["against"]
+    accuracy, kl = against.get("accuracy"), against.get("reverse_kl")
+    return [
+        evaluation["name"],
+        against["name"],
+        f"{100 * accuracy['mean']:+.1f} ({100 * accuracy['low']:+.1f} to {100 * accuracy['high']:+.1f})" if accuracy else "",
+        f"{kl['mean']:+.4f} ({kl['low']:+.4f} to {kl['high']:+.4f})" if kl else "",
+        str(against["num_prompts"]),
     ]
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_opd.data.store import StoreReader
 from megatron_opd.lineage import fingerprint_model, read_lineage
 
@@ -34,6 +36,13 @@ def test_the_whole_way(tmp_path: Path) -> None:
     evaluations = {name: json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("teacher", "sft", "opd")}
     assert abs(evaluations["teacher"]["reverse_kl"]["mean"]) < 1e-4
     assert evaluations["teacher"]["accuracy"]["mean"] > 0.8
+    against = evaluations["opd"]["against"]
+    assert (against["name"], against["num_prompts"]) == ("sft", 16)
+    for figure in ("accuracy", "reverse_kl"):
+        change = evaluations["opd"][figure]["mean"] - evaluations["sft"][figure]["mean"]
+        assert against[figure]["mean"] == pytest.approx(change, abs=1e-9)
+        assert against[figure]["low"] <= change <= against[figure]["high"]
+    assert "opd against sft, paired over 16 prompts" in output
     page = (folder / "report" / "report.html").read_text()
     assert page.count("data:image/png;base64") == 2
     assert (folder / "report" / "results.png").stat().st_size > 5000

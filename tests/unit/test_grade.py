@@ -1,12 +1,10 @@
-import math
 import sys
 from decimal import Decimal
 
-import numpy as np
 import pytest
 
 from megatron_opd.errors import UserError
-from megatron_opd.evaluate.grade import final_answer, grade, last_number, mean_interval, wilson_interval
+from megatron_opd.evaluate.grade import final_answer, grade, last_number
 from megatron_opd.records import Prompt
 
 
@@ -123,44 +121,3 @@ def test_bad_names_and_missing_answers():
     for grader in ("exact", "number"):
         with pytest.raises(UserError, match="prompt 3: no field 'answer'"):
             grade(grader, prompt(None), "1")
-
-
-def test_wilson_interval():
-    low, high = wilson_interval(81, 263)  # a worked example: Newcombe 1998, Statistics in Medicine 17, table I
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    low, high = wilson_interval(0, 20)
-    assert low == 0.0
-    assert round(high, 4) == 0.1611
-    assert wilson_interval(20, 20)[1] == pytest.approx(1.0)
-    for bad in ((1, 0), (-1, 5), (6, 5)):
-        with pytest.raises(ValueError, match="successes of"):
-            wilson_interval(*bad)
-
-
-def test_mean_interval_of_single_samples_is_the_usual_one():
-    scores = np.random.default_rng(0).normal(size=41)
-    interval = mean_interval([[score] for score in scores])
-    half = 1.96 * scores.std(ddof=1) / math.sqrt(41)
-    assert interval == pytest.approx((scores.mean(), scores.mean() - half, scores.mean() + half))
-
-
-def test_mean_interval_counts_copies_of_a_sample_once():
-    scores = [0.0, 1.0, 1.0, 0.0, 1.0]
-    assert mean_interval([[score] * 8 for score in scores]) == pytest.approx(mean_interval([[score] for score in scores]))
-
-
-def test_mean_interval_covers_the_truth_where_prompts_differ():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(400):
-        chances = rng.beta(0.5, 0.5, size=60)
-        interval = mean_interval([list(map(float, rng.random(rng.integers(1, 9)) < chance)) for chance in chances])
-        covered += interval.low <= 0.5 <= interval.high
-    assert 0.90 <= covered / 400 <= 0.98
-
-
-def test_mean_interval_edges():
-    assert mean_interval([[1.0, 1.0], [], [1.0]]) == (1.0, 1.0, 1.0)
-    assert mean_interval([[0.0, 1.0]]) == (0.5, -math.inf, math.inf)
-    with pytest.raises(ValueError, match="no scores"):
-        mean_interval([[], []])
