@@ -74,7 +74,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of the machine code: registers a thread, bytes spilled and of shared memory, and static counts of instructions."""
+    """Of the machine code: registers a thread, bytes spilled and of shared memory, and static counts of instructions.
+
+    loop_instructions: of the longest loop, 0 without one; in `stats_kernel` that is a tile, TILE x LANES columns of all threads.
+    """
 
     registers: int
     spill_stores: int
@@ -83,6 +86,7 @@ class Compiled:
     shared: int
     warps: int
     instructions: int
+    loop_instructions: int
     wide_loads: int
     wide_stores: int
     loads: int
@@ -129,6 +133,7 @@ def compile_variant(variant: Variant, arch: int, **options: Any) -> Compiled:
         shared=compiled.metadata.shared,
         warps=warps,
         instructions=sum(code != "NOP" for code in codes),
+        loop_instructions=_longest_loop(sass),
         wide_loads=count(r"LDG\.E.*\.128"),
         wide_stores=count(r"STG\.E.*\.128"),
         loads=count(r"LDG"),
@@ -136,6 +141,14 @@ def compile_variant(variant: Variant, arch: int, **options: Any) -> Compiled:
         exponentials=count(r"MUFU\.EX2"),
         barriers=count(r"BAR\."),
     )
+
+
+def _longest_loop(sass: str) -> int:
+    """Instructions from a branch's target to a branch back to it."""
+    addresses = [int(address, 16) for address in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+\S", sass, re.MULTILINE)]
+    branches = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s.*\bBRA\b.*?\b0x([0-9a-f]+)", sass, re.MULTILINE)
+    spans = [(int(target, 16), int(origin, 16)) for origin, target in branches]
+    return max((sum(start <= address <= end for address in addresses) for start, end in spans if start < end), default=0)
 
 
 def _assemble(ptx: str, arch: int, folder: Path) -> str:
@@ -178,7 +191,7 @@ def main() -> int:
             bad += [f"sm_{arch} {variant}: {fault}" for fault in faults(variant, found)]
             print(
                 f"sm_{arch} {variant.kernel:16s} {variant.z} K={variant.k:<2d} entropy={variant.entropy:d} mask={variant.mask:d}: "
-                f"{found.registers} registers, {found.spill_stores} B spilled, {found.shared} B shared, {found.instructions} instructions, "
+                f"{found.registers} registers, {found.spill_stores} B spilled, {found.shared} B shared, {found.instructions} instructions ({found.loop_instructions} in the loop), "
                 f"16-byte loads {found.wide_loads} of {found.loads}, stores {found.wide_stores} of {found.stores}",
                 flush=True,
             )

@@ -47,7 +47,9 @@ class MicroBatch:
     @property
     def loss_ids(self) -> torch.Tensor:
         """Ids whose log-probabilities the loss needs, int64 [N,1+K]: the sampled token and the teacher's candidates."""
-        return self.labels[:, None] if self.topk_ids is None else torch.cat([self.labels[:, None], self.topk_ids], 1)
+        if self.topk_ids is None or not len(self.labels):  # nothing tells K of no tokens
+            return self.labels[:, None]
+        return torch.cat([self.labels[:, None], self.topk_ids], 1)
 
     def to(self, device: torch.device) -> MicroBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -55,22 +55,18 @@ def overlapped(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
     for kind in kinds:
         directory = folder / kind
         arch = read_architecture(directory)
-        layout()
-        config = stage_config(str(folder), init=str(directory), packing=False)
+        config = stage_config(str(folder), init=str(directory), packing=False, parallel=layout())
         source = source_of(config)
         _, expected = reference_gradients(arch, [source.build([int(i)]) for i in source.step_rollouts(0)], directory, opd_formula)
-        for tp in (1, 2):
-            config = stage_config(str(folder), init=str(directory), parallel=layout(tp=tp))
-            (student,) = chunks_of(config, arch)
-            options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=2000)
-            ddp = DistributedDataParallel(student.config, options, student)
-            student.config.finalize_model_grads_func, student.config.no_sync_func = finalize_model_grads, ddp.no_sync
-            calls: list[int] = []
-            student.output_layer.register_forward_pre_hook(lambda module, *_, calls=calls: calls.append(1))
-            ddp.zero_grad_buffer()
-            forward_backward([ddp], arch, opd_loss, source_of(config).micro_batches(0), chunk_tokens=9)
-            error = gradient_error([student], expected)
-            results[f"{kind} tp{tp}"] = [max_over_ranks(error), len(calls)]
+        (student,) = chunks_of(config, arch)
+        options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, bucket_size=2000)
+        ddp = DistributedDataParallel(student.config, options, student)
+        student.config.finalize_model_grads_func, student.config.no_sync_func = finalize_model_grads, ddp.no_sync
+        calls: list[int] = []
+        student.output_layer.register_forward_pre_hook(lambda module, *_, calls=calls: calls.append(1))
+        ddp.zero_grad_buffer()
+        forward_backward([ddp], arch, opd_loss, source.micro_batches(0), chunk_tokens=9)
+        results[kind] = [max_over_ranks(gradient_error([student], expected)), len(calls)]
     return results
 
 

@@ -31,8 +31,8 @@ def test_gradients_of_every_loss_agree_with_float64(folder: Path) -> None:
 
 def test_the_head_works_with_overlapped_reduction(folder: Path) -> None:
     """Megatron reduces a bucket when each of its weights has reported a gradient, which the head adds to main_grad itself."""
-    results = run_ranks("overlapped", 4, folder, worker=LOSS_WORKER, kinds=["qwen3-tied", "qwen3"])
-    assert len(results) == 4
+    results = run_ranks("overlapped", 2, folder, worker=LOSS_WORKER, kinds=["qwen3-tied", "qwen3"])
+    assert len(results) == 2
     assert max(error for error, _ in results.values()) < 1e-5, results
     # The untied head waits for its gathered weights, in each of its micro-batches, though its module is never called.
-    assert {name: waits > 0 for name, (_, waits) in results.items()} == {name: name.startswith("qwen3 ") for name in results}
+    assert {name: waits > 0 for name, (_, waits) in results.items()} == {"qwen3-tied": False, "qwen3": True}
