@@ -211,22 +211,30 @@ def check_finite(job: Job, step: int, grad_norm: float) -> None:
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 ask the run to finish its step, save and exit; every rank hears of a signal to any."""
+    """SIGTERM and SIGUSR1 ask the run to finish its step, save and exit; every rank hears of a signal to any.
+
+    Slurm gives a signal to every process of a step, also to those that are writing a checkpoint, and its job script repeats SIGUSR1:
+    they must live through it. What this thread starts inherits that SIGUSR1 is blocked.
+    """
 
     def __init__(self) -> None:
         self._flag = torch.zeros(1)
         self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
     def _set(self, number: int, frame: Any) -> None:
         self._flag.fill_(1.0)
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)  # one that waited comes to the handler now
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def requested(self) -> bool:
         flag = self._flag.clone()
+        if signal.SIGUSR1 in signal.sigpending():  # no other thread took it
+            flag.fill_(1.0)
         if torch.cuda.is_available():
             flag = flag.cuda()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
