@@ -94,7 +94,7 @@ train_job() {
     leader=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     saves=yes
     # torchrun and its workers start deaf to USR1 and TERM; the trainer listens as soon as it can save.
-    export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT
+    export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT PET_SIGNALS_TO_HANDLE=SIGINT # older and newer torchrun
     # shellcheck disable=SC2016  # SLURM_NODEID is a node's own
     run "${srun[@]}" bash -c 'trap "" USR1 TERM; exec torchrun --node-rank="$SLURM_NODEID" "$@"' ranks \
         --nnodes="$SLURM_NNODES" --nproc-per-node="${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}" --max-restarts=0 \

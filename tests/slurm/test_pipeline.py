@@ -19,7 +19,7 @@ def recipe(site: Site) -> Path:
 
 
 def test_the_whole_pipeline_then_a_scoring_array_with_a_failed_task(site: Site, recipe: Path) -> None:
-    env = site.write_env("pipeline", RANKS_PER_NODE="1")
+    env = site.bare
     jobs = site.pipeline(recipe, "train.lr=1e-4", env=env, SHARDS="2")
     assert list(jobs) == STAGES
     for name, job in jobs.items():

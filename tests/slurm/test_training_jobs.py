@@ -16,7 +16,7 @@ def test_a_job_stopped_in_every_way_ends_like_an_undisturbed_one(site: Site) -> 
     cluster, store = site.cluster, {"init": f"{site.folder}/student", "store": f"{site.folder}/store"}
     recipe = site.write_recipe("stopped", train=store | {"steps": ENDLESS})
     output = site.folder / "runs/stopped/opd"
-    job = site.sbatch("--nodes=2", "--gpus-per-node=1", "slurm/opd_8b.sh", recipe, "train.seed=3")
+    job = site.sbatch("--nodes=2", "slurm/opd_8b.sh", recipe, "train.seed=3")
 
     def restarts() -> int:
         return int(cluster.field(job, "Restarts"))
@@ -24,11 +24,11 @@ def test_a_job_stopped_in_every_way_ends_like_an_undisturbed_one(site: Site) -> 
     def wait_for_restart(number: int) -> None:
         """Restart `number` has trained five steps that the one before had not."""
         wait_for(lambda: restarts() == number, 120, f"restart {number}", lambda: site.log(job))
-        site.wait_for_log(job, f"(restart {number})")
+        wait_for(lambda: site.log(job).count("going on after step") == number, 120, f"restart {number} to train", lambda: site.log(job))
         first = len(site.metrics(output))
         wait_for(lambda: len(site.metrics(output)) >= first + 5, 120, "five steps", lambda: site.log(job))
 
-    site.wait_for_log(job, "ready to train")  # the checks are over, torchrun starts
+    wait_for(lambda: cluster.run("scontrol", "show", "step", f"{job}.1").returncode == 0, 60, "torchrun", lambda: site.log(job))
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
     wait_for_restart(1)
 
@@ -53,13 +53,14 @@ def test_a_job_stopped_in_every_way_ends_like_an_undisturbed_one(site: Site) -> 
     assert log.count("ready to train") == 1, "checked before the first start alone"
     assert log.count("back into the queue") == 3, "after a node failure Slurm does it"
     assert f"going on after step {saved} " in log.rpartition("(restart 4)")[2]
-    assert "Traceback" not in log
+    assert log.count(" as asked; the same command goes on from ") == 3, "saved at each stop"
+    assert "Traceback" not in log.partition("(restart 3)")[0]
     stopped = site.metrics(output)
     assert [row["step"] for row in stopped] == list(range(1, steps + 1))
 
     container = site.write_env("container", IMAGE_TRAIN=str(site.image()), MOUNTS=site.mounts(), VENV_TRAIN="/nowhere")
     recipe = site.write_recipe("whole", train=store | {"steps": steps})
-    whole = site.sbatch("--nodes=2", "--gpus-per-node=1", "slurm/opd_8b.sh", recipe, "train.seed=3", env=container)
+    whole = site.sbatch("--nodes=2", "slurm/opd_8b.sh", recipe, "train.seed=3", env=container)
     log = site.complete(whole)
     assert f"{steps} steps of 8; tp 1 x pp 1 x dp 2 on 2 rank(s)" in log
     image_steps = [line.split()[0] for line in (cluster.folder / "containers.log").read_text().splitlines()]
@@ -69,14 +70,23 @@ def test_a_job_stopped_in_every_way_ends_like_an_undisturbed_one(site: Site) -> 
         assert [row[field] for row in stopped] == [row[field] for row in undisturbed]
 
 
-def test_restarts_are_bounded_and_a_stop_by_hand_is_no_success(site: Site) -> None:
-    store = {"init": f"{site.folder}/student", "store": f"{site.folder}/store", "steps": ENDLESS}
-    recipe = site.write_recipe("bounded", train=store)
-    output = site.folder / "runs/bounded/opd"
+def test_a_stop_by_hand_is_no_success_and_restarts_are_bounded(site: Site) -> None:
+    train = {"init": f"{site.folder}/student", "store": f"{site.folder}/store", "steps": ENDLESS}
+    recipe, output = site.write_recipe("by-hand", train=train), site.folder / "runs/by-hand/opd"
     env = site.write_env("bounded", MAX_RESTARTS="0")
-    job = site.sbatch("--gpus-per-node=1", "slurm/opd_8b.sh", recipe, env=env, OPD_CHECKED="yes")
-    wait_for(lambda: len(site.metrics(output)) >= 1, 120, "a step", lambda: site.log(job))
-    site.cluster.ask("scancel", "--batch", "--signal=USR1", job)
-    assert site.wait(job) == "FAILED"
-    assert "stopped after 0 restarts" in site.log(job)
-    assert (output / "checkpoints/latest").exists()
+
+    def submit(signal: list[str]) -> str:
+        """The log of a job that is signalled when it has trained five more steps; it must fail."""
+        first = len(site.metrics(output))
+        job = site.sbatch("slurm/opd_8b.sh", recipe, env=env, OPD_CHECKED="yes")
+        wait_for(lambda: len(site.metrics(output)) >= first + 5, 120, "five steps", lambda: site.log(job))
+        site.cluster.ask("scancel", *signal, job)
+        assert site.wait(job) == "FAILED", site.log(job)
+        return site.log(job)
+
+    log = submit(["--signal=USR1"])  # the steps alone, not the job's shell
+    assert "stopped by hand before the last step" in log
+    log = submit(["--batch", "--signal=USR1"])
+    assert "going on after step" in log
+    assert "stopped after 0 restarts" in log
+    assert not site.finished(recipe, "--stage", "train")
