@@ -42,6 +42,8 @@ def check_logp(logp_T: np.ndarray, name: str, start: int) -> None:
     if not np.isnan(logp_T[:start]).all():
         raise ValueError(f"{name} has values at prompt tokens; position t must hold log p(tokens[t])")
     response = logp_T[start:]
+    if response.size == 0 or (response.min() >= LOGP_FLOOR and response.max() <= LOGP_EPSILON):
+        return
     bad = np.flatnonzero(~((response >= LOGP_FLOOR) & (response <= LOGP_EPSILON)))  # NaN is neither
     if bad.size:
         t = start + int(bad[0])
@@ -106,7 +108,8 @@ class TeacherScores:
                 raise ValueError("top-k arrays have values at prompt tokens; there the ids are -1 and the log-probabilities NaN")
             if self.topk_ids[start:].min() < 0:
                 raise ValueError("a response position has no top-k ids")
-            if not ((self.topk_logp[start:] >= LOGP_FLOOR) & (self.topk_logp[start:] <= LOGP_EPSILON)).all():
+            # Where there is a NaN both are NaN, and no comparison holds.
+            if not (self.topk_logp[start:].min() >= LOGP_FLOOR and self.topk_logp[start:].max() <= LOGP_EPSILON):
                 raise ValueError("a response position has a top-k value that is not a log-probability")
 
 

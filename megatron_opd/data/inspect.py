@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_opd.data.calibration import read_calibration
 from megatron_opd.data.store import StoreReader
 from megatron_opd.records import Finish, ModelFingerprint
 
@@ -32,6 +33,9 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
         rows.append((f"scores {teacher!r}", _scores(reader, teacher)))
     if not reader.teachers():
         rows.append(("scores", "none; run 'megatron-opd score'"))
+    calibration = read_calibration(reader.location)
+    if calibration is not None and calibration.floor is not None:
+        rows.append(("engines", f"{calibration.engine.get('kind')} and Megatron differ by {calibration.floor.describe()}"))
     for name, text in rows:
         print(f"{name:<18} {text}")
     _print_exclusions(reader)
@@ -64,12 +68,16 @@ def _scores(reader: StoreReader, teacher: str) -> str:
     records = [record for part in reader.parts if (record := reader.score_manifest(part, teacher)) is not None]
     mismatch = "; TEACHER MISMATCH ALLOWED" if any(record.allow_teacher_mismatch for record in records) else ""
     top_k = f", top-{records[0].top_k}" if records[0].top_k else ""
-    return f"{_model(records[0].teacher)}{top_k}, {len(records)} of {len(reader.parts)} parts{mismatch}"
+    excluded = sum(len(record.excluded) for record in records)
+    cut = [record.max_tokens for record in records if record.max_tokens is not None]
+    notes = (f"; {excluded} rollouts have none" if excluded else "") + (f"; cut at {min(cut)} tokens" if cut else "")
+    return f"{_model(records[0].teacher)}{top_k}, {len(records)} of {len(reader.parts)} parts{notes}{mismatch}"
 
 
 def _print_exclusions(reader: StoreReader) -> None:
     reasons: dict[str, int] = {}
-    for record in reader.parts.values():
+    scores = [record for part in reader.parts for name in reader.teachers() if (record := reader.score_manifest(part, name)) is not None]
+    for record in [*reader.parts.values(), *scores]:
         for excluded in record.excluded:
             reasons[excluded.reason] = reasons.get(excluded.reason, 0) + 1
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:10]:

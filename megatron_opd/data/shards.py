@@ -32,6 +32,7 @@ class ShardedArray:
         self.dtype = np.dtype(meta["data_type"]).newbyteorder("<")
         self._file = f"{path}/c/" + "/".join("0" * len(self.shape))
         self._index: np.ndarray | None = None
+        self.chunk_rows = 1
         if not math.prod(self.shape):
             return
         (codec,) = meta["codecs"]
@@ -39,9 +40,9 @@ class ShardedArray:
         names = [inner["name"] for inner in sharding["codecs"]]
         if codec["name"] != "sharding_indexed" or names != ["bytes", "zstd", "crc32c"] or sharding.get("index_location", "end") != "end":
             raise ValueError(f"codecs {codec['name']} of {names}, not those that the store is written with")
-        self._chunk_rows = int(sharding["chunk_shape"][0])
-        self._num_chunks = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0]) // self._chunk_rows
-        if self._num_chunks * self._chunk_rows < self.shape[0] or tuple(sharding["chunk_shape"][1:]) != self.shape[1:]:
+        self.chunk_rows = int(sharding["chunk_shape"][0])
+        self._num_chunks = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0]) // self.chunk_rows
+        if self._num_chunks * self.chunk_rows < self.shape[0] or tuple(sharding["chunk_shape"][1:]) != self.shape[1:]:
             raise ValueError("more than one shard file")
         if not fs.exists(self._file):
             raise FileNotFoundError("the data file is missing")
@@ -55,12 +56,12 @@ class ShardedArray:
         index = self._read_index()
 
         def fill(chunk: int) -> None:
-            first = chunk * self._chunk_rows
+            first = chunk * self.chunk_rows
             values = self._read_chunk(index, chunk)[max(start - first, 0) : stop - first]
             at = max(first - start, 0)
             result[at : at + len(values)] = values
 
-        chunks = range(start // self._chunk_rows, -(-stop // self._chunk_rows))
+        chunks = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
         for _ in map(fill, chunks) if len(chunks) < 3 else _THREADS.map(fill, chunks):
             pass
         return result
@@ -83,7 +84,7 @@ class ShardedArray:
         if len(content) != length:
             raise ValueError(f"chunk {chunk} is cut off")
         values = decompress(_without_crc(content, f"chunk {chunk}"))
-        return np.frombuffer(values, self.dtype).reshape(self._chunk_rows, *self.shape[1:])
+        return np.frombuffer(values, self.dtype).reshape(self.chunk_rows, *self.shape[1:])
 
     def _bytes(self, offset: int | None, length: int) -> bytes:
         """`length` bytes from `offset`, or the file's last."""

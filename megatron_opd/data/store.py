@@ -5,14 +5,14 @@ Legend: n rollouts of a part, T tokens of a part (or a rollout), K teacher candi
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
 
-from megatron_opd.data.location import CHUNK_ITEMS, FILL, Location, checksum, read_rows
+from megatron_opd.data.cache import ArrayCache
+from megatron_opd.data.location import FILL, Location, checksum
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
 
@@ -198,11 +198,7 @@ class StoreReader:
         self.location = Location(url)
         self.teacher = teacher
         self.manifest = read_manifest(self.location)
-        self.memory_bytes = memory_bytes
-        # The checksum in the keys: a part that was deleted and made again is another part.
-        self._cache: OrderedDict[tuple[str, str, int, int], np.ndarray] = OrderedDict()
-        self._cached_bytes = 0
-        self._arrays: dict[tuple[str, str, int], Any] = {}
+        self._cache = ArrayCache(self.location, memory_bytes)
         self._score_manifests: dict[tuple[int, str], ScoreManifest] = {}
         self.parts: dict[int, PartManifest] = {}
         self.refresh()
@@ -213,7 +209,7 @@ class StoreReader:
         parts = {part: self._part_manifest(part) for part in self._sealed_parts()}
         for part, record in parts.items():
             for name in _SMALL_ARRAYS:
-                small[name].append(self._whole(part_group(part), name, record.crc32c[name]))
+                small[name].append(self._cache.whole(part_group(part), name, record.crc32c[name]))
             counts = (len(small["offsets"][-1]) - 1, int(small["offsets"][-1][-1]))
             if counts != (record.num_rollouts, record.num_tokens):
                 raise StoreError(
@@ -334,9 +330,7 @@ class StoreReader:
         part, rows = self._locate(index)
         record = self.parts[part]
         group = part_group(part)
-        tokens, student_logp = (
-            self._rows(group, name, rows, record.num_tokens, record.crc32c[name]) for name in ("tokens", "student_logp")
-        )
+        tokens, student_logp = (self._rows(group, name, rows, record.crc32c[name]) for name in ("tokens", "student_logp"))
         try:
             return Rollout(
                 tokens=tokens,
@@ -360,7 +354,7 @@ class StoreReader:
             raise StoreError(f"{self.location.show(part_group(part))}: not scored by teacher {teacher!r}; run 'megatron-opd score'")
         if topk and not record.top_k:
             raise StoreError(f"{self.location.show(score_group(part, teacher))}: no top-k scores; score with score.top_k > 0")
-        group, total = score_group(part, teacher), self.parts[part].num_tokens
+        group = score_group(part, teacher)
         if (reason := self._exclusion(record, index)) is not None:
             raise StoreError(
                 f"{self.location.show(group)}, rollout {index}: has no scores: {reason}; open the store with teacher={teacher!r}"
@@ -368,7 +362,7 @@ class StoreReader:
         rollout = self.rollout(index).cut(record.max_tokens)
         rows = slice(rows.start, rows.start + len(rollout.tokens))
         names = ("logp", "topk_ids", "topk_logp") if topk else ("logp",)
-        arrays = [self._rows(group, name, rows, total, record.crc32c[name]) for name in names]
+        arrays = [self._rows(group, name, rows, record.crc32c[name]) for name in names]
         scores = TeacherScores(arrays[0], *(arrays[1:2]), *(array.astype(np.float32) for array in arrays[2:]))
         try:
             scores.check_against(rollout)
@@ -409,38 +403,8 @@ class StoreReader:
         start = int(self.starts[index])
         return int(self.part_ids[index]), slice(start, start + int(self.lengths[index]))
 
-    def _rows(self, group: str, name: str, rows: slice, total: int, crc32c: int) -> np.ndarray:
+    def _rows(self, group: str, name: str, rows: slice, crc32c: int) -> np.ndarray:
         """Rows of an array through the cache: the whole array if the store fits in memory, else blocks of it."""
-        if self._num_tokens * 12 <= self.memory_bytes and not name.startswith("topk"):
-            return self._whole(group, name, crc32c)[rows]
-        block = CHUNK_ITEMS
-        pieces = []
-        for number in range(rows.start // block, -(-rows.stop // block)):
-            key = (group, name, crc32c, number)
-            if key not in self._cache:
-                bounds = slice(number * block, min((number + 1) * block, total))
-                self._remember(key, read_rows(self._open(group, name, crc32c), f"{self.location.show(group)}/{name}", bounds))
-            self._cache.move_to_end(key)
-            first = number * block
-            pieces.append(self._cache[key][max(0, rows.start - first) : rows.stop - first])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def _whole(self, group: str, name: str, crc32c: int) -> np.ndarray:
-        key = (group, name, crc32c, -1)
-        if key not in self._cache:
-            self._remember(key, read_rows(self._open(group, name, crc32c), f"{self.location.show(group)}/{name}", crc32c=crc32c))
-        self._cache.move_to_end(key)
-        return self._cache[key]
-
-    def _open(self, group: str, name: str, crc32c: int) -> Any:
-        key = (group, name, crc32c)
-        if key not in self._arrays:
-            self._arrays[key] = self.location.open_array(group, name)
-        return self._arrays[key]
-
-    def _remember(self, key: tuple[str, str, int, int], array: np.ndarray) -> None:
-        self._cache[key] = array
-        self._cached_bytes += array.nbytes
-        while self._cached_bytes > self.memory_bytes and len(self._cache) > 1:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= dropped.nbytes
+        if self._num_tokens * 12 <= self._cache.max_bytes and not name.startswith("topk"):
+            return self._cache.whole(group, name, crc32c)[rows]
+        return self._cache.rows(group, name, crc32c, rows)

@@ -5,10 +5,10 @@ Legend: R response tokens, T tokens of a sequence, K candidates.
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import numpy as np
+import pybase64
 
 from megatron_opd.records import LOGP_EPSILON, LOGP_FLOOR, Finish, TeacherScores, check_logp
 from megatron_opd.serve.engine import ScoreRequest
@@ -120,8 +120,8 @@ def _read_topk(meta: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         dtypes = (meta["input_top_logprobs_idx_flat_b64_dtype"], meta["input_top_logprobs_val_flat_b64_dtype"])
         if dtypes != ("int32", "float32"):
             raise WrongAnswer(f"top-k arrays of dtypes {dtypes}, not int32 and float32")
-        ids = np.frombuffer(base64.b64decode(meta["input_top_logprobs_idx_flat_b64"]), "<i4")
-        logp = np.frombuffer(base64.b64decode(meta["input_top_logprobs_val_flat_b64"]), "<f4")
+        ids = np.frombuffer(pybase64.b64decode(meta["input_top_logprobs_idx_flat_b64"]), "<i4")
+        logp = np.frombuffer(pybase64.b64decode(meta["input_top_logprobs_val_flat_b64"]), "<f4")
         shape = meta["input_top_logprobs_shape"]
         return ids.reshape(shape), logp.reshape(shape)
     rows = [row for row in meta["input_top_logprobs"] if row is not None]
