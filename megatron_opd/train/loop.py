@@ -128,6 +128,10 @@ class Progress:
     skipped_in_a_row: int = 0
     beyond_drift_limit: int = 0
 
+    def count_skipped(self, result: StepResult) -> None:
+        self.skipped += result.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+
     def state(self, job: Job) -> dict[str, Any]:
         counts = {key: value for key, value in vars(self).items() if key != "step"}
         consumed = self.step * job.config.global_batch
@@ -157,7 +161,10 @@ def train(
         row = step_row(result, facts, resources.read(facts.seconds))
         report(job, row, log)
         cost.tokens += row["batch_tokens"]
-        count_skipped(job, step, result, progress)
+        progress.count_skipped(result)
+        if progress.skipped_in_a_row > config.max_skipped_steps:
+            writer.finish()
+            raise too_many_skipped(job, step, result, progress)
         too_far = None if result.skipped else drift.check(row)
         progress.step, progress.beyond_drift_limit = step + 1, drift.beyond
         if too_far:
@@ -265,17 +272,13 @@ def report(job: Job, row: dict[str, Any], log: MetricsLog | None) -> None:
             print(console_line(row, total=job.steps, distils=job.name == "train"), flush=True)
 
 
-def count_skipped(job: Job, step: int, result: StepResult, progress: Progress) -> None:
-    """Count a skipped step. Raises UserError if there were too many in a row; checkpoints on disk are from before them."""
-    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
-    progress.skipped += result.skipped
-    if progress.skipped_in_a_row > job.config.max_skipped_steps:
-        rollouts = ", ".join(map(str, job.source.step_rollouts(step).tolist()))
-        raise UserError(
-            f"{job.name}: loss or gradient of step {step + 1} is not finite (loss {result.sums.loss / result.sums.denominator}, gradient norm "
-            f"{result.grad_norm}), after {progress.skipped_in_a_row - 1} skipped steps in a row; weights are those from before them. "
-            f"Look at the rollouts (global index) {rollouts}; a lower lr, or another checkpoint in {checkpoint_folder(job.output) / LATEST}, may help"
-        )
+def too_many_skipped(job: Job, step: int, result: StepResult, progress: Progress) -> UserError:
+    rollouts = ", ".join(map(str, job.source.step_rollouts(step).tolist()))
+    return UserError(
+        f"{job.name}: loss or gradient of step {step + 1} is not finite (loss {result.sums.loss / result.sums.denominator}, gradient norm "
+        f"{result.grad_norm}), after {progress.skipped_in_a_row - 1} skipped steps in a row; weights are those from before them. "
+        f"Look at the rollouts (global index) {rollouts}; a lower lr, or another checkpoint in {checkpoint_folder(job.output) / LATEST}, may help"
+    )
 
 
 class _NoCost:

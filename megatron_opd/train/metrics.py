@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ class _WandB:
             raise UserError("loggers has 'wandb', which is not installed; pip install wandb, or take it out") from None
         identity = output / "wandb_run_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(uuid.uuid4().hex[:8])
         self.run = wandb.init(project=project, id=identity.read_text().strip(), resume="allow", dir=str(output), config=settings)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:

@@ -1,0 +1,167 @@
+"""What a step reports: sums by position, drift, rows without NaN, and where rows go."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import megatron_opd.model  # noqa: F401  before megatron.core
+from megatron_opd.config import DriftConfig, TrainStage
+from megatron_opd.errors import UserError
+from megatron_opd.records import LossSums
+from megatron_opd.train.batches import MicroBatch
+from megatron_opd.train.drift import DriftRule, Watch, Watched
+from megatron_opd.train.metrics import MetricsLog, StepFacts, console_line, step_row
+from megatron_opd.train.step import StepResult
+
+
+def batch_of(lengths: list[int], student: np.ndarray, teacher: np.ndarray) -> MicroBatch:
+    nothing = torch.empty(0)
+    values: dict[str, Any] = dict.fromkeys(MicroBatch.__dataclass_fields__, nothing)
+    values["response_positions"] = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+    return MicroBatch(**values | {"student_logp": torch.from_numpy(student), "teacher_logp": torch.from_numpy(teacher)})
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=4), seed=st.integers(0, 9), ratio=st.floats(1.01, 10))
+def test_sums_by_position_against_a_loop(lengths: list[int], seed: int, ratio: float) -> None:
+    rng = np.random.default_rng(seed)
+    logp, student, teacher = (-rng.exponential(2.0, sum(lengths)).astype(np.float32) for _ in range(3))
+    found = Watched.of(Watch(ratio).sums(torch.from_numpy(logp), batch_of(lengths, student, teacher)).tolist())
+    off, kl, tokens = 0, [0.0] * 18, [0] * 18
+    token = 0
+    for length in lengths:
+        for position in range(length):
+            off += abs(float(logp[token]) - float(student[token])) > math.log(ratio)
+            kl[int(math.log2(position + 1))] += float(logp[token]) - float(teacher[token])
+            tokens[int(math.log2(position + 1))] += 1
+            token += 1
+    assert abs(found.off - off) <= 1  # a ratio within rounding of the limit
+    assert found.tokens_by_position == tokens
+    assert found.kl_by_position == pytest.approx(kl, abs=1e-3)
+    means = found.means_by_position()
+    assert len(means) == int(math.log2(max(lengths))) + 1
+    assert sum(mean * n for mean, n in zip(means, tokens, strict=False) if mean is not None) == pytest.approx(sum(kl), abs=1e-3)
+
+
+def test_the_last_class_holds_all_that_follow() -> None:
+    logp = np.zeros(1, np.float32)
+    batch = batch_of([1], logp, logp - 1)
+    for position in (2**17 - 1, 2**17 + 5, 2**30):
+        sums = Watch().sums(torch.zeros(1), MicroBatch(**vars(batch) | {"response_positions": torch.tensor([position])}))
+        assert Watched.of(sums.tolist()).means_by_position()[-1] == 1.0
+        assert Watched.of(sums.tolist()).tokens_by_position[17] == 1
+
+
+def test_drift_is_counted_in_a_row() -> None:
+    config = DriftConfig(max_off_share=0.1, min_effective_share=0.5, patience=2)
+    rule = DriftRule(config)
+    good, off, thin = ({"off_share": o, "effective_sample_share": e} for o, e in ((0.1, 0.5), (0.2, 0.9), (0.0, 0.4)))
+    assert [bool(rule.check(row)) for row in (off, good, thin, off, off, good, off, off)] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    rule = DriftRule(config.model_copy(update={"stop": True}), beyond=4)
+    reason = rule.check(thin)
+    assert reason == "the effective sample share is 40.0% (limit 50.0%) for 5 steps"
+    assert DriftRule(DriftConfig()).check(thin) is None
+
+
+def result(**sums: float) -> StepResult:
+    base = LossSums(
+        loss=6.0, denominator=2.0, tokens=4.0, sequences=2.0, nll=8.0, reverse_kl=2.0, entropy=4.0, ratio=4.0, ratio_squared=4.0
+    )
+    values = vars(base) | sums
+    return StepResult(LossSums(**values), Watched(1.0, [2.0, 0.0], [3.0, 0.0]), 0.5, 1e-3, skipped="loss" in sums)
+
+
+FACTS = StepFacts(
+    step=3, epoch=0.5, lengths=np.array([5, 3]), response_lengths=np.array([3, 1]), flops=2e12, micro_batches=2, seconds=2.0,
+    data_seconds=0.1, num_ranks=4,
+)  # fmt: skip
+
+
+def test_a_row() -> None:
+    row = step_row(result(), FACTS, {"memory_gib": 1.0, "power_watts": 300.0})
+    assert (row["loss"], row["nll"], row["reverse_kl"], row["entropy"], row["ratio"]) == (3.0, 2.0, 0.5, 1.0, 1.0)
+    assert (row["effective_sample_share"], row["off_share"], row["response_length"], row["response_length_max"]) == (1.0, 0.25, 2.0, 3)
+    assert (row["tokens_per_second"], row["model_tflops_per_rank"]) == (4.0, 0.25)
+    assert row["reverse_kl_by_position"] == [2 / 3]
+    line = console_line(row, total=10, distils=True)
+    assert line.startswith("step     3/10  loss +3.0000  reverse KL 0.5000 nat/token")
+    assert "300 W/GPU" in line
+
+
+def test_a_skipped_step_has_no_nan_in_its_row() -> None:
+    row = step_row(result(loss=math.nan), FACTS, {"memory_gib": 1.0})
+    assert row["loss"] is None
+    assert row["skipped"] is True
+    json.loads(json.dumps(row, allow_nan=False))
+    assert "SKIPPED" in console_line(row, total=10, distils=True)
+
+
+def config_of(folder: Path, *loggers: str) -> TrainStage:
+    return TrainStage(init="", store="", output=str(folder), loggers=list(loggers))  # pyright: ignore[reportArgumentType]
+
+
+def write(folder: Path, *loggers: str, first_step: int, steps: range) -> None:
+    log = MetricsLog(folder, config_of(folder, *loggers), first_step=first_step, settings={"a": {"b": 1}})
+    for step in steps:
+        log.write({"step": step, "loss": 1.0 / step, "none": None, "list": [1.0], "skipped": False})
+    log.close()
+
+
+def test_a_resume_cuts_rows_that_will_be_made_again(tmp_path: Path) -> None:
+    write(tmp_path, first_step=0, steps=range(1, 6))
+    write(tmp_path, first_step=3, steps=range(4, 7))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard.writer", raising=False)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(UserError, match=f"'{name}', which is not installed; pip install {name}"):
+        write(tmp_path, name, first_step=0, steps=range(1, 2))
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, "tensorboard", first_step=0, steps=range(1, 6))
+    write(tmp_path, "tensorboard", first_step=3, steps=range(4, 7))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "skipped"}
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(n, pytest.approx(1 / n)) for n in range(1, 7)]
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: the real client, its files, one run for two starts."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    write(tmp_path, "wandb", first_step=0, steps=range(1, 4))
+    identity = (tmp_path / "wandb_run_id").read_text()
+    write(tmp_path, "wandb", first_step=3, steps=range(4, 6))
+    assert (tmp_path / "wandb_run_id").read_text() == identity
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert all(identity in path.name and path.stat().st_size > 0 for path in files)
