@@ -10,6 +10,7 @@ from stores import make_scored_store
 from tiny_models import ARCHITECTURES, make_model
 from worker import DENSE, MIXTURE
 
+from megatron_opd.cli import main
 from megatron_opd.config import ParallelConfig
 from megatron_opd.model.architecture import read_architecture
 
@@ -26,14 +27,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_logits_agree_with_transformers(folder: Path) -> None:
     worst = run_ranks("parity", 4, folder, kinds=list(ARCHITECTURES))
-    assert len(worst) == (len(ARCHITECTURES) - 1) * len(DENSE) + len(MIXTURE)
+    layouts = [*DENSE * (len(ARCHITECTURES) - 1), *MIXTURE]
+    assert len(worst) == sum("cp" not in sizes for sizes in layouts)
     assert max(worst.values()) < 1e-4, worst
 
 
 def test_opd_gradients_agree_with_float64(folder: Path) -> None:
     """Any layout, packing and micro-batch size gives the formula's loss, gradients and gradient norm."""
     results = run_ranks("gradients", 4, folder, kinds=["qwen3-tied", "qwen2", "qwen3-moe"])
-    assert len(results) == 2 * (len(DENSE) + 3) + len(MIXTURE) + 3
+    assert len(results) == 2 * (len(DENSE) + 3) + len(MIXTURE) + 3  # the first layout thrice, the last with both normalisations
     for name, errors in results.items():
         assert max(errors) < 1e-5, (name, errors)
 
@@ -79,3 +81,14 @@ def test_layers_that_no_stage_count_divides(folder: Path, stages: dict, layers: 
     results = run_ranks("gradients", 4, folder, kinds=["uneven"], layouts=[stages])
     for name, errors in results.items():
         assert max(errors) < 1e-5, (name, errors)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "qwen2"])
+def test_megatron_loads_a_converted_checkpoint(folder: Path, kind: str) -> None:
+    """Into any layout, also one that pads the vocabulary (305 rows) to another size than the file's."""
+    make_model(folder / f"odd-{kind}", kind, layers=4, vocab=305)
+    assert main(["convert", "to-mcore", str(folder / f"odd-{kind}"), str(folder / f"mcore-{kind}")]) == 0
+    layouts = [{}, {"tp": 2, "ep": 4}, {"pp": 2, "vpp": 2, "ep": 2}] if kind == "qwen3-moe" else [{"tp": 2}, {"tp": 2, "pp": 2}]
+    results = run_ranks("converted", 4, folder, model=f"odd-{kind}", checkpoint=f"mcore-{kind}", layouts=layouts)
+    assert len(results) == len(layouts)
+    assert all(results.values()), results
