@@ -155,6 +155,42 @@ def test_a_cpu_has_no_fp8(dense: Architecture) -> None:
         fp8_options(Fp8Config(recipe="delayed"), dense, ParallelConfig())
 
 
+@pytest.mark.parametrize(
+    ("modules", "said"),
+    [(["moe"], "has no moe"), (["layernorm"], "need a GPU with Transformer Engine"), (["core_attn", "mlp"], None)],
+)
+def test_what_is_recomputed_must_be_there(dense: Architecture, modules: list[str], said: str | None) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    from megatron_opd.model import student
+
+    arguments: dict[str, Any] = {
+        "parallel": ParallelConfig(),
+        "dtype": torch.bfloat16,
+        "recompute": "selective",
+        "recompute_modules": modules,
+    }
+    if said is None:
+        assert student.transformer_config(dense, **arguments).recompute_modules == modules
+    else:
+        with pytest.raises(UserError, match=said):
+            student.transformer_config(dense, **arguments)
+
+
+def test_the_optimizer_of_lower_precision_is_refused_without_transformer_engine() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    from megatron_opd.train.optim import optimizer_config
+
+    for options in ({}, {"optimizer_offload": 1.0}, {"moments_dtype": "fp8", "main_grads_dtype": "bfloat16"}):
+        with pytest.raises(UserError, match="needs a GPU with Transformer Engine"):
+            optimizer_config(TrainStage(precision_aware_optimizer=True, **options), bf16=True, on_gpu=False)
+
+
 @given(st.lists(st.integers(1, 9), max_size=5), st.integers(1, 4))
 def test_context_parallel_ranks_share_every_sequence(halves: list[int], cp: int) -> None:
     """Every token once; each rank has the same number of tokens of each sequence, and the same causal work."""
