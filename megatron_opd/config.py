@@ -155,9 +155,8 @@ class Fp8Config(_Section):
     """Matrix products in FP8 by Transformer Engine; LM head, loss and router stay in bfloat16 or float32."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(description="how values are scaled; see docs/parallelism.md")
-    format: Literal["hybrid", "e4m3"] | None = Field(
-        default=None,
-        description="'hybrid': e4m3 forward, e5m2 gradients; by default hybrid for delayed and tensorwise, e4m3 for the others",
+    format: Literal["auto", "hybrid", "e4m3"] = Field(
+        default="auto", description="'hybrid': e4m3 forward, e5m2 gradients; 'auto': hybrid for delayed and tensorwise, e4m3 for the others"
     )
     bf16_first_layers: int = Field(default=0, ge=0, description="layers at the start that stay in bfloat16 (not with 'delayed')")
     bf16_last_layers: int = Field(default=0, ge=0, description="layers at the end that stay in bfloat16 (not with 'delayed')")

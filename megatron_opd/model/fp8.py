@@ -94,8 +94,9 @@ def megatron_fp8_fields(fp8: Fp8Config, arch: Architecture, parallel: ParallelCo
     for field in ("bf16_first_layers", "bf16_last_layers"):
         if getattr(fp8, field) > most:
             raise UserError(f"fp8.{field} = {getattr(fp8, field)}, but a pipeline stage has {most} layers")
+    chosen = fp8.format if fp8.format != "auto" else "hybrid" if fp8.recipe in ("delayed", "tensorwise") else "e4m3"
     return {
-        "fp8": fp8.format or ("hybrid" if fp8.recipe in ("delayed", "tensorwise") else "e4m3"),
+        "fp8": chosen,
         "fp8_recipe": fp8.recipe,
         "first_last_layers_bf16": bool(fp8.bf16_first_layers or fp8.bf16_last_layers),
         "num_layers_at_start_in_bf16": fp8.bf16_first_layers,

@@ -91,7 +91,7 @@ def transformer_config(
     recompute_modules: Sequence[str] = (),
     fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
-    """Megatron-Core's configuration for `arch`. Raises UserError where the parallel sizes do not divide, or this machine has no FP8."""
+    """Megatron-Core's configuration for `arch`. Raises UserError for sizes that do not divide, and for what this machine does not have."""
     arch.check_parallel(parallel)
     on_gpu = torch.cuda.is_available()
     if parallel.cp > 1 and on_gpu and not uses_transformer_engine():
@@ -137,7 +137,7 @@ def transformer_config(
         deallocate_pipeline_outputs=on_gpu,
         **_pipeline_options(arch, parallel),
         **moe_options(arch, parallel, grouped=uses_transformer_engine()),
-        **_recompute_options(recompute, recompute_modules),
+        **_recompute_options(arch, recompute, recompute_modules, fp8),
         **fp8_options(fp8, arch, parallel),
     )
 
@@ -156,12 +156,21 @@ def _pipeline_options(arch: Architecture, parallel: ParallelConfig) -> dict[str,
     return options
 
 
-def _recompute_options(recompute: str, modules: Sequence[str]) -> dict[str, Any]:
+def _recompute_options(arch: Architecture, recompute: str, modules: Sequence[str], fp8: Fp8Config | None) -> dict[str, Any]:
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
-    return {}
+    if recompute == "none":
+        return {}
+    absent = {"mlp"} if arch.num_experts else {"moe", "moe_act"}
+    if found := sorted(absent & set(modules)):
+        raise UserError(f"recompute_modules: a {arch.name} has no {', '.join(found)}")
+    # These two discard an output and make it again in place, which Megatron-Core does with Transformer Engine's help alone.
+    in_place = sorted({"layernorm", "moe_act"} & set(modules))
+    if in_place and not uses_transformer_engine():
+        raise UserError(f"recompute_modules: {', '.join(in_place)} need a GPU with Transformer Engine")
+    if in_place and fp8 and fp8.recipe == "delayed":
+        raise UserError(f"recompute_modules: {', '.join(in_place)} can't be made again with fp8.recipe = 'delayed'; take another recipe")
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
 def build_chunks(arch: Architecture, config: TransformerConfig) -> list[Student]:

@@ -13,7 +13,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opd.config import TrainerConfig
-from megatron_opd.model.student import Student
+from megatron_opd.errors import UserError
+from megatron_opd.model.student import Student, uses_transformer_engine
 
 # Megatron computes the gradient norm only where it clips; this clips nothing.
 _NO_CLIPPING = 1e30
@@ -72,9 +73,13 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
 
 
 def optimizer_config(config: TrainerConfig, *, bf16: bool, on_gpu: bool) -> OptimizerConfig:
-    """Adam, its precision, and where its state lives."""
+    """Adam, its precision, and where its state lives. Raises UserError if that needs Transformer Engine and it is not here."""
     precision: dict[str, Any] = {}
     if config.precision_aware_optimizer:
+        if not uses_transformer_engine():
+            raise UserError(
+                "precision_aware_optimizer (and optimizer_offload with it) needs a GPU with Transformer Engine: it has the Adam for it"
+            )
         moments = getattr(torch, {"fp8": "uint8"}.get(config.moments_dtype, config.moments_dtype))  # Megatron-Core names FP8 by its storage
         precision = {
             "use_precision_aware_optimizer": True,

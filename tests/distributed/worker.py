@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,7 @@ from megatron_opd.train.loss import opd_loss
 from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.step import train_step
 
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
 DENSE: list[dict[str, Any]] = [
     {},
     {"tp": 2},
@@ -72,10 +74,18 @@ def stage_config(folder: str, **options: Any) -> TrainStage:
 
 
 def chunks_of(config: TrainStage, arch: Architecture) -> list[Student]:
-    """This rank's stages with the weights of config.init, float32."""
-    model_config = transformer_config(arch, parallel=config.parallel, dtype=torch.float32, recompute=config.recompute)
+    """This rank's stages with the weights of config.init: float32, on a GPU (Transformer Engine's attention) bfloat16."""
+    model_config = transformer_config(
+        arch,
+        parallel=config.parallel,
+        dtype=torch.bfloat16 if DEVICE.type == "cuda" else torch.float32,
+        recompute=config.recompute,
+        recompute_modules=config.recompute_modules,
+        fp8=config.fp8,
+    )
     chunks = build_chunks(arch, model_config)
     for chunk in chunks:
+        chunk.to(DEVICE)
         load_hf_weights(chunk, arch, config.init)
     return chunks
 
@@ -271,24 +281,28 @@ def gradients(folder: Path, kinds: list[str], layouts: list[dict[str, Any]] | No
     return results
 
 
-def stage_of(folder: Path, kind: str, sizes: dict[str, Any], *, distributed_optimizer: bool = True) -> TrainStage:
-    return stage_config(str(folder), init=str(folder / kind), parallel=layout(**sizes), distributed_optimizer=distributed_optimizer)
+def stage_of(folder: Path, kind: str, sizes: dict[str, Any], **options: Any) -> TrainStage:
+    return stage_config(str(folder), init=str(folder / kind), parallel=layout(**sizes), **options)
 
 
 def train_steps(trainee: Trainee, arch: Architecture, config: TrainStage, steps: range) -> list[float]:
     """Loss and gradient norm of each step."""
     source = source_of(config)
-    found = [train_step(trainee, arch, partial(opd_loss, advantage_clip=3.0), source.micro_batches(step), seed=step) for step in steps]
-    return [value for result in found for value in (result.sums.loss / result.sums.denominator, result.grad_norm)]
+    found = []
+    for step in steps:
+        batches = [batch.to(DEVICE) for batch in source.micro_batches(step)]
+        result = train_step(trainee, arch, partial(opd_loss, advantage_clip=3.0), batches, seed=step)
+        found += [result.sums.loss / result.sums.denominator, result.grad_norm]
+    return found
 
 
-def losses(folder: Path, kind: str, layouts: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Three steps in each layout, with the distributed optimizer."""
+def losses(folder: Path, kind: str, layouts: list[dict[str, Any]], options: list[dict[str, Any]] | None = None) -> dict[str, list[float]]:
+    """Three steps in each layout, with the distributed optimizer, and in the last layout with each of the options."""
     arch = read_architecture(folder / kind)
     results = {}
-    for sizes in layouts:
-        config = stage_of(folder, kind, sizes)
-        results[label(sizes)] = train_steps(build(config, arch), arch, config, range(3))
+    for sizes, chosen in [*((sizes, {}) for sizes in layouts), *((layouts[-1], chosen) for chosen in options or [])]:
+        config = stage_of(folder, kind, sizes, **chosen)
+        results[f"{label(sizes)}{chosen or ''}"] = train_steps(build(config, arch), arch, config, range(3))
     return results
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,9 @@ import torch
 from tiny_models import ARCHITECTURES, make_model
 
 from megatron_opd.cli import main
-from megatron_opd.lineage import fingerprint_model, hash_tensors
+from megatron_opd.convert import hf_files
+from megatron_opd.convert.hf_files import HfTensors, hash_tensor, write_hf_directory
+from megatron_opd.lineage import fingerprint_model, hash_tensors, tensor_index
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -26,3 +31,96 @@ def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[s
     model = make_model(tmp_path / "model")
     assert main(["convert", "to-mcore", str(model), str(model)]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 2
+    error = capsys.readouterr().err
+    for name in ("GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"):
+        assert name in error
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"), [("moe_intermediate_size", 16, "has shape"), ("num_experts", 2, "not part of"), ("mlp_only_layers", [0], "mlp_only_layers")]
+)  # fmt: skip
+def test_a_config_of_other_weights_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str, value: object, said: str
+) -> None:
+    model = make_model(tmp_path / "model", "qwen3-moe")
+    config = json.loads((model / "config.json").read_text())
+    field = "num_local_experts" if field == "num_experts" and field not in config else field
+    (model / "config.json").write_text(json.dumps(config | {field: value}))
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "mcore").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_a_tensor_in_memory_has_its_hash_on_disk(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model(tmp_path / "model", "qwen2", dtype=dtype)
+    tensors = HfTensors(model)
+    assert {name: hash_tensor(name, tensors.read(name)) for name in tensors.names()} == hash_tensors(model)
+
+
+def test_a_byte_that_the_disk_changes_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path / "model")
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    save = hf_files.save_file
+
+    def save_badly(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        save(tensors, path, **options)
+        with path.open("r+b") as file:
+            file.seek(-1, 2)
+            last = file.read(1)[0]
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+
+    monkeypatch.setattr(hf_files, "save_file", save_badly)
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 2
+    assert "1 tensors read back from disk are not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+_MEASURE = """
+import resource, sys
+from pathlib import Path
+import torch
+from megatron_opd.convert.commands import to_mcore
+from megatron_opd.convert.to_hf import convert_to_hf
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model, folder = sys.argv[1], Path(sys.argv[2])
+before = peak()
+to_mcore(model, str(folder / "mcore"))
+convert_to_hf(folder / "mcore", folder / "back", max_shard_bytes=16 << 20)
+print(peak() - before)
+"""
+
+
+def test_conversion_holds_a_part_of_the_model(tmp_path: Path) -> None:
+    """Peak memory of both directions grows by less than a third of the model's size."""
+    whole = make_model(tmp_path / "whole", layers=12, dtype=torch.bfloat16, hidden_size=512, intermediate_size=6144)
+    source = HfTensors(whole)
+    names = sorted(source.names())
+    write_hf_directory(
+        tmp_path / "model", ((name, source.read(name)) for name in names), side_files=whole, dtype=torch.bfloat16, max_shard_bytes=16 << 20
+    )
+    size = sum(end - start for _, start, end, _, _ in tensor_index(tmp_path / "model").values())
+    assert size > 200 << 20
+    grown = int(
+        subprocess.run(
+            [sys.executable, "-c", _MEASURE, str(tmp_path / "model"), str(tmp_path)], check=True, capture_output=True, text=True
+        ).stdout
+    )
+    assert grown < size / 3, (grown, size)
+    assert hash_tensors(tmp_path / "back") == hash_tensors(tmp_path / "model")
+
+
+def test_the_script_is_the_subcommand(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    script = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    for arguments in (["to-mcore", str(model), str(tmp_path / "mcore")], ["to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]):
+        subprocess.run([sys.executable, str(script), *arguments], check=True)
+    assert hash_tensors(tmp_path / "back") == hash_tensors(model)

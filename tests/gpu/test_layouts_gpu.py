@@ -1,0 +1,82 @@
+"""What only GPUs can run: Transformer Engine's layers, attention and FP8 in every layout, bfloat16, against one rank's bfloat16 losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from stores import make_scored_store
+from tiny_models import make_model
+
+from megatron_opd.config import Fp8Config, ParallelConfig
+from megatron_opd.errors import UserError
+from megatron_opd.model.fp8 import Machine, check_fp8, this_machine
+
+pytestmark = pytest.mark.gpu
+LAYOUTS: list[dict[str, Any]] = [{"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}, {"tp": 2, "cp": 2}, {"ep": 2}, {"tp": 2, "ep": 4}]
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    machine = this_machine()
+    if machine.transformer_engine is None:
+        pytest.skip("no Transformer Engine")
+    return machine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models whose sizes FP8 products take: multiples of 32."""
+    folder = tmp_path_factory.mktemp("gpu")
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    make_model(folder / "dense", "qwen3", layers=4, **sizes)
+    make_model(folder / "mixture", "qwen3-moe", layers=4, **sizes, moe_intermediate_size=64)
+    make_scored_store(folder / "store", sampler=folder / "dense", teacher=folder / "dense")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_every_layout_trains_as_one_rank_does(machine: Machine, folder: Path, kind: str) -> None:
+    gpus = torch.cuda.device_count()
+    fitting = [sizes for sizes in LAYOUTS if gpus % ParallelConfig(**sizes).min_ranks == 0 and (kind == "mixture" or "ep" not in sizes)]
+    if not fitting:
+        pytest.skip(f"{gpus} GPU(s) for layouts of 2 and more ranks")
+    single = run_ranks("losses", 1, folder, kind=kind, layouts=[{}])["dp"]
+    for name, values in run_ranks("losses", gpus, folder, kind=kind, layouts=fitting).items():
+        assert values == pytest.approx(single, rel=5e-2), (name, values, single)
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_trains_as_bfloat16_does(machine: Machine, folder: Path, recipe: Any, kind: str) -> None:
+    try:
+        check_fp8(Fp8Config(recipe=recipe), machine)
+    except UserError as error:
+        pytest.skip(str(error))
+    options: list[dict[str, Any]] = [{"fp8": {"recipe": recipe}}]
+    if recipe != "delayed":
+        options.append({"fp8": {"recipe": recipe, "bf16_first_layers": 1, "bf16_last_layers": 1}})
+    single, *others = run_ranks("losses", 1, folder, kind=kind, layouts=[{}], options=options).values()
+    for values in others:
+        assert values[::2] == pytest.approx(single[::2], rel=0.1), (values, single)
+        assert values != single
+
+
+def test_precision_offload_and_recompute_train_as_the_plain_optimizer_does(machine: Machine, folder: Path) -> None:
+    options: list[dict[str, Any]] = [
+        {"recompute": "full"},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp"]},
+        {"precision_aware_optimizer": True},
+        {"precision_aware_optimizer": True, "main_grads_dtype": "bfloat16", "moments_dtype": "bfloat16"},
+        {"precision_aware_optimizer": True, "moments_dtype": "fp8"},
+        {"precision_aware_optimizer": True, "optimizer_offload": 1.0},
+        {"precision_aware_optimizer": True, "optimizer_offload": 0.5},
+    ]
+    single, *others = run_ranks("losses", 1, folder, kind="dense", layouts=[{}], options=options).values()
+    for values in others:
+        assert values == pytest.approx(single, rel=5e-2), (values, single)
