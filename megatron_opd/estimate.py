@@ -87,7 +87,7 @@ class Layout:
 
     @staticmethod
     def of(config: TrainerConfig, gpus: int) -> Layout:
-        sizes = {name: getattr(config.parallel, name, 1) for name in ("tp", "pp", "vpp", "cp", "ep")}
+        sizes = {name: getattr(config.parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep")}
         return Layout(gpus, **sizes)
 
     @property
@@ -113,7 +113,7 @@ class Layout:
 def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> Parameters:
     """Parameters of a rank of pipeline stage `stage` (from 0)."""
     H, F, D = arch.hidden_size, arch.ffn_size, arch.head_dim
-    experts = getattr(arch, "num_experts", 0)
+    experts = arch.num_experts
     attention = H * D * (2 * arch.num_heads + 2 * arch.num_kv_heads) // layout.tp
     bias = D * (arch.num_heads + 2 * arch.num_kv_heads) // layout.tp if arch.qkv_bias else 0
     norms = 2 * H + (2 * D if arch.qk_norm else 0)
@@ -128,33 +128,28 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> Parameter
 
 
 def layers_of_stage(arch: Architecture, layout: Layout, stage: int) -> int:
-    """Layers of all chunks of a rank of pipeline stage `stage`; what does not divide goes to the middle."""
-    count = layout.pp * layout.vpp
-    chunks = [arch.num_layers // count] * count
-    left = arch.num_layers % count
-    for chunk in range((count - left) // 2, (count - left) // 2 + left):
-        chunks[chunk] += 1
-    return sum(chunks[stage :: layout.pp])
+    """Layers of all chunks of a rank of pipeline stage `stage`."""
+    return sum(arch.stage_layers(layout.pp * layout.vpp)[stage :: layout.pp])
 
 
 def activation_bytes(arch: Architecture, config: TrainerConfig, layout: Layout) -> tuple[float, float]:
     """(kept for the backward pass, at most, with no recomputation) bytes of a token in one layer, in bf16 with flash attention."""
     H, F, D, tp = arch.hidden_size, arch.ffn_size, arch.head_dim, layout.tp
     spread = tp if config.parallel.sequence_parallel else 1  # norms and residuals
-    experts = getattr(arch, "experts_per_token", 0)
+    experts = arch.experts_per_token
     norms = 2 * 2 * 2 * H / spread  # input and output of both
     qkv = 2 * D * (arch.num_heads + 2 * arch.num_kv_heads) / tp
     core = qkv + (2 * D * (arch.num_heads + arch.num_kv_heads) / tp if arch.qk_norm else 0) + (2 * D + 4) * arch.num_heads / tp
     activation = 2 * F
     feed_forward = (4 * F + activation) / tp
     if experts:  # tokens are sent to the experts once each: input, both halves of the first product, the activation
-        feed_forward = experts * (2 * 2 * H + 4 * F + activation) / spread + 4 * getattr(arch, "num_experts", 0) / spread
+        feed_forward = experts * (2 * 2 * H + 4 * F + activation) / spread + 4 * arch.num_experts / spread
     whole = norms + core + feed_forward
     if config.recompute == "full":
         return 2 * H / spread, whole
     saved = 0.0
-    if str(config.recompute) == "selective":
-        modules = getattr(config, "recompute_modules", ())
+    if config.recompute == "selective":
+        modules = config.recompute_modules
         saved += norms / 2 if "layernorm" in modules else 0
         saved += feed_forward if {"mlp", "moe"} & set(modules) else 0
         saved += experts * activation / spread if "moe_act" in modules and "moe" not in modules else 0
@@ -164,13 +159,13 @@ def activation_bytes(arch: Architecture, config: TrainerConfig, layout: Layout) 
 def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stage: int, *, micro_batches: int) -> Memory:
     """Bytes on a GPU of pipeline stage `stage`, training in bf16. `micro_batches` of a step, on one rank."""
     parameters = rank_parameters(arch, layout, stage)
-    aware = getattr(config, "precision_aware_optimizer", False)
-    gradient = 2 if getattr(config, "main_grads_dtype", "float32") == "bfloat16" else 4
-    moment = _MOMENT_BYTES[getattr(config, "moments_dtype", "float32")]
+    aware = config.precision_aware_optimizer
+    gradient = 2 if config.main_grads_dtype == "bfloat16" else 4
+    moment = _MOMENT_BYTES[config.moments_dtype]
     state = (2 if aware else 4) + 2 * moment  # main weights (precision-aware: what bf16 leaves of them), and Adam's two moments
     shards = (layout.dp * layout.cp, layout.expert_dp) if config.distributed_optimizer else (1, 1)
     optimizer = state * (parameters.dense / shards[0] + parameters.expert / shards[1])
-    fp8_copies = 2 * parameters.matrix if getattr(config, "fp8", None) else 0
+    fp8_copies = 2 * parameters.matrix if config.fp8 else 0
 
     tokens = config.micro_batch_tokens / layout.cp
     kept, whole = activation_bytes(arch, config, layout)
@@ -182,13 +177,13 @@ def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stag
     activations += tokens * ((whole - kept) + 2 * 2 * arch.hidden_size + 4 * arch.ffn_size / layout.tp)
     logits = 0.0
     if stage == layout.pp - 1:
-        rows = min(tokens, getattr(config, "loss_chunk_tokens", None) or tokens)
+        rows = min(tokens, config.chunk_tokens or tokens)
         # bf16 logits that become their own gradient; the whole micro-batch's hidden states, their gradient; a product's output.
         logits = 2 * rows * arch.padded_vocab(layout.tp) / layout.tp + 3 * 2 * tokens * arch.hidden_size
     return Memory(
         parameters=2 * parameters.total + fp8_copies,
         gradients=gradient * parameters.total,
-        optimizer=optimizer * (1 - getattr(config, "optimizer_offload", 0.0)),
+        optimizer=optimizer * (1 - config.optimizer_offload),
         activations=activations,
         logits=logits,
     )
@@ -210,8 +205,8 @@ def predict_speed(
     micro_batches = max(1.0, tokens / layout.dp / config.micro_batch_tokens)
     bubble = 1 + (layout.pp - 1) / (micro_batches * layout.vpp)
     recompute = 4 / 3 if config.recompute == "full" else 1.0  # one more forward pass, a third of forward and backward
-    low, high = UTILISATION["mixture" if getattr(arch, "num_experts", 0) else "dense"]
-    if getattr(config, "fp8", None):
+    low, high = UTILISATION["mixture" if arch.num_experts else "dense"]
+    if config.fp8:
         high *= FP8_SPEEDUP
     best, worst = (flops * recompute * bubble / (layout.gpus * peak_flops * share) for share in (high, low))
     hours = (steps * best * layout.gpus / 3600, steps * worst * layout.gpus / 3600)

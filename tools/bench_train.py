@@ -169,10 +169,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     device = parallel.start(config.parallel, seed=0)
     arch = read_architecture(config.init)
-    source = BatchSource(StoreReader(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=16)
+    source = BatchSource(StoreReader(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=config.token_multiple)
     fingerprint = source.reader.manifest.sampler
     trainee = build_trainee(Readiness(arch, fingerprint, Lineage(), []), config, steps=100, device=device)
-    train_step: Any = partial(step_module.train_step, trainee, arch, LOSS)
+    train_step: Any = partial(step_module.train_step, trainee, arch, LOSS, chunk_tokens=config.chunk_tokens)
     if not ours:
         train_step = partial(reference_step, trainee, arch)
         step_module._loss_sums = reference_loss
@@ -230,7 +230,7 @@ def reference_step(trainee: Trainee, arch: Architecture, micro_batches: list[Mic
     """The step as the reference code has it; the reference model's weights are ours here, which takes the same time."""
     for _ in range(2):
         with torch.no_grad():
-            step_module.forward_backward(trainee.ddp, trainee.student, arch, LOSS, micro_batches, forward_only=True)
+            step_module.forward_backward(trainee.chunks, arch, LOSS, micro_batches, forward_only=True)
     return step_module.train_step(trainee, arch, LOSS, micro_batches, seed=seed)
 
 
