@@ -66,8 +66,8 @@ class Architecture:
         return 6.0 * matrix_weights * num_tokens + attention
 
     def padded_vocab(self, tp: int) -> int:
-        """Rows of the embedding under tensor parallelism: a multiple of 8 a rank."""
-        return -(-self.vocab_size // (8 * tp)) * 8 * tp
+        """Rows of the embedding under tensor parallelism: a multiple of 16 a rank, for the loss kernel's wide loads."""
+        return -(-self.vocab_size // (16 * tp)) * 16 * tp
 
     def check_parallel(self, parallel: ParallelConfig) -> None:
         """Raise UserError naming every size that a parallel group does not divide, and what would fit."""
