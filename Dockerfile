@@ -25,7 +25,7 @@ RUN if [ "${CUDA_EXTENSIONS}" = yes ]; then \
 
 ARG MEGATRON_CORE_VERSION=0.19.2
 COPY docker/train.txt /tmp/requirements.txt
-RUN pip freeze | grep -E '^(torch|triton|pytorch-triton|numpy)==' >/tmp/base.txt; \
+RUN pip list --format=freeze | grep -E '^(torch|triton|pytorch-triton|numpy)==' >/tmp/base.txt; \
     pip install -c /tmp/base.txt -r /tmp/requirements.txt; \
     pip install --no-deps "megatron-core==${MEGATRON_CORE_VERSION}"
 
@@ -44,7 +44,7 @@ RUN useradd --create-home --uid 10001 opd
 
 # Nothing that SGLang came with may change.
 COPY docker/serve.txt /tmp/requirements.txt
-RUN pip freeze | grep -E '^[A-Za-z0-9._-]+==' >/tmp/base.txt; \
+RUN pip list --format=freeze >/tmp/base.txt; \
     pip install -c /tmp/base.txt -r /tmp/requirements.txt
 
 COPY . /opt/megatron_opd

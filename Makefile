@@ -24,6 +24,8 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/shellcheck -x .ci/run slurm/*.sh tests/*/*.sh tools/*.sh
+	$(VENV)/bin/hadolint Dockerfile
 
 # The distributed tests on another version of Megatron-Core (its newest; the metadata asks for Python 3.12, 3.11 works).
 MCORE ?= 0.19.2

@@ -13,7 +13,7 @@ CPU_PARTITION=
 IMAGE_TRAIN=
 IMAGE_SERVE=
 VENV_TRAIN=.venv
-VENV_SERVE=.venv-sglang
+VENV_SERVE=.venv-serve
 # What a container sees: the directory that you submit from always, and these (SOURCE:TARGET, with commas between).
 MOUNTS=
 

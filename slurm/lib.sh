@@ -101,7 +101,7 @@ train_job() {
         --master-addr="$leader" --master-port=$((15000 + SLURM_JOB_ID % 10000)) -m megatron_opd "$stage" "${arguments[@]}" || finish $?
     "${srun[@]}" --nodes=1 --ntasks=1 megatron-opd progress "${arguments[@]}" --stage "$stage" && finish 0
     asked_to_stop && again
-    fail "stopped by hand before the last step; submit it again to go on"
+    fail "stopped before the last step, and not by Slurm; submit it again to go on"
 }
 
 # serve_job generate|rollout|score|eval RECIPE [ARGUMENT...]: on one node, or as one task of an array; parts that are done stay done.

@@ -85,7 +85,7 @@ def test_a_stop_by_hand_is_no_success_and_restarts_are_bounded(site: Site) -> No
         return site.log(job)
 
     log = submit(["--signal=USR1"])  # the steps alone, not the job's shell
-    assert "stopped by hand before the last step" in log
+    assert "stopped before the last step, and not by Slurm" in log
     log = submit(["--batch", "--signal=USR1"])
     assert "going on after step" in log
     assert "stopped after 0 restarts" in log
