@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="go on with a teacher that is not the SFT teacher; recorded for ever after",
         )
     _add_convert(stages)
-    _recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
+    _add_servers(_recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval))
     check = _recipe_stage(stages, "check", "is everything ready to train? would it fit (--gpus)? do the engines agree (--model)?", _check)
     check.add_argument(
         "--stage",

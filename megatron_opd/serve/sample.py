@@ -17,7 +17,7 @@ from megatron_opd.lineage import fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
 from megatron_opd.serve.encode import encode_prompts
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
-from megatron_opd.serve.stage import Bar, Shard, check_model_unchanged, check_quarantined, closing_engine, quarantine
+from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, quarantine
 
 Stage = TypeVar("Stage", bound=SampleStage)
 
@@ -74,6 +74,7 @@ def sample_into_store(
         return _account(StoreReader(stage.store), shard, stage, name, run_dir)
     with StageCost(run_dir, name) as cost, closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine:
         cost.num_gpus = engine.num_gpus
+        guard = ModelGuard(engine, stage.model)
         max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)
         if stage.sampling.max_new_tokens >= engine.context_length:
             max_prompt = engine.context_length - 1
@@ -101,7 +102,7 @@ def sample_into_store(
                     if row in skipped
                     for sample in range(samples)
                 ]
-                check_model_unchanged(engine, stage.model)
+                guard.check()
                 quarantine(run_dir, name, stage.store, part, excluded)
                 write_part(location, part, rollouts, excluded, settings)
                 cost.tokens += sum(rollout.response_len for rollout in rollouts)

@@ -11,7 +11,7 @@ from megatron_opd.errors import StoreError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, same_model
 from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
 from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
-from megatron_opd.serve.stage import Bar, Shard, check_model_unchanged, check_quarantined, closing_engine, quarantine
+from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, quarantine
 
 
 def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
@@ -47,6 +47,7 @@ def score_store(
         return reader
     with StageCost(run_dir, "score") as cost, closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine:
         cost.num_gpus = engine.num_gpus
+        guard = ModelGuard(engine, stage.model)
         settings = engine.describe()
         total = sum(reader.parts[part].num_response_tokens for part in parts)
         left = sum(reader.parts[part].num_response_tokens for part in todo)
@@ -62,7 +63,7 @@ def score_store(
                 part = todo[number]
                 work = works.pop(part)
                 scores = work.sort_out(results)
-                check_model_unchanged(engine, stage.model)
+                guard.check()
                 record = ScoreManifest(
                     part=part,
                     teacher=engine.fingerprint,

@@ -95,10 +95,22 @@ def check_quarantined(stage: str, excluded: Sequence[Excluded], *, total: int, l
         )
 
 
-def check_model_unchanged(engine: Engine, model: str) -> None:
-    """Raise LineageError if the files of the model are not those that the stage began with (servers would load these at a restart)."""
-    now = fingerprint_model(model)
-    if now != engine.fingerprint:
-        raise LineageError(
-            f"{model} changed during the run: it was {engine.fingerprint.short()}, now {now.short()}; the last part was not kept"
-        )
+class ModelGuard:
+    """Sees that the model's files stay those that the stage began with: servers would load others at a restart."""
+
+    def __init__(self, engine: Engine, model: str):
+        self.engine, self.folder = engine, Path(model)
+        self._stamp: list[tuple[str, int, int]] = []
+
+    def check(self) -> None:
+        """Raise LineageError if the model is another one. Reads the files only if their sizes or times changed."""
+        facts = [(path.name, path.stat()) for path in sorted(self.folder.glob("[!.]*")) if path.is_file()]
+        stamp = [(name, fact.st_size, fact.st_mtime_ns) for name, fact in facts]
+        if stamp == self._stamp:
+            return
+        now, before = fingerprint_model(self.folder), self.engine.fingerprint
+        if now != before:
+            raise LineageError(
+                f"{self.folder} changed during the run: it was {before.short()}, now {now.short()}; the last part was not kept"
+            )
+        self._stamp = stamp

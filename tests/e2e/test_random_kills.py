@@ -19,6 +19,7 @@ import pytest
 from serve.stub_server import LAUNCH_COMMAND
 from tiny_models import make_model, write_prompts
 
+from megatron_opd.cli import main
 from megatron_opd.config import load_recipe
 from megatron_opd.data.store import StoreReader
 from megatron_opd.train.readiness import check_train
@@ -63,11 +64,10 @@ def start(*args: object, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def finish(worker: subprocess.Popen[str], code: int = 0) -> str:
+def finish(worker: subprocess.Popen[str]) -> None:
     output, _ = worker.communicate(timeout=300)
-    assert worker.returncode == code, output[-3000:]
+    assert worker.returncode == 0, output[-3000:]
     assert "Traceback" not in output, output[-3000:]
-    return output
 
 
 def checksums(folder: Path, run: str, stage: str) -> dict[int, dict[str, int]]:
@@ -125,15 +125,15 @@ def test_a_disturbed_run_makes_the_same_store(folder: Path, seed: int) -> None:
     assert reader.verify() == []
 
 
-def test_what_can_not_be_answered_is_excluded_by_name_and_training_leaves_it_out(folder: Path) -> None:
+def test_what_can_not_be_answered_is_excluded_by_name_and_training_leaves_it_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     bad = [number for number, prompt in enumerate(rows) if "9" in prompt]
     assert 0 < len(bad) < len(rows) / 2
     poison = ("--poison", f"{BYTE_9}:none")
-    fast = ("engine.retries=1",)
-    finish(start(folder, "rollout", "poisoned", "0/1", overrides=fast))
-    output = finish(start(folder, "score", "poisoned", "0/1", *poison, overrides=fast), code=3)
-    assert "were quarantined, over max_quarantined = 0.001" in output
+    fast = ("engine.retries=1", "engine.tokens_under_way=2000")
+    assert main(command(folder, "rollout", "poisoned", "0/1", overrides=fast)[3:]) == 0
+    assert main(command(folder, "score", "poisoned", "0/1", *poison, overrides=fast)[3:]) == 3
+    assert "were quarantined, over max_quarantined = 0.001" in capsys.readouterr().err
     reader = StoreReader(str(folder / "poisoned" / "rollouts.opd.zarr"))
     reader.check_complete("teacher")
     excluded = {
@@ -162,5 +162,5 @@ def test_what_can_not_be_answered_is_excluded_by_name_and_training_leaves_it_out
     )
     assert any(f"{len(wanted)} of {len(reader)} rollouts have no scores" in note for note in check_train(recipe.train).notes)
     # Again: nothing is left to do, and the exit code says the same; with a larger bound it is 0.
-    finish(start(folder, "score", "poisoned", "0/1", *poison, overrides=fast), code=3)
-    finish(start(folder, "score", "poisoned", "0/1", *poison, overrides=(*fast, "score.max_quarantined=0.9")))
+    assert main(command(folder, "score", "poisoned", "0/1", *poison, overrides=fast)[3:]) == 3
+    assert main(command(folder, "score", "poisoned", "0/1", *poison, overrides=(*fast, "score.max_quarantined=0.9"))[3:]) == 0
