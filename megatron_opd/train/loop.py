@@ -149,7 +149,7 @@ def train(
         job.output, config.init, job.ready.lineage, config.keep_last, config.keep_every, asynchronous=config.async_save
     )
     checkpoint, saved = latest_checkpoint(job.output), progress.step
-    stopping = stop.requested()
+    stopping, too_far = stop.requested(), None
     while progress.step < job.steps and not stopping:
         step, start = progress.step, time.perf_counter()
         micro_batches = [batch.to(job.device) for batch in job.source.micro_batches(step)]
@@ -181,7 +181,8 @@ def train(
         log.close()
     if stopping and progress.step < job.steps:
         stop.done()
-        say(f"{job.name}: stopped after step {saved} as asked; the same command goes on from {checkpoint or 'the start'}")
+        why = "by the drift rule" if too_far else "as asked"
+        say(f"{job.name}: stopped after step {saved} {why}; the same command goes on from {checkpoint or 'the start'}")
     else:
         say(f"{job.name}: {checkpoint}")
     return checkpoint

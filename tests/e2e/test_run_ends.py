@@ -73,10 +73,15 @@ def losses(folder: Path, output: str) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, output)]
 
 
-def kill_often(worker: subprocess.Popen[str], folder: Path, output: str, *, kills: int, seed: int) -> None:
+@pytest.fixture(scope="module")
+def whole(worker: subprocess.Popen[str], folder: Path) -> int:
+    """An undisturbed run named `whole`; how many file operations its checkpoints took."""
+    return run(worker, folder, "whole")["operations"]
+
+
+def kill_often(worker: subprocess.Popen[str], folder: Path, output: str, *, operations: int, kills: int, seed: int) -> None:
     """Kill run after run at a random operation of its first saves, then let one finish."""
     chooser, reached = random.Random(seed), 0
-    operations = run(worker, folder, "whole")["operations"]
     per_save = operations // STEPS
     assert per_save > 8
     for _ in range(kills):
@@ -91,17 +96,17 @@ def kill_often(worker: subprocess.Popen[str], folder: Path, output: str, *, kill
     assert names == ["latest", f"step_{STEPS:06d}"], "something was left behind"
 
 
-def test_killed_saves(worker: subprocess.Popen[str], folder: Path) -> None:
-    kill_often(worker, folder, "killed", kills=5, seed=0)
+def test_killed_saves(worker: subprocess.Popen[str], folder: Path, whole: int) -> None:
+    kill_often(worker, folder, "killed", operations=whole, kills=5, seed=0)
 
 
 @pytest.mark.slow
-def test_many_killed_saves(worker: subprocess.Popen[str], folder: Path) -> None:
+def test_many_killed_saves(worker: subprocess.Popen[str], folder: Path, whole: int) -> None:
     for seed in range(1, 6):
-        kill_often(worker, folder, f"killed-{seed}", kills=12, seed=seed)
+        kill_often(worker, folder, f"killed-{seed}", operations=whole, kills=12, seed=seed)
 
 
-def test_which_checkpoints_are_kept(worker: subprocess.Popen[str], folder: Path) -> None:
+def test_which_checkpoints_are_kept(worker: subprocess.Popen[str], folder: Path, whole: int) -> None:
     run(worker, folder, "kept", keep_last=2, keep_every=2, async_save=False)
     kept = sorted(path.name for path in checkpoint_folder(folder / "kept").glob("step_*"))
     assert kept == ["step_000002", "step_000004", "step_000005"]
@@ -138,6 +143,28 @@ def test_the_stop_file(worker: subprocess.Popen[str], folder: Path) -> None:
     assert len(rows(folder, "asked")) == reached + 2
 
 
+def test_a_full_disk(worker: subprocess.Popen[str], folder: Path, whole: int) -> None:
+    """The run ends with the reason and its last whole checkpoint; with room made, the same command goes on."""
+    disk = folder / "small"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system needs root and mount")
+    try:
+        run(worker, folder, "small", code=2)
+        text = (folder / "small.log").read_text()
+        assert "the checkpoint of step" in text
+        assert "could not be written: " in text
+        assert "No space left on device" in text
+        assert f"the last whole one is {latest_checkpoint(disk) or 'none'}; mend this and run the same command again" in text
+        assert "Traceback" not in text
+        subprocess.run([*mount[:4], "remount,size=64m", *mount[5:]], check=True)
+        run(worker, folder, "small")
+        assert losses(folder, "small") == losses(folder, "whole")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_a_run_whose_loss_is_not_a_number(worker: subprocess.Popen[str], folder: Path) -> None:
     """An absurd rate: the steps after the first are skipped and counted, then the run ends with the rollouts of the last."""
     options = {"steps": 30, "lr": 1e25, "clip_grad": 0.0, "max_skipped_steps": 2}
@@ -169,7 +196,7 @@ def test_the_count_of_skipped_steps_survives_a_resume(worker: subprocess.Popen[s
     assert costs[-1]["error"].startswith("UserError: train: loss or gradient of step")
 
 
-def test_drift_stops_the_run_with_advice(worker: subprocess.Popen[str], folder: Path) -> None:
+def test_drift_stops_the_run_with_advice(worker: subprocess.Popen[str], folder: Path, whole: int) -> None:
     """The rollouts of the test's store are random tokens, so that nearly all of them are off from the first step."""
     limits = {"drift.max_off_share": 0.5, "drift.min_effective_share": 0.9, "drift.patience": 2}
     run(worker, folder, "drifts", **limits)
@@ -179,6 +206,7 @@ def test_drift_stops_the_run_with_advice(worker: subprocess.Popen[str], folder: 
     assert f"megatron-opd convert to-hf {folder / 'drifts'} " in text
     assert losses(folder, "drifts") == losses(folder, "whole")
     run(worker, folder, "drifts-and-stops", **limits, **{"drift.stop": True})
+    assert "stopped after step 2 by the drift rule; the same command goes on from" in (folder / "drifts-and-stops.log").read_text()
     assert losses(folder, "drifts-and-stops") == losses(folder, "whole")[:2]
     checkpoint = latest_checkpoint(folder / "drifts-and-stops")
     assert checkpoint is not None
