@@ -6,7 +6,6 @@ Every path may use {run_dir} and {name}. `None` means "off" or "not given"; ther
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import tomllib
 from importlib import resources
@@ -14,19 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from megatron_opd.errors import ConfigError
+from megatron_opd.layout import Fp8Config, ParallelConfig
+from megatron_opd.layout import Section as _Section
 from megatron_opd.records import SamplingParams
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # Text for the model may hold braces of its own.
 _FREE_TEXT = {"system"}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelsConfig(_Section):
@@ -122,55 +119,6 @@ class ScoreStage(_Section):
     )
     max_quarantined: float = Field(default=0.001, ge=0, le=1, description="share of failed rollouts above which the stage exits with 3")
     allow_teacher_mismatch: bool = False
-
-
-class ParallelConfig(_Section):
-    """Sizes of Megatron's parallel groups; data parallel is what is left of the world."""
-
-    tp: int = Field(default=1, gt=0, description="tensor parallel")
-    pp: int = Field(default=1, gt=0, description="pipeline parallel")
-    vpp: int = Field(default=1, gt=0, description="interleaved pipeline: model chunks a rank (1: plain 1F1B)")
-    cp: int = Field(default=1, gt=0, description="context parallel: every sequence cut over this many ranks")
-    ep: int = Field(default=1, gt=0, description="expert parallel: a mixture's experts spread over this many of the tp * cp * dp ranks")
-    sequence_parallel: bool = Field(default=True, description="with tp > 1: split norms and residuals over the sequence")
-
-    @model_validator(mode="after")
-    def _interleaved_needs_a_pipeline(self) -> ParallelConfig:
-        if self.vpp > 1 and self.pp == 1:
-            raise ValueError(f"vpp={self.vpp} needs pp > 1: chunks of a pipeline that has one rank can't be interleaved")
-        return self
-
-    @property
-    def min_ranks(self) -> int:
-        """The number of ranks must be a multiple of this."""
-        return self.pp * math.lcm(self.tp * self.cp, self.ep)
-
-    @property
-    def token_multiple(self) -> int:
-        """Tokens of a micro-batch must be a multiple of this."""
-        return self.tp * (2 * self.cp if self.cp > 1 else 1)
-
-
-class Fp8Config(_Section):
-    """Matrix products in FP8 by Transformer Engine; LM head, loss and router stay in bfloat16 or float32."""
-
-    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(description="how values are scaled; see docs/parallelism.md")
-    format: Literal["auto", "hybrid", "e4m3"] = Field(
-        default="auto", description="'hybrid': e4m3 forward, e5m2 gradients; 'auto': hybrid for delayed and tensorwise, e4m3 for the others"
-    )
-    bf16_first_layers: int = Field(default=0, ge=0, description="layers at the start that stay in bfloat16 (not with 'delayed')")
-    bf16_last_layers: int = Field(default=0, ge=0, description="layers at the end that stay in bfloat16 (not with 'delayed')")
-
-    @model_validator(mode="after")
-    def _check(self) -> Fp8Config:
-        if self.recipe == "delayed" and (self.bf16_first_layers or self.bf16_last_layers):
-            raise ValueError("Megatron-Core keeps first and last layers in bfloat16 with tensorwise, blockwise or mxfp8, not with delayed")
-        return self
-
-    @property
-    def token_multiple(self) -> int:
-        """Rows of a matrix that an FP8 product takes must be a multiple of this (Megatron-Core's fp8_utils)."""
-        return 32 if self.recipe == "mxfp8" else 16
 
 
 class LrSchedule(_Section):

@@ -246,7 +246,7 @@ def same_memory(parameter: torch.nn.Parameter, view: torch.Tensor) -> bool:
     return start <= view.storage_offset() < start + parameter.numel()
 
 
-def gradients(folder: Path, kinds: list[str], layouts: list[dict[str, Any]] | None = None) -> dict[str, list[float]]:
+def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
     """[loss difference, relative gradient error, relative error of the norm] against the float64 reference.
 
     Over layouts, packing, micro-batch sizes and normalisations; the first layout has every combination.
@@ -260,7 +260,7 @@ def gradients(folder: Path, kinds: list[str], layouts: list[dict[str, Any]] | No
     for kind in kinds:
         directory = folder / kind
         arch = read_architecture(directory)
-        chosen_layouts = layouts or (MIXTURE if arch.num_experts else DENSE)
+        layouts = MIXTURE if arch.num_experts else DENSE
         for sequence_mean in (True, False):
             layout()
             common = {"init": str(directory), "distributed_optimizer": False, "clip_grad": 0.0, "lr": 1e-9}
@@ -268,7 +268,7 @@ def gradients(folder: Path, kinds: list[str], layouts: list[dict[str, Any]] | No
             everything = [source.build([int(i)]) for i in source.step_rollouts(0)]
             loss, expected = reference_gradients(arch, everything, directory, opd_formula)
             norm = sum(gradient.square().sum().item() for gradient in expected.values()) ** 0.5
-            for number, sizes in enumerate(chosen_layouts if sequence_mean else chosen_layouts[-1:]):
+            for number, sizes in enumerate(layouts if sequence_mean else layouts[-1:]):
                 for chosen in options if number == 0 and sequence_mean else [options[number % len(options)]]:
                     config = stage_config(str(folder), parallel=layout(**sizes), **common, **chosen)
                     trainee = build(config, arch)
