@@ -22,7 +22,7 @@ from megatron_opd.model.architecture import read_architecture
 from megatron_opd.model.student import build_student, transformer_config
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
-from megatron_opd.train.checkpoint import LATEST, STATE_FILE, checkpoint_folder, latest_checkpoint
+from megatron_opd.train.checkpoint import STATE_FILE, latest_checkpoint
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -49,10 +49,10 @@ def trained_to_hf(recipe: Recipe, stage: str) -> str:
     progress = stage_progress(recipe, stage)
     if not progress.finished:
         raise CheckpointError(f"{source}: {progress.done} of {progress.total} steps; finish it ('megatron-opd {stage}'), then convert")
-    config, latest = target / "config.json", checkpoint_folder(source) / LATEST
-    if not config.exists():
+    config, latest = target / "config.json", latest_checkpoint(source)
+    if latest is None or not config.exists():
         return f"wrote {to_hf(str(source), str(target))}"
-    if config.stat().st_mtime < latest.stat().st_mtime:
+    if config.stat().st_mtime < (latest / STATE_FILE).stat().st_mtime:
         raise UserError(
             f"{target} is older than {latest}; what was made with it (rollouts, evaluations) is too: move it away, or give another run_dir"
         )

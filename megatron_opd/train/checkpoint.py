@@ -19,7 +19,7 @@ from megatron_opd.records import Lineage
 from megatron_opd.train.optim import Trainee
 
 STATE_FILE = "opd_state.json"
-LATEST = "latest"
+_LATEST = "latest"
 
 
 def checkpoint_folder(output: Path) -> Path:
@@ -28,7 +28,7 @@ def checkpoint_folder(output: Path) -> Path:
 
 def latest_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of a run, None if there is none. Raises CheckpointError if `latest` names what is not there."""
-    pointer = checkpoint_folder(output) / LATEST
+    pointer = checkpoint_folder(output) / _LATEST
     if not pointer.exists():
         return None
     path = checkpoint_folder(output) / pointer.read_text().strip()
@@ -72,7 +72,7 @@ def save_checkpoint(output: Path, trainee: Trainee, state: dict[str, Any], *, in
         write_json_atomic(staging / STATE_FILE, state)
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
-        pointer = folder / LATEST
+        pointer = folder / _LATEST
         pointer.with_suffix(".tmp").write_text(name + "\n")
         pointer.with_suffix(".tmp").replace(pointer)
         for old in sorted(folder.glob("step_*"))[:-keep_last]:
@@ -89,7 +89,7 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         loaded: Any = dist_checkpointing.load(_sharded_state(trainee, metadata, is_loading=True), str(checkpoint))
     except (OSError, EOFError, KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
-        raise CheckpointError(f"{checkpoint} can't be loaded: {error}; point {LATEST} to another step folder") from error
+        raise CheckpointError(f"{checkpoint} can't be loaded: {error}; point {_LATEST} to another step folder") from error
     trainee.student.load_state_dict(loaded["model"])
     with torch.no_grad():
         trainee.optimizer.load_state_dict(loaded["optimizer"])
