@@ -169,7 +169,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     device = parallel.start(config.parallel, seed=0)
     arch = read_architecture(config.init)
-    source = BatchSource(StoreReader(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=config.token_multiple)
+    source = BatchSource(
+        StoreReader(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=config.token_multiple
+    )
     fingerprint = source.reader.manifest.sampler
     trainee = build_trainee(Readiness(arch, fingerprint, Lineage(), []), config, steps=100, device=device)
     train_step: Any = partial(step_module.train_step, trainee, arch, LOSS, chunk_tokens=config.chunk_tokens)

@@ -20,7 +20,7 @@ from megatron_opd.lineage import hash_tensors, read_lineage, tensor_index, write
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
-from megatron_opd.train.checkpoint import LATEST, STATE_FILE, checkpoint_folder, latest_checkpoint
+from megatron_opd.train.checkpoint import STATE_FILE, latest_checkpoint
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -47,10 +47,10 @@ def trained_to_hf(recipe: Recipe, stage: str) -> str:
     progress = stage_progress(recipe, stage)
     if not progress.finished:
         raise CheckpointError(f"{source}: {progress.done} of {progress.total} steps; finish it ('megatron-opd {stage}'), then convert")
-    config, latest = target / "config.json", checkpoint_folder(source) / LATEST
-    if not config.exists():
+    config, latest = target / "config.json", latest_checkpoint(source)
+    if latest is None or not config.exists():
         return f"wrote {to_hf(str(source), str(target))}"
-    if config.stat().st_mtime < latest.stat().st_mtime:
+    if config.stat().st_mtime < (latest / STATE_FILE).stat().st_mtime:
         raise UserError(
             f"{target} is older than {latest}; what was made with it (rollouts, evaluations) is too: move it away, or give another run_dir"
         )

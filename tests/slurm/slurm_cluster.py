@@ -57,7 +57,7 @@ TreeWidth=65533
 GresTypes=gpu
 NodeName=DEFAULT Port={slurmd_port} Sockets=2 CoresPerSocket=32 RealMemory=2000000 Gres=gpu:h100:8
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES DefaultTime=1:00:00 MaxTime=7-0 PriorityTier=1 GraceTime=60
+PartitionName=batch Nodes=ALL Default=YES DefaultTime=1:00:00 MaxTime=7-0 PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=ALL DefaultTime=1:00:00 MaxTime=7-0 PriorityTier=10
 """
 

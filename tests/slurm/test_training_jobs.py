@@ -51,7 +51,7 @@ def test_a_job_stopped_in_every_way_ends_like_an_undisturbed_one(site: Site) -> 
 
     assert restarts() == 4
     assert log.count("ready to train") == 1, "checked before the first start alone"
-    assert log.count("back into the queue") == 3, "after a node failure Slurm does it"
+    assert log.count("back into the queue") in (2, 3), "after a node failure Slurm does it, and after a preemption if its grace is over"
     assert f"going on after step {saved} " in log.rpartition("(restart 4)")[2]
     assert log.count(" as asked; the same command goes on from ") == 3, "saved at each stop"
     assert "Traceback" not in log.partition("(restart 3)")[0]

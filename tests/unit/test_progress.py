@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,22 @@ def test_an_unfinished_run_is_not_converted(inputs: list[str], tmp_path: Path, c
     recipe = [*inputs, f"run_dir={str(tmp_path)!r}", "sft.steps=4"]
     assert main(["convert", "trained", *recipe, "--stage", "sft"]) == 2
     assert "3 of 4 steps" in capsys.readouterr().err
+
+
+def test_a_converted_model_is_left_alone_and_an_outdated_one_is_named(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "sft", 4)
+    config = tmp_path / "sft-hf/config.json"
+    config.parent.mkdir()
+    config.write_text("{}")
+    command = ["convert", "trained", *inputs, f"run_dir={str(tmp_path)!r}", "sft.steps=4", "--stage", "sft"]
+    assert main(command) == 0
+    assert "is there already" in capsys.readouterr().out
+    os.utime(config, (1, 1))
+    assert main(command) == 2
+    assert "is older than" in capsys.readouterr().err
+    assert config.read_text() == "{}"
 
 
 def test_check_of_the_inputs_names_what_is_missing(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
