@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     _add_convert(stages)
     _add_servers(_recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval))
-    check = _recipe_stage(stages, "check", "is everything ready to train? would it fit (--gpus)? do the engines agree (--model)?", _check)
+    check = _recipe_stage(stages, "check", "is everything ready to train? Would it fit (--gpus)? Do the engines agree (--model)?", _check)
     check.add_argument(
         "--stage",
         choices=("inputs", "sft", "train"),
@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _recipe_stage(
     stages: argparse._SubParsersAction, name: str, text: str, run: Callable[..., object], *, sharded: bool = False, trains: bool = False
 ) -> argparse.ArgumentParser:
-    parser = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + "." * (text[-1] not in ".?"))
     parser.add_argument("recipe", help=f"a TOML file, or a shipped recipe: {', '.join(shipped_recipes())}")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and exit")
