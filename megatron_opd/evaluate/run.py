@@ -56,7 +56,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
         score_store(
             ScoreStage(store=store, model=stage.teacher, teacher=TEACHER), recipe.engine, run_dir=recipe.run_dir, check_lineage=False
         )
-        result["reverse_kl"] = reverse_kl(StoreReader(store, teacher=TEACHER), TEACHER)
+        result["reverse_kl"] = reverse_kl(StoreReader(store), TEACHER)
     result |= {"seconds": time.time() - started, "provenance": provenance()}
     write_json_atomic(output / f"{stage.name}.json", result)
     print(f"eval: {describe(result)}")
