@@ -57,10 +57,16 @@ class Memory:
     optimizer: float
     activations: float
     logits: float
+    host: float  # not on the GPU: what optimizer_offload keeps in the node's memory for it
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What lies on the GPU."""
+        return {name: value for name, value in vars(self).items() if name != "host"}
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values()) * (1 + FRAGMENTATION) + FIXED_BYTES
+        return sum(self.parts.values()) * (1 + FRAGMENTATION) + FIXED_BYTES
 
 
 @dataclass(frozen=True)
@@ -180,12 +186,14 @@ def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stag
         rows = min(tokens, config.chunk_tokens or tokens)
         # bf16 logits that become their own gradient; the whole micro-batch's hidden states, their gradient; a product's output.
         logits = 2 * rows * arch.padded_vocab(layout.tp) / layout.tp + 3 * 2 * tokens * arch.hidden_size
+    offload = config.optimizer_offload
     return Memory(
         parameters=2 * parameters.total + fp8_copies,
         gradients=gradient * parameters.total,
-        optimizer=optimizer * (1 - config.optimizer_offload),
+        optimizer=optimizer * (1 - offload),
         activations=activations,
         logits=logits,
+        host=offload * 16 * optimizer / state,  # main weights, two moments and gradients of this rank's shard, all fp32
     )
 
 
@@ -263,7 +271,7 @@ def _changes(config: TrainerConfig) -> Iterator[tuple[str, TrainerConfig]]:
 
 def describe(memory: Memory) -> str:
     """The parts in GiB, on one line."""
-    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in vars(memory).items())
+    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in memory.parts.items())
     return f"{parts}, fixed {FIXED_BYTES / GIB:.0f}, fragmentation {FRAGMENTATION:.0%}"
 
 
@@ -288,6 +296,8 @@ def estimate_recipe(recipe: Recipe, gpus: int, gpu_gib: float) -> list[str]:
         )
         lines.append(f"{name}: {sizes} on {gpus} GPUs; {data.source}: {data.mean:.0f} tokens a rollout")
         lines.append(f"  memory: {memory.total / GIB:.1f} of {gpu_gib:g} GiB on the fullest GPU ({describe(memory)})")
+        if memory.host:
+            lines.append(f"  host memory for the optimizer: about {memory.host * gpus / GIB:.0f} GiB on all nodes together")
         steps = config.steps or data.steps(config)
         speed = predict_speed(arch, config, layout, mean_tokens=data.mean, steps=steps or 1)
         (fast, slow), (best, worst) = speed.tokens_per_second, speed.step_seconds

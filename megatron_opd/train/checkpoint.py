@@ -116,10 +116,13 @@ class CheckpointWriter:
             self._calls.maybe_finalize_async_calls(blocking=blocking)
         except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
             latest = latest_checkpoint(self.output) or "none"
-            reason = " ".join(str(error).split())
+            # Which rank failed, and why; torch's own text is a traceback, and may not say that a disk is full.
+            failures = getattr(error, "failures", None)
+            reason = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in failures.items()) if failures else str(error)
+            free = shutil.disk_usage(self.output).free / 2**20
             raise CheckpointError(
-                f"the checkpoint of step {self._saving} could not be written: {reason}; the last whole one is {latest}; "
-                "mend this and run the same command again"
+                f"the checkpoint of step {self._saving} could not be written: {reason} ({free:.1f} MiB are free there); the last whole one is "
+                f"{latest}; mend this and run the same command again"
             ) from None
 
     def _make_staging(self, step: int) -> Path:
