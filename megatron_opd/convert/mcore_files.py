@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
@@ -63,9 +64,16 @@ class McoreTensors:
             inner = record.size[len(index) :]
             tensor = torch.empty(*[1] * len(index), *inner, dtype=record.properties.dtype)
             wanted.setdefault(entry.mcore, {})[(*index, *[0] * len(inner))] = tensor
-        load_dcp({}, storage_reader=self._reader, planner=_PieceLoader(wanted), no_dist=True)
+        try:
+            load_dcp({}, storage_reader=self._reader, planner=_PieceLoader(wanted), no_dist=True)
+        except CheckpointException as error:
+            raise CheckpointError(f"{self._reader.path}: it can't be read ({_cause(error)}); use another step") from error
         inner_zeros = {entry.mcore: (0,) * len(entry.shape) for entry, _ in pieces}
         return [wanted[entry.mcore][(*index, *inner_zeros[entry.mcore])][(0,) * len(index)] for entry, index in pieces]
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
 
 
 class _PieceLoader(DefaultLoadPlanner):
@@ -99,7 +107,10 @@ def write_mcore_checkpoint(folder: Path, arch: Architecture, dtype: torch.dtype,
 
     Vocabularies are padded with zero rows as one rank pads them; Megatron-Core pads or cuts them further when it loads.
     """
-    save_dcp({}, storage_writer=FileSystemWriter(folder), planner=_PieceSaver(arch, dtype, make), no_dist=True)
+    try:
+        save_dcp({}, storage_writer=FileSystemWriter(folder), planner=_PieceSaver(arch, dtype, make), no_dist=True)
+    except CheckpointException as error:  # a full disk, say, wrapped for many ranks
+        raise _cause(error) from error
     torch.save({"content_metadata": {"singleton_local_shards": False}}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
 

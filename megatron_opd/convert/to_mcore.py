@@ -52,17 +52,12 @@ def sharded_tensors(tree: object) -> list[ShardedTensor]:
 
 
 def global_tensor(source: HfTensors, entry: Entry, arch: Architecture, index: Index) -> torch.Tensor:
-    """One global tensor, from the Hugging Face tensors that make it. Raises UserError where they have another shape than config.json says."""
-    tensors = [source.read(name) for name in entry.hf_names(index)]
-    shapes = [part.shape for part in entry.to_hf(torch.empty(entry.shape, device="meta"), arch)]
-    for name, tensor, shape in zip(entry.hf_names(index), tensors, shapes, strict=True):
-        if tensor.shape != shape:
-            raise UserError(f"{source.directory}: {name} has shape {tuple(tensor.shape)}; config.json asks for {tuple(shape)}")
-    return entry.to_mcore(tensors, arch)
+    """One global tensor, from the Hugging Face tensors that make it."""
+    return entry.to_mcore([source.read(name) for name in entry.hf_names(index)], arch)
 
 
 def open_source(directory: str | Path, arch: Architecture) -> HfTensors:
-    """The directory's tensors. Raises UserError unless they are just those of the architecture."""
+    """The directory's tensors. Raises UserError unless they are just those of the architecture, in its shapes."""
     source = HfTensors(directory)
     expected = expected_names(arch)
     ignorable = {name for name in source.names() if name.endswith("rotary_emb.inv_freq")} | (
@@ -74,4 +69,11 @@ def open_source(directory: str | Path, arch: Architecture) -> HfTensors:
     ):
         if names:
             raise UserError(f"{source.directory}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}")
+    for entry in table(arch):
+        shapes = [tuple(part.shape) for part in entry.to_hf(torch.empty(entry.shape, device="meta"), arch)]
+        for index in entry.indices(arch):
+            for name, shape in zip(entry.hf_names(index), shapes, strict=True):
+                found = tuple(source.index[name][4])
+                if found != shape:
+                    raise UserError(f"{source.directory}: {name} has shape {found}; config.json asks for {shape}")
     return source

@@ -84,6 +84,16 @@ def test_a_byte_that_the_disk_changes_is_found(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "back").exists()
 
 
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(tmp_path / "model")
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    (weights,) = (tmp_path / "mcore").glob("*.distcp")
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 2
+    assert f"{tmp_path / 'mcore'}: it can't be read" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
 _MEASURE = """
 import resource, sys
 from pathlib import Path
