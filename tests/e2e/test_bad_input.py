@@ -271,7 +271,7 @@ def test_check_refuses(work: Workplace, change: str, message: str) -> None:
         ("rollout", ["rollout.num_prompts=99"], "12 prompts, but num_prompts asks for 99"),
         ("generate", ["generate=null"], "the recipe has no [generate] section"),
         ("rollout", ["engine.device=abacus", "rollout.store={none}"], "engine.device is 'abacus'"),
-        ("rollout", ["engine.kind=sglang", "rollout.store={none}"], "engine.kind is 'sglang' but engine.urls is empty"),
+        ("rollout", ["engine.kind=sglang", "rollout.store={none}"], "engine.kind is 'sglang' but there are no servers"),
         ("rollout", ["rollout.store=nowhere://x"], "nowhere://x: no file system for this address"),
         ("rollout", ["rollout.store={folder}/prompts.jsonl"], "prompts.jsonl is a file; a store is a directory"),
         ("rollout", ["--shard=2/2"], "shard 2/2: i/N with 0 <= i < N is expected"),
