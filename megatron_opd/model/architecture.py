@@ -81,7 +81,7 @@ class Architecture:
             faults[-1] += f" (tp may be {', '.join(map(str, fitting))})"
         if stages > self.num_layers:
             faults.append(
-                f"pp={parallel.pp} x vpp={parallel.vpp} makes {stages} stages of the model's {self.num_layers} layers (one each at most)"
+                f"pp={parallel.pp} x vpp={parallel.vpp} makes {stages} stages, but the model has {self.num_layers} layer(s); pp * vpp may be at most {self.num_layers}"
             )
         if ep > 1 and not self.num_experts:
             faults.append(f"ep={ep}, but {self.name} has no experts (ep must be 1)")

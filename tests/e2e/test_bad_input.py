@@ -243,7 +243,7 @@ def test_a_prompt_longer_than_the_context(work: Workplace) -> None:
     ("change", "message"),
     [
         ("train.parallel.tp=3", "tp=3 does not divide the model's 4 attention heads; tp=3 does not divide the model's 2 key-value heads"),
-        ("train.parallel.pp=2", "pp=2 does not divide the model's 1 layers (pp may be 1)"),
+        ("train.parallel.pp=2", "but the model has 1 layer(s); pp * vpp may be at most 1"),
         ("train.micro_batch_tokens=4", "over micro_batch_tokens = 4; raise it, or cut with max_response_tokens"),
         ("train.init={other}", "holds rollouts of student ("),
         ("train.init={none}", "config.json: no such file; a Hugging Face model directory is expected"),

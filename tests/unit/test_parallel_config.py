@@ -63,7 +63,7 @@ def test_shipped_recipes_fit_their_models(mixture: Architecture, dense: Architec
         ({"ep": 3}, r"ep=3 does not divide the model's 128 experts \(ep may be 1, 2, 4, 8, 16, 32, 64, 128\)"),
         ({"tp": 8}, r"tp=8 does not divide the model's 4 key-value heads \(tp may be 1, 2, 4\)"),
         ({"tp": 2, "sequence_parallel": False}, "needs sequence_parallel = true"),
-        ({"pp": 8, "vpp": 7}, "56 stages of the model's 48 layers"),
+        ({"pp": 8, "vpp": 7}, "56 stages, but the model has 48 layer"),
     ],
 )
 def test_layouts_that_do_not_fit_a_mixture(mixture: Architecture, sizes: dict[str, Any], said: str) -> None:
