@@ -86,6 +86,7 @@ class CheckpointWriter:
     def save(self, trainee: Trainee, state: dict[str, Any]) -> Path:
         """Start to save; `state` has 'step'. Returns where the checkpoint will be. Raises CheckpointError if an earlier save failed."""
         self.finish()
+        trainee.gather_weights()
         step = int(state["step"])
         staging = self._make_staging(step)
         metadata = _content_metadata(trainee)

@@ -32,16 +32,21 @@ class Trainee:
     def students(self) -> list[Student]:
         return [cast(Student, chunk.module) for chunk in self.chunks]
 
+    def gather_weights(self) -> None:
+        """Make this rank's weights whole. After a step it has its own shard of the new ones: the next forward pass gathers the others."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: int) -> Trainee:
     """Wrap the students; the optimizer's main weights are copies of the parameters as they are now."""
-    on_gpu = torch.cuda.is_available()
     model_config = students[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.main_grads_dtype == "float32",
         use_distributed_optimizer=config.distributed_optimizer,
-        overlap_grad_reduce=on_gpu,
-        overlap_param_gather=on_gpu and config.distributed_optimizer,
+        overlap_grad_reduce=True,
+        overlap_param_gather=config.distributed_optimizer,
     )
     # Buckets overlap communication with the backward pass; only the chunk whose backward pass comes last gains by it.
     chunks = [
@@ -50,12 +55,11 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     for chunk in chunks:
         chunk.broadcast_params()
     logging.getLogger("megatron.core.optimizer").setLevel(logging.ERROR)
-    optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16, on_gpu=on_gpu), [*chunks])
+    optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16), [*chunks])
     model_config.finalize_model_grads_func = finalize_model_grads
     model_config.grad_scale_func = optimizer.scale_loss
-    if on_gpu:
-        no_sync: Any = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-        model_config.no_sync_func = no_sync
+    no_sync: Any = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    model_config.no_sync_func = no_sync
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -72,7 +76,7 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     return Trainee(chunks, optimizer, scheduler)
 
 
-def optimizer_config(config: TrainerConfig, *, bf16: bool, on_gpu: bool) -> OptimizerConfig:
+def optimizer_config(config: TrainerConfig, *, bf16: bool) -> OptimizerConfig:
     """Adam, its precision, and where its state lives. Raises UserError if that needs Transformer Engine and it is not here."""
     precision: dict[str, Any] = {}
     if config.precision_aware_optimizer:
@@ -91,7 +95,7 @@ def optimizer_config(config: TrainerConfig, *, bf16: bool, on_gpu: bool) -> Opti
         precision |= {
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": config.optimizer_offload,
-            "overlap_cpu_optimizer_d2h_h2d": on_gpu,
+            "overlap_cpu_optimizer_d2h_h2d": True,
         }
     return OptimizerConfig(
         optimizer="adam",
@@ -106,6 +110,6 @@ def optimizer_config(config: TrainerConfig, *, bf16: bool, on_gpu: bool) -> Opti
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         fp8_recipe=config.fp8.recipe if config.fp8 else None,
         use_distributed_optimizer=config.distributed_optimizer,
-        overlap_param_gather=on_gpu and config.distributed_optimizer,
+        overlap_param_gather=config.distributed_optimizer,
         **precision,
     )

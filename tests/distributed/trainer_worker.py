@@ -81,6 +81,7 @@ def skipping(folder: Path, distributed_optimizer: bool) -> dict[str, bool]:
 
 def snapshot(trainee: Trainee) -> list[torch.Tensor]:
     """Copies of weights and optimizer state."""
+    trainee.gather_weights()
     states = [state for part in torch_optimizers(trainee.optimizer) for state in part.state.values()]
     tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
     return [tensor.detach().clone() for tensor in [*trainee.students[0].parameters(), *tensors]]

@@ -75,11 +75,12 @@ def stage_config(folder: str, **options: Any) -> TrainStage:
 
 
 def chunks_of(config: TrainStage, arch: Architecture) -> list[Student]:
-    """This rank's stages with the weights of config.init: float32, on a GPU (Transformer Engine's attention) bfloat16."""
+    """This rank's stages with the weights of config.init; 'auto': float32, on a GPU (Transformer Engine's attention) bfloat16."""
+    dtype = ("bfloat16" if DEVICE.type == "cuda" else "float32") if config.dtype == "auto" else config.dtype
     model_config = transformer_config(
         arch,
         parallel=config.parallel,
-        dtype=torch.bfloat16 if DEVICE.type == "cuda" else torch.float32,
+        dtype=getattr(torch, dtype),
         recompute=config.recompute,
         recompute_modules=config.recompute_modules,
         fp8=config.fp8,
@@ -116,7 +117,7 @@ def layout(**sizes: Any) -> ParallelConfig:
 
 
 def label(sizes: dict[str, Any]) -> str:
-    return " ".join(f"{name}{int(value)}" for name, value in sizes.items()) or "dp"
+    return " ".join(f"{name}{value if isinstance(value, str) else int(value)}" for name, value in sizes.items()) or "dp"
 
 
 def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
@@ -308,22 +309,29 @@ def losses(folder: Path, kind: str, layouts: list[dict[str, Any]], options: list
 
 
 def reshard(
-    folder: Path, kind: str, distributed_optimizer: bool, saved: dict[str, Any], loaded: list[dict[str, Any]]
+    folder: Path, kind: str, saved: dict[str, Any], loaded: list[dict[str, Any]], options: dict[str, Any]
 ) -> dict[str, list[float]]:
-    """Losses and gradient norms of three steps after a checkpoint, continued in the layout that saved it and loaded into others."""
+    """Losses and gradient norms of three steps after a checkpoint, continued in the layout that saved it and loaded into others.
+
+    'weights': the largest difference between the weights that were saved and those loaded into the first of `loaded`, the same layout.
+    """
     arch = read_architecture(folder / kind)
-    config = stage_of(folder, kind, saved, distributed_optimizer=distributed_optimizer)
+    config = stage_of(folder, kind, saved, **options)
     trainee = build(config, arch)
     train_steps(trainee, arch, config, range(2))
-    output = folder / f"out-{kind}-{label(saved)}-{int(distributed_optimizer)}"
+    output = folder / f"out-{kind}-{label(saved)}-{label(options)}"
     writer = CheckpointWriter(output, str(folder / kind), Lineage())
     checkpoint = writer.save(trainee, {"step": 2})
+    kept = [parameter.detach().clone() for student in trainee.students for parameter in student.parameters()]
     results = {"continued": train_steps(trainee, arch, config, range(2, 5))}  # while the checkpoint is being written
     writer.finish()
     for sizes in loaded:
-        config = stage_of(folder, kind, sizes, distributed_optimizer=distributed_optimizer)
+        config = stage_of(folder, kind, sizes, **options)
         trainee = build(config, arch)
         load_checkpoint(checkpoint, trainee)
+        if "weights" not in results:
+            now = [parameter for student in trainee.students for parameter in student.parameters()]
+            results["weights"] = [max_over_ranks(max((a - b).abs().max().item() for a, b in zip(kept, now, strict=True)))]
         trainee.scheduler.step(increment=2)
         results[f"loaded {label(sizes)}"] = train_steps(trainee, arch, config, range(2, 5))
     return results

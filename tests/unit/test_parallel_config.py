@@ -188,7 +188,7 @@ def test_the_optimizer_of_lower_precision_is_refused_without_transformer_engine(
 
     for options in ({}, {"optimizer_offload": 1.0}, {"moments_dtype": "fp8", "main_grads_dtype": "bfloat16"}):
         with pytest.raises(UserError, match="needs a GPU with Transformer Engine"):
-            optimizer_config(TrainStage(precision_aware_optimizer=True, **options), bf16=True, on_gpu=False)
+            optimizer_config(TrainStage(precision_aware_optimizer=True, **options), bf16=True)
 
 
 @given(st.lists(st.integers(1, 9), max_size=5), st.integers(1, 4))
