@@ -197,6 +197,10 @@ class TrainerConfig(_Section):
             raise ValueError("precision_aware_optimizer is for bfloat16 training, but dtype = 'float32'")
         if self.fp8 is not None and self.dtype == "float32":
             raise ValueError("fp8 is for bfloat16 training, but dtype = 'float32'")
+        if self.fp8 is not None and self.fp8.parameters and (not self.distributed_optimizer or self.optimizer_offload):
+            raise ValueError(
+                "fp8.parameters needs distributed_optimizer = true, whose shards are the exact weights, and no optimizer_offload"
+            )
         return self
 
     @property

@@ -50,11 +50,19 @@ class Fp8Config(Section):
     )
     bf16_first_layers: int = Field(default=0, ge=0, description="layers at the start that stay in bfloat16 (not with 'delayed')")
     bf16_last_layers: int = Field(default=0, ge=0, description="layers at the end that stay in bfloat16 (not with 'delayed')")
+    parameters: bool = Field(
+        default=False,
+        description="keep matrices in FP8 alone, and gather them so after each step: less memory and traffic, no overlap with the forward pass",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Fp8Config:
         if self.recipe == "delayed" and (self.bf16_first_layers or self.bf16_last_layers):
             raise ValueError("Megatron-Core keeps first and last layers in bfloat16 with tensorwise, blockwise or mxfp8, not with delayed")
+        if self.recipe == "delayed" and self.parameters:
+            raise ValueError(
+                "parameters = true needs tensorwise, blockwise or mxfp8: the first scales of 'delayed' are 1, whatever the loaded weights are"
+            )
         return self
 
     @property

@@ -24,6 +24,8 @@ class Machine:
     transformer_engine: tuple[int, int] | None
 
 
+# With FP8 parameters; older versions were not looked at.
+_PARAMETERS_NEED = (2, 4)
 # recipe: (Transformer Engine at least, compute capability at least and below)
 _NEEDS = {
     "delayed": ((1, 0), (8, 9), (99, 0)),
@@ -50,6 +52,8 @@ def this_machine() -> Machine:
 def check_fp8(fp8: Fp8Config, machine: Machine) -> None:
     """Raise UserError, saying what is missing, unless `machine` can run the recipe; nothing else is ever run in its place."""
     engine, least, below = _NEEDS[fp8.recipe]
+    if fp8.parameters:
+        engine = max(engine, _PARAMETERS_NEED)
     faults = []
     if machine.capability is None:
         faults.append("there is no GPU here")
@@ -98,6 +102,7 @@ def megatron_fp8_fields(fp8: Fp8Config, arch: Architecture, parallel: ParallelCo
     return {
         "fp8": chosen,
         "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.parameters,
         "first_last_layers_bf16": bool(fp8.bf16_first_layers or fp8.bf16_last_layers),
         "num_layers_at_start_in_bf16": fp8.bf16_first_layers,
         "num_layers_at_end_in_bf16": fp8.bf16_last_layers,

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.convert.hf_files import copy_side_files
@@ -211,6 +212,7 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     with torch.no_grad():
         trainee.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(trainee.optimizer)
+    trainee.remake_weights()
 
 
 def _content_metadata(trainee: Trainee) -> dict[str, Any]:
@@ -224,7 +226,9 @@ def _content_metadata(trainee: Trainee) -> dict[str, Any]:
 
 def _sharded_state(trainee: Trainee, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     model_state = {str(number): student.sharded_state_dict(metadata=metadata) for number, student in enumerate(trainee.students)}
-    return {"model": model_state, "optimizer": trainee.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)}
+    optimizer_state = trainee.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    force_all_tensors_to_non_fp8(model_state)  # in a checkpoint, FP8 parameters are the bfloat16 numbers that they stand for
+    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:

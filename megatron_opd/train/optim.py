@@ -38,6 +38,19 @@ class Trainee:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
+    def remake_weights(self) -> None:
+        """Make the weights from the optimizer's main weights, as a step does (FP8 ones that went through a checkpoint were rounded twice)."""
+        if not self.chunks[0].ddp_config.use_distributed_optimizer:
+            return
+        with torch.no_grad():
+            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                if part.config.reuse_grad_buf_for_mxfp8_param_ag:
+                    part._copy_main_params_to_param_buffer()
+                else:
+                    part._copy_main_params_to_model_params()
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
 
 def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: int) -> Trainee:
     """Wrap the students; the optimizer's main weights are copies of the parameters as they are now."""
@@ -46,14 +59,16 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
         grad_reduce_in_fp32=config.main_grads_dtype == "float32",
         use_distributed_optimizer=config.distributed_optimizer,
         overlap_grad_reduce=True,
-        overlap_param_gather=config.distributed_optimizer,
+        fp8_param_gather=_fp8_parameters(config),
+        **gather_options(config),
     )
     # Buckets overlap communication with the backward pass; only the chunk whose backward pass comes last gains by it.
     chunks = [
         DistributedDataParallel(model_config, ddp_config, student, disable_bucketing=number > 0) for number, student in enumerate(students)
     ]
-    for chunk in chunks:
-        chunk.broadcast_params()
+    if not _fp8_parameters(config):  # torch.distributed does not know these; every rank has read the same files
+        for chunk in chunks:
+            chunk.broadcast_params()
     logging.getLogger("megatron.core.optimizer").setLevel(logging.ERROR)
     optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16), [*chunks])
     model_config.finalize_model_grads_func = finalize_model_grads
@@ -110,6 +125,23 @@ def optimizer_config(config: TrainerConfig, *, bf16: bool) -> OptimizerConfig:
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         fp8_recipe=config.fp8.recipe if config.fp8 else None,
         use_distributed_optimizer=config.distributed_optimizer,
-        overlap_param_gather=config.distributed_optimizer,
+        **gather_options(config),
         **precision,
     )
+
+
+def _fp8_parameters(config: TrainerConfig) -> bool:
+    return config.fp8 is not None and config.fp8.parameters
+
+
+def gather_options(config: TrainerConfig) -> dict[str, Any]:
+    """How weights come together after a step, for the data-parallel wrapper and the optimizer alike.
+
+    FP8 ones at once: what Megatron-Core does to them after a gather (transposes, MXFP8's copy out of the gradients' memory) it leaves
+    to the caller where the gather is overlapped.
+    """
+    fp8 = _fp8_parameters(config)
+    return {
+        "overlap_param_gather": config.distributed_optimizer and not fp8,
+        "reuse_grad_buf_for_mxfp8_param_ag": fp8 and config.fp8 is not None and config.fp8.recipe == "mxfp8",
+    }

@@ -34,3 +34,10 @@ def test_a_step_that_is_not_finite_leaves_no_trace(folder: Path, distributed_opt
     results = run_ranks("skipping", 4, folder, worker=TRAINER_WORKER, distributed_optimizer=distributed_optimizer)
     assert len(results) == 3 * 6
     assert all(results.values()), results
+
+
+def test_fp8_parameters_are_loaded_rounded_and_their_main_weights_exact(folder: Path) -> None:
+    """With a stand-in for Transformer Engine's quantized tensors; gate and up are cut out of one of them."""
+    results = run_ranks("quantized", 2, folder, worker=TRAINER_WORKER, kinds=["qwen3", "qwen2"])
+    assert len(results) > 80
+    assert all(results.values()), [name for name, right in results.items() if not right]

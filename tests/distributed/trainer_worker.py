@@ -6,12 +6,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from worker import build, layout, main, max_over_ranks, source_of, stage_config  # isort: skip  (prepares megatron.core, so it comes first)
+from worker import build, chunks_of, layout, main, max_over_ranks, source_of, stage_config  # isort: skip  (prepares megatron.core, so it comes first)
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import fp8_utils, parallel_state
+from rounded import Rounded, dequantized, quantize_matrices_
 
+from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.estimate import Layout, rank_parameters
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.train.batches import BatchSource
@@ -87,5 +89,25 @@ def snapshot(trainee: Trainee) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in [*trainee.students[0].parameters(), *tensors]]
 
 
+def quantized(folder: Path, kinds: list[str]) -> dict[str, bool]:
+    """Hugging Face weights in FP8 parameters: rounded once, and exact where the optimizer will look for them."""
+    results = {}
+    fp8_utils.is_float8tensor = lambda tensor: isinstance(tensor, Rounded)
+    for kind in kinds:
+        arch = read_architecture(folder / kind)
+        config = stage_config(str(folder), init=str(folder / kind), parallel=layout(tp=2))
+        plain, student = (chunks_of(config, arch)[0] for _ in range(2))
+        rounded = {id(parameter) for parameter in quantize_matrices_(student)}
+        load_hf_weights(student, arch, config.init)
+        pairs = list(zip(student.parameters(), plain.parameters(), strict=True))
+        results[f"{kind} some"] = 0 < len(rounded) < len(pairs)
+        for number, (parameter, expected) in enumerate(pairs):
+            if id(parameter) in rounded:
+                results[f"{kind} {number} exact"] = torch.equal(parameter.get_high_precision_init_val(), expected)
+                expected = expected.to(torch.float8_e4m3fn).to(expected.dtype)
+            results[f"{kind} {number}"] = torch.equal(dequantized(parameter.data), expected)
+    return {name: not max_over_ranks(float(not value)) for name, value in results.items()}
+
+
 if __name__ == "__main__":
-    main([estimates, skipping])
+    main([estimates, skipping, quantized])

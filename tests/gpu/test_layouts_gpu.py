@@ -61,10 +61,26 @@ def test_fp8_trains_as_bfloat16_does(machine: Machine, folder: Path, recipe: Any
     options: list[dict[str, Any]] = [{"fp8": {"recipe": recipe}}]
     if recipe != "delayed":
         options.append({"fp8": {"recipe": recipe, "bf16_first_layers": 1, "bf16_last_layers": 1}})
+        options.append({"fp8": {"recipe": recipe, "parameters": True}})
     single, *others = run_ranks("losses", 1, folder, kind=kind, layouts=[{}], options=options).values()
     for values in others:
         assert values[::2] == pytest.approx(single[::2], rel=0.1), (values, single)
         assert values != single
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_fp8_parameters_go_through_a_checkpoint(machine: Machine, folder: Path, recipe: Any, kind: str) -> None:
+    """Weights, losses and gradient norms bit for bit: the FP8 weights are made from the main weights again."""
+    fp8 = Fp8Config(recipe=recipe, parameters=True)
+    try:
+        check_fp8(fp8, machine)
+    except UserError as error:
+        pytest.skip(str(error))
+    options = {"fp8": fp8.model_dump()}
+    results = run_ranks("reshard", torch.cuda.device_count(), folder, kind=kind, saved={}, loaded=[{}], options=options)
+    assert results.pop("weights") == [0.0]
+    assert results["loaded dp"] == results["continued"]
 
 
 def test_precision_offload_and_recompute_train_as_the_plain_optimizer_does(machine: Machine, folder: Path) -> None:

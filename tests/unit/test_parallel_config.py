@@ -104,6 +104,12 @@ def test_ranks_that_a_layout_needs(tp: int, pp: int, cp: int, ep: int) -> None:
         ({"precision_aware_optimizer": True, "dtype": "float32"}, "for bfloat16 training"),
         ({"fp8": {"recipe": "blockwise"}, "dtype": "float32"}, "for bfloat16 training"),
         ({"fp8": {"recipe": "delayed", "bf16_first_layers": 1}}, "not with delayed"),
+        ({"fp8": {"recipe": "delayed", "parameters": True}}, "needs tensorwise, blockwise or mxfp8"),
+        ({"fp8": {"recipe": "blockwise", "parameters": True}, "distributed_optimizer": False}, "needs distributed_optimizer = true"),
+        (
+            {"fp8": {"recipe": "blockwise", "parameters": True}, "precision_aware_optimizer": True, "optimizer_offload": 1.0},
+            "and no optimizer_offload",
+        ),
         ({"fp8": {"recipe": "hopper"}}, "recipe"),
         ({"recompute_modules": ["everything"]}, "recompute_modules"),
     ],
@@ -135,11 +141,30 @@ def test_fp8_is_refused_where_it_can_not_run(recipe: Any, capability: Any, engin
         check_fp8(Fp8Config(recipe=recipe), Machine(capability, engine))
 
 
+def test_fp8_parameters_need_a_newer_transformer_engine() -> None:
+    fp8 = Fp8Config(recipe="tensorwise", parameters=True)
+    with pytest.raises(UserError, match=r"Transformer Engine 2.4 or newer, 2.3 is installed"):
+        check_fp8(fp8, Machine(H100, (2, 3)))
+    check_fp8(fp8, Machine(H100, (2, 4)))
+
+
+@pytest.mark.parametrize(("recipe", "reused"), [("blockwise", False), ("mxfp8", True)])
+def test_fp8_parameters_are_gathered_at_once(recipe: Any, reused: bool) -> None:
+    from megatron_opd.train.optim import gather_options
+
+    assert gather_options(TrainStage()) == {"overlap_param_gather": True, "reuse_grad_buf_for_mxfp8_param_ag": False}
+    assert gather_options(TrainStage(fp8=Fp8Config(recipe=recipe, parameters=True))) == {
+        "overlap_param_gather": False, "reuse_grad_buf_for_mxfp8_param_ag": reused,
+    }  # fmt: skip
+
+
 def test_fp8_that_can_run_passes(dense: Architecture) -> None:
     for recipe, capability in (("delayed", H100), ("tensorwise", H100), ("blockwise", H100), ("mxfp8", B200)):
         check_fp8(Fp8Config.model_validate({"recipe": recipe}), Machine(capability, (2, 4)))
     fields = megatron_fp8_fields(Fp8Config(recipe="blockwise", bf16_first_layers=1, bf16_last_layers=2), dense, ParallelConfig(pp=2))
     assert fields["fp8"] == "e4m3"
+    assert not fields["fp8_param"]
+    assert megatron_fp8_fields(Fp8Config(recipe="blockwise", parameters=True), dense, ParallelConfig())["fp8_param"]
     assert fields["first_last_layers_bf16"]
     assert (fields["num_layers_at_start_in_bf16"], fields["num_layers_at_end_in_bf16"]) == (1, 2)
     with pytest.raises(UserError, match="a pipeline stage has 16 layers"):
