@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # (logp [C,K], entropy [C], which of the N rows) -> the sum of the loss over these rows, a scalar.
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+# (logits [C,V] of this rank's shard, which of the N rows)
+Observer = Callable[[torch.Tensor, slice], None]
 _DW_BLOCK_BYTES = 256 << 20
 
 
@@ -43,6 +45,7 @@ def linear_loss(
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    observe: Observer | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of `loss` over chosen tokens, and their log-probabilities [N,K] and entropies [N] (both without gradient).
@@ -50,7 +53,8 @@ def linear_loss(
     hidden [S,H], or [S/tp,H] with `sequence_parallel` (gathered once over `tp_group`). weight [V,H]: the shard of the LM head whose
     first row is `vocab_start`. rows int64 [N]: the tokens with a loss (all by default); the others never reach a matrix product.
     ids int64 [N,K] and the options as in `vocab_parallel_stats`. `loss(logp [C,K], entropy [C], slice of the N rows)` gives a scalar, and
-    must be a sum over rows. `chunk_tokens`: C, so that logits [C,V] are the most that is held; None: all N at once.
+    must be a sum over rows. `chunk_tokens`: C, so that logits [C,V] are the most that is held; None: all N at once. `observe` is shown
+    each chunk's logits before their gradient takes their place; it must leave them alone.
 
     Gradients are made in this forward pass (none under `torch.no_grad()`). That of the weight is accumulated in fp32: where Megatron's
     data-parallel wrapper keeps a `main_grad`, straight into it, and then the loss must be the last operation (an upstream gradient other
@@ -75,7 +79,16 @@ def linear_loss(
     shard = make_shard(len(weight), vocab_start, vocab_size, temperature, tp_group, with_entropy=True)
     tp_group = tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None
     head = _Head(
-        ids.contiguous(), loss, rows, chunk_tokens or max(num_rows, 1), shard, tp_group, sequence_parallel, impl, torch.is_grad_enabled()
+        ids.contiguous(),
+        loss,
+        rows,
+        chunk_tokens or max(num_rows, 1),
+        shard,
+        tp_group,
+        sequence_parallel,
+        observe,
+        impl,
+        torch.is_grad_enabled(),
     )
     return _LinearLoss.apply(hidden, weight, head)
 
@@ -91,6 +104,7 @@ class _Head:
     shard: Shard
     tp_group: dist.ProcessGroup | None
     sequence_parallel: bool
+    observe: Observer | None
     impl: str
     with_grad: bool
 
@@ -137,6 +151,8 @@ class _LinearLoss(torch.autograd.Function):
         for rows in head.chunks():
             x_CH, ids = x_NH[rows], head.ids[rows]
             z_CV = torch.mm(x_CH, weight.t(), out=buffer_CV[: len(x_CH)])
+            if head.observe is not None:
+                head.observe(z_CV, rows)
             logp, entropy, *rest = forward_stats(z_CV, ids, None, head.shard, head.tp_group, backend)
             logp_NK[rows], entropy_N[rows] = logp, entropy
             value, g_logp, g_entropy = _loss_and_gradients(head.loss, logp, entropy, rows)

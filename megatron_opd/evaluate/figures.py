@@ -14,6 +14,7 @@ _CURVES = (
     ("reverse_kl", "reverse KL to the teacher on the rollouts, nat/token"),
     ("nll", "negative log-likelihood, nat/token"),
     ("entropy", "entropy, nat"),
+    ("topk_overlap", "share of the teacher's top-k among the student's"),
     ("effective_sample_share", "effective sample share against pi_ref"),
     ("off_share", "share of tokens far from pi_ref"),
     ("grad_norm", "gradient norm"),
@@ -91,8 +92,12 @@ def _results(evaluations: list[tuple[str, dict[str, Any]]], plt: Any) -> Any:
 def _training(curves: list[tuple[str, list[dict[str, Any]]]], plt: Any) -> Any:
     if not curves:
         return None
-    figure, axes = plt.subplots(3, 3, figsize=(12, 9))
-    for axis, (key, title) in zip(axes.flat, _CURVES, strict=True):
+    shown = [(key, title) for key, title in _CURVES if any(row.get(key) is not None for _, rows in curves for row in rows)]
+    height = -(-len(shown) // 3)
+    figure, axes = plt.subplots(height, 3, figsize=(12, 3 * height), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, (key, title) in zip(axes.flat, shown, strict=False):
         for number, (label, rows) in enumerate(curves):
             if key in _DISTILLATION and not distils(rows):
                 continue

@@ -18,7 +18,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from opd_kernels import ChunkLoss, linear_loss
+from opd_kernels import ChunkLoss, linear_loss, topk_overlap
+from opd_kernels.linear import Observer
 
 from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.errors import UserError
@@ -49,6 +50,7 @@ class Student(GPTModel):
         rows: torch.Tensor | None = None,
         vocab_size: int,
         chunk_tokens: int | None = None,
+        observe: Observer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """LM head and loss of `rows` of the S packed tokens (all by default): see `opd_kernels.linear_loss`."""
         return linear_loss(
@@ -62,7 +64,12 @@ class Student(GPTModel):
             vocab_size=vocab_size,
             tp_group=self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
+            observe=observe,
         )
+
+    def topk_overlap(self, logits: torch.Tensor, ids: torch.Tensor, *, vocab_size: int) -> torch.Tensor:
+        """See `opd_kernels.topk_overlap`; logits are what `linear_loss` shows its observer."""
+        return topk_overlap(logits, ids, vocab_start=self.vocab_start, vocab_size=vocab_size, tp_group=self.pg_collection.tp)
 
     def _head_weight(self) -> torch.Tensor:
         """This rank's shard [V,H] of the LM head; tied, it may be the embedding's own."""

@@ -38,6 +38,7 @@ class MicroBatch:
     teacher_logp: torch.Tensor | None  # float32 [N]
     topk_ids: torch.Tensor | None  # int64 [N,K], the teacher's candidates
     topk_logp: torch.Tensor | None  # float32 [N,K]
+    overlap_ids: torch.Tensor | None  # int64 [M,K]: the candidates of the first M response tokens, on which their overlap is measured
     denominator: int  # this micro-batch's share of the global denominator
     max_seqlen: int
     num_sequences: int
@@ -58,6 +59,8 @@ class MicroBatch:
         )
 
 
+# The overlap with the teacher's candidates is measured on the rollouts whose index is a multiple of this: reading candidates takes time.
+OVERLAP_EVERY = 8
 # Arrays of a micro-batch with an entry for each response token.
 _PER_ROW = ("labels", "response_positions", "weights", "student_logp", "teacher_logp", "topk_ids", "topk_logp")
 
@@ -99,6 +102,9 @@ class BatchSource:
         record = self.reader.score_manifest(next(iter(self.reader.parts)), self.teacher) if self.teacher else None
         return record.top_k if record else 0
 
+    def _measures_overlap(self, index: int) -> bool:
+        return self.num_candidates > 0 and index % OVERLAP_EVERY == 0
+
     def lengths(self, rollouts: np.ndarray) -> np.ndarray:
         return self.all_lengths[rollouts]
 
@@ -126,13 +132,14 @@ class BatchSource:
     def build(self, rollouts: Sequence[int]) -> MicroBatch:
         """One micro-batch of these rollouts (global indices); of none, padding alone. Raises StoreError for what is missing or broken."""
         tokens, positions, rows, labels, places, weights, student, teacher, topk_ids, topk_logp = ([] for _ in range(10))
+        overlap_ids: list[np.ndarray] = []
         lengths: list[int] = []  # with the padding that context parallelism needs in each sequence
         num_tokens = sum_squared_lengths = 0
         if self.topk:  # so that a micro-batch of padding alone has their shape, too
             topk_ids.append(np.empty((0, self.num_candidates), np.int32))
             topk_logp.append(np.empty((0, self.num_candidates), np.float32))
         cp = self.config.parallel.cp
-        for index in rollouts:
+        for index in sorted(rollouts, key=lambda index: not self._measures_overlap(index)):
             rollout = self.reader.rollout(index)
             length, start = int(self.all_lengths[index]), rollout.prompt_len
             offset = sum(lengths)
@@ -145,15 +152,19 @@ class BatchSource:
             weights.append(np.full(length - start, 1.0 / (length - start) if self.sequence_mean else 1.0))
             student.append(rollout.student_logp[start:length])
             if self.teacher is not None:
-                scores = self.reader.scores(index, self.teacher, topk=self.topk)
+                measured = self._measures_overlap(index)
+                scores = self.reader.scores(index, self.teacher, topk=self.topk or measured)
                 try:
                     scores.check_against(rollout)
                 except ValueError as error:
                     raise StoreError(f"{self.reader.location.url}, rollout {index}: {error}") from None
                 teacher.append(scores.logp[start:length])
                 if scores.topk_ids is not None and scores.topk_logp is not None:
-                    topk_ids.append(scores.topk_ids[start:length])
-                    topk_logp.append(scores.topk_logp[start:length])
+                    if self.topk:
+                        topk_ids.append(scores.topk_ids[start:length])
+                        topk_logp.append(scores.topk_logp[start:length])
+                    if measured:
+                        overlap_ids.append(scores.topk_ids[start:length])
             lengths.append(padded)
             num_tokens += length
             sum_squared_lengths += length * length
@@ -174,6 +185,7 @@ class BatchSource:
             teacher_logp=_tensor(teacher, torch.float32) if self.teacher is not None else None,
             topk_ids=_tensor(topk_ids, torch.int64) if self.topk else None,
             topk_logp=_tensor(topk_logp, torch.float32) if self.topk else None,
+            overlap_ids=_tensor(overlap_ids, torch.int64) if overlap_ids else None,
             denominator=len(rollouts) if self.sequence_mean else num_rows,
             max_seqlen=max([*lengths, padding]),
             num_sequences=len(rollouts),
@@ -191,8 +203,10 @@ def _context_parallel_part(batch: MicroBatch, *, cp: int, rank: int) -> MicroBat
     rows = local[batch.rows]
     kept = rows >= 0
     per_row = {name: getattr(batch, name) for name in _PER_ROW}
+    overlap_ids = batch.overlap_ids
     return replace(
         batch,
+        overlap_ids=None if overlap_ids is None else overlap_ids[kept[: len(overlap_ids)]],
         tokens=batch.tokens[:, mine],
         positions=batch.positions[:, mine],
         rows=rows[kept],

@@ -20,23 +20,28 @@ POSITION_CLASSES = 18
 
 @dataclass(frozen=True)
 class Watch:
-    """What is summed over response tokens beside the loss: tokens that are off, and reverse KL by position."""
+    """What is summed over response tokens beside the loss: tokens that are off, top-k overlap, and reverse KL by position."""
 
     ratio: float = 2.0
 
-    def sums(self, logp: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """float64 [1 + 2P]: tokens off, then summed reverse KL and tokens of each position class. logp float32 [N] of the student."""
+    def sums(self, logp: torch.Tensor, batch: MicroBatch, overlap: torch.Tensor | None = None) -> torch.Tensor:
+        """float64 [3 + 2P]: tokens off; summed overlap and its tokens; summed reverse KL and tokens of each position class.
+
+        logp float32 [N] of the student; overlap float32 [M] of the tokens on which it was measured.
+        """
         logp = logp.detach()
         off = ((logp - batch.student_logp).abs() > math.log(self.ratio)).sum()
         classes_N = torch.log2(batch.response_positions.double() + 1).long().clamp(max=POSITION_CLASSES - 1)
         kl_N = (logp - batch.teacher_logp).double() if batch.teacher_logp is not None else torch.zeros_like(logp, dtype=torch.float64)
         zeros_P = torch.zeros(POSITION_CLASSES, dtype=torch.float64, device=logp.device)
         kl_P, tokens_P = zeros_P.index_add(0, classes_N, kl_N), zeros_P.index_add(0, classes_N, torch.ones_like(kl_N))
-        return torch.cat([off.double()[None], kl_P, tokens_P])
+        measured = torch.zeros(0, device=logp.device) if overlap is None else overlap
+        totals = torch.stack([off.double(), measured.double().sum(), torch.full_like(off, len(measured)).double()])
+        return torch.cat([totals, kl_P, tokens_P])
 
     @property
     def num_sums(self) -> int:
-        return 1 + 2 * POSITION_CLASSES
+        return 3 + 2 * POSITION_CLASSES
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,13 @@ class Watched:
     off: float = 0.0
     kl_by_position: list[float] = field(default_factory=list)
     tokens_by_position: list[float] = field(default_factory=list)
+    overlap: float = 0.0
+    overlap_tokens: float = 0.0
 
     @staticmethod
     def of(sums: list[float]) -> Watched:
-        return Watched(sums[0], sums[1 : 1 + POSITION_CLASSES], sums[1 + POSITION_CLASSES :])
+        (off, overlap, overlap_tokens), by_position = sums[:3], sums[3:]
+        return Watched(off, by_position[:POSITION_CLASSES], by_position[POSITION_CLASSES:], overlap, overlap_tokens)
 
     def means_by_position(self) -> list[float | None]:
         """Reverse KL in nat/token of each position class up to the last that has tokens; None where one has none."""

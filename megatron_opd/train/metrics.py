@@ -69,6 +69,8 @@ def step_row(result: StepResult, facts: StepFacts, resources: dict[str, float]) 
     }
     if sums.reverse_kl:
         row["reverse_kl_by_position"] = watched.means_by_position()
+    if watched.overlap_tokens:
+        row["topk_overlap"] = watched.overlap / watched.overlap_tokens
     if (peak := peak_flops()) is not None:
         row["model_flops_utilisation"] = facts.flops / seconds / facts.num_ranks / peak
     return {key: _finite_or_none(value) for key, value in row.items()}
@@ -90,10 +92,11 @@ def console_line(row: dict[str, Any], *, total: int, distils: bool) -> str:
         f"reverse KL {row['reverse_kl']:.4f} nat/token  |A| {row['abs_advantage']:.4f}" if distils else f"nll {row['nll']:.4f} nat/token"
     )
     drift = f"  ESS {row['effective_sample_share'] or 0:.0%}  off {row['off_share']:.1%}" if distils else ""
+    overlap = f"  overlap {row['topk_overlap']:.0%}" if "topk_overlap" in row else ""
     power = f"  {row['power_watts']:.0f} W/GPU" if "power_watts" in row else ""
     mfu = f"  MFU {row['model_flops_utilisation']:.1%}" if "model_flops_utilisation" in row else ""
     return (
-        f"{head}  loss {row['loss']:+.4f}  {losses}  entropy {row['entropy']:.3f}{drift}  grad {row['grad_norm']:.3f}  "
+        f"{head}  loss {row['loss']:+.4f}  {losses}  entropy {row['entropy']:.3f}{overlap}{drift}  grad {row['grad_norm']:.3f}  "
         f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s{mfu}  {row['memory_gib']:.1f} GiB{power}"
     )
 

@@ -149,14 +149,26 @@ def _loss_sums(
             extra[name] = extra.get(name, 0) + value
         return (batch.weights[rows] * per_token).sum()
 
+    overlaps: list[torch.Tensor] = []
+
+    def measure_overlap(logits: torch.Tensor, rows: slice) -> None:
+        if batch.overlap_ids is not None and len(ids := batch.overlap_ids[rows]):
+            overlaps.append(student.topk_overlap(logits[: len(ids)], ids, vocab_size=arch.vocab_size))
+
     total, logp, entropy = student.linear_loss(
-        hidden, batch.loss_ids, weighted, rows=batch.rows, vocab_size=arch.vocab_size, chunk_tokens=chunk_tokens
+        hidden,
+        batch.loss_ids,
+        weighted,
+        rows=batch.rows,
+        vocab_size=arch.vocab_size,
+        chunk_tokens=chunk_tokens,
+        observe=measure_overlap,
     )
     sums = pack_sums(total, logp[:, 0], entropy, batch, extra)
     return (
         total,
         torch.tensor(batch.denominator, dtype=torch.int, device=total.device),
-        {"sums": torch.cat([sums, watch.sums(logp[:, 0], batch)])},
+        {"sums": torch.cat([sums, watch.sums(logp[:, 0], batch, torch.cat(overlaps) if overlaps else None)])},
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from float64 import definition, head_case, head_definition, random_case, tolerance
-from opd_kernels import linear_loss, vocab_parallel_stats
+from opd_kernels import linear_loss, topk_overlap, vocab_parallel_stats
 
 
 def tensor_parallel(folder: Path, impl: str, dtype: str, vocab: int, padded: int) -> dict[str, float]:
@@ -69,12 +69,27 @@ def linear_parallel(folder: Path, impl: str) -> dict[str, float]:
     return worst
 
 
+def overlap_parallel(folder: Path, vocab: int, padded: int) -> bool:
+    """Is the top-k overlap the same with the columns split over the ranks, more candidates than columns a shard too?"""
+    generator = torch.Generator().manual_seed(vocab)
+    width = padded // dist.get_world_size()
+    mine = slice(dist.get_rank() * width, (dist.get_rank() + 1) * width)
+    different = 0.0
+    for k in (1, 5, min(vocab, width + 3)):
+        logits = torch.randn(7, padded, generator=generator)
+        ids = torch.stack([torch.randperm(vocab, generator=generator)[:k] for _ in range(7)])
+        whole = topk_overlap(logits, ids, vocab_size=vocab)
+        cut = topk_overlap(logits[:, mine], ids, vocab_start=mine.start, vocab_size=vocab, tp_group=dist.group.WORLD)
+        different += float(not torch.equal(whole, cut))
+    return not max_over_ranks(torch.tensor(different))
+
+
 def max_over_ranks(value: torch.Tensor) -> float:
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
 
 
-FUNCTIONS = {"tensor_parallel": tensor_parallel, "linear_parallel": linear_parallel}
+FUNCTIONS = {"tensor_parallel": tensor_parallel, "linear_parallel": linear_parallel, "overlap_parallel": overlap_parallel}
 
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]

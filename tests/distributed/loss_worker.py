@@ -11,12 +11,13 @@ from worker import (  # isort: skip  (prepares megatron.core, so it comes first)
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import LossConfig
 from megatron_opd.model.architecture import read_architecture
-from megatron_opd.train.batches import MicroBatch
+from megatron_opd.train.batches import OVERLAP_EVERY, MicroBatch
 from megatron_opd.train.loss import LossFunction, Stored, make_loss, opd_loss
-from megatron_opd.train.step import forward_backward
+from megatron_opd.train.step import forward_backward, train_step
 
 
 def every_loss(folder: Path) -> dict[str, list[float]]:
@@ -70,5 +71,27 @@ def overlapped(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
     return results
 
 
+def overlap(folder: Path) -> dict[str, list[float]]:
+    """[summed top-k overlap, tokens] of a step: of sets made with transformers, and in layouts, with losses that read candidates or not."""
+    arch = read_architecture(folder / "student")
+    options: dict[str, Any] = {"store": f"{folder}/topk", "global_batch": 24}
+    source = source_of(stage_config(str(folder), parallel=layout(), **options))
+    model = AutoModelForCausalLM.from_pretrained(folder / "student")
+    shares = []
+    for index in source.step_rollouts(0)[source.step_rollouts(0) % OVERLAP_EVERY == 0]:
+        rollout, scores = source.reader.rollout(index), source.reader.scores(index, "teacher", topk=True)
+        logits = model(torch.from_numpy(rollout.tokens).long()[None]).logits[0]
+        for token in range(rollout.prompt_len, len(rollout.tokens)):
+            shares.append(len({*logits[token - 1].topk(5).indices.tolist()} & {*scores.topk_ids[token].tolist()}) / 5)
+    results = {"transformers": [sum(shares), float(len(shares))]}
+    for sizes in ({}, {"tp": 2}, {"pp": 2}, {"cp": 2}):
+        for topk, loss in ((False, opd_loss), (True, make_loss(LossConfig(name="reverse_kl")))):
+            config = stage_config(str(folder), parallel=layout(**sizes), **options)
+            batches = source_of(config, topk=topk).micro_batches(0)
+            watched = train_step(build(config, arch), arch, loss, batches, seed=0, chunk_tokens=9).watched
+            results[f"{sizes} {topk}"] = [watched.overlap, watched.overlap_tokens]
+    return results
+
+
 if __name__ == "__main__":
-    main([every_loss, overlapped])
+    main([every_loss, overlapped, overlap])

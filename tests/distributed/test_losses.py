@@ -36,3 +36,13 @@ def test_the_head_works_with_overlapped_reduction(folder: Path) -> None:
     assert max(error for error, _ in results.values()) < 1e-5, results
     # The untied head waits for its gathered weights, in each of its micro-batches, though its module is never called.
     assert {name: waits > 0 for name, (_, waits) in results.items()} == {"qwen3-tied": False, "qwen3": True}
+
+
+def test_top_k_overlap_is_that_of_the_sets(folder: Path) -> None:
+    """Measured on a part of the rollouts, in chunks, whatever the layout and the loss."""
+    results = run_ranks("overlap", 4, folder, worker=LOSS_WORKER)
+    expected = results.pop("transformers")
+    assert 1 < expected[0] < expected[1]
+    assert len(results) == 8
+    for name, found in results.items():
+        assert found == pytest.approx(expected), name

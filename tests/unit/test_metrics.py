@@ -53,6 +53,13 @@ def test_sums_by_position_against_a_loop(lengths: list[int], seed: int, ratio: f
     assert sum(mean * n for mean, n in zip(means, tokens, strict=False) if mean is not None) == pytest.approx(sum(kl), abs=1e-3)
 
 
+def test_overlap_is_a_mean_over_the_tokens_it_was_measured_on() -> None:
+    logp = np.zeros(4, np.float32)
+    watched = Watched.of(Watch().sums(torch.zeros(4), batch_of([4], logp, logp), torch.tensor([0.5, 1.0])).tolist())
+    assert (watched.overlap, watched.overlap_tokens) == (1.5, 2.0)
+    assert watched.tokens_by_position[:3] == [1, 2, 1]
+
+
 def test_the_last_class_holds_all_that_follow() -> None:
     logp = np.zeros(1, np.float32)
     batch = batch_of([1], logp, logp - 1)
