@@ -34,10 +34,10 @@ class GpuMeter:
         return len(self._handles)
 
 
-def open_meter(uuids: Sequence[str] | None = None) -> GpuMeter | None:
-    """A meter for these GPUs ("GPU-..."), by default for those in CUDA_VISIBLE_DEVICES, or all of the machine.
+def open_meter(uuids: Sequence[str] | None = None, *, first: int | None = None) -> GpuMeter | None:
+    """A meter for these GPUs ("GPU-..."), by default for those in CUDA_VISIBLE_DEVICES, or all of the machine; or the `first` of them.
 
-    None where there is no GPU, no driver, or no nvidia-ml-py: a stage then has no energy in its row.
+    None where there are not so many GPUs, no driver, or no nvidia-ml-py: a stage then has no energy in its row.
     """
     try:
         import pynvml
@@ -49,6 +49,9 @@ def open_meter(uuids: Sequence[str] | None = None) -> GpuMeter | None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             uuids = [str(index) for index in range(pynvml.nvmlDeviceGetCount())] if visible is None else visible.split(",")
         names = [name.strip() for name in uuids if name.strip()]
+        if first is not None and first > len(names):
+            return None
+        names = names[:first]
         handles = [pynvml.nvmlDeviceGetHandleByIndex(int(n)) if n.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(n) for n in names]
     except pynvml.NVMLError:
         return None

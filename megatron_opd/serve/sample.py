@@ -17,7 +17,7 @@ from megatron_opd.lineage import fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
 from megatron_opd.serve.encode import encode_prompts
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
-from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, quarantine
+from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
 
 Stage = TypeVar("Stage", bound=SampleStage)
 
@@ -72,7 +72,10 @@ def sample_into_store(
     if not todo:
         print(f"{name}: {stage.store} has all its parts")
         return _account(StoreReader(stage.store), shard, stage, name, run_dir)
-    with StageCost(run_dir, name) as cost, closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine:
+    with (
+        StageCost(run_dir, name, meter=engine_meter(engine_config)) as cost,
+        closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
+    ):
         cost.num_gpus = engine.num_gpus
         guard = ModelGuard(engine, stage.model)
         max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)

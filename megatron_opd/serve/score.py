@@ -11,7 +11,7 @@ from megatron_opd.errors import StoreError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, same_model
 from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
 from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
-from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, quarantine
+from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
 
 
 def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
@@ -45,7 +45,10 @@ def score_store(
         )
         _account(reader, parts, stage, run_dir)
         return reader
-    with StageCost(run_dir, "score") as cost, closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine:
+    with (
+        StageCost(run_dir, "score", meter=engine_meter(engine_config)) as cost,
+        closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
+    ):
         cost.num_gpus = engine.num_gpus
         guard = ModelGuard(engine, stage.model)
         settings = engine.describe()

@@ -10,7 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opd.cost import StageCost, append_jsonl
+from megatron_opd.config import EngineConfig
+from megatron_opd.cost import GpuMeter, StageCost, append_jsonl, open_meter
 from megatron_opd.errors import LineageError, QuarantineError, UserError
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import Excluded
@@ -39,6 +40,16 @@ class Shard:
 
     def owns(self, part: int) -> bool:
         return part % self.count == self.index
+
+
+def engine_meter(config: EngineConfig) -> GpuMeter | None:
+    """Meter of the GPUs of this machine that the engine will use; None for servers at addresses, whose GPUs may be anywhere."""
+    if config.launch is not None:
+        given = config.launch.environment.get("CUDA_VISIBLE_DEVICES")
+        return open_meter(
+            given.split(",") if given is not None else None, first=config.launch.servers * config.launch.tp * config.launch.dp
+        )
+    return None if config.urls or config.device == "cpu" else open_meter(first=1)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ class TransformersEngine(Engine):
         self.config = config
         self.fingerprint = fingerprint_model(model)
         self.device = _open_device(config.device)
+        self.num_gpus = int(self.device.type == "cuda")
         dtype = config.dtype
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opd.config import EngineConfig
 from megatron_opd.cost import StageCost, append_jsonl, git_commit, open_meter, provenance, read_jsonl, write_jsonl
+from megatron_opd.serve.stage import engine_meter
 
 
 def test_a_row_a_run(tmp_path: Path) -> None:
@@ -78,6 +80,24 @@ def test_energy_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     first, second = read_jsonl(tmp_path / "stages.jsonl")
     assert (first["energy_joules"], first["num_gpus"]) == (2.5, 2)
     assert second["energy_joules"] == 80.0
+
+
+@pytest.mark.parametrize(
+    ("engine", "joules"),
+    [
+        ({"device": "auto"}, 2.0),  # transformers, on the first visible GPU
+        ({"launch": {"servers": 1, "tp": 2}}, 5.0),
+        ({"launch": {"servers": 1, "environment": {"CUDA_VISIBLE_DEVICES": "0"}}}, 0.0),
+        ({"launch": {"servers": 2, "tp": 2}}, None),  # more than are visible
+        ({"urls": ["http://127.0.0.1:1"]}, None),
+        ({"device": "cpu"}, None),
+    ],
+)
+def test_energy_is_that_of_the_gpus_an_engine_uses(engine: dict, joules: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,0")
+    meter = engine_meter(EngineConfig.model_validate(engine))
+    assert (None if meter is None else meter.energy_joules()) == joules
 
 
 def test_no_energy_where_none_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
