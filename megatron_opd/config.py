@@ -177,6 +177,9 @@ class TrainerConfig(_Section):
         default=["core_attn"], description="what 'selective' makes again"
     )
     fp8: Fp8Config | None = Field(default=None, description="matrix products in FP8; not given: all in dtype")
+    deterministic: bool = Field(
+        default=False, description="on GPUs: only kernels that give the same bits each time, so that a resumed run is the same bit for bit"
+    )
     loss_chunk_tokens: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
         default=4096, description="response tokens whose logits are held at once; 'all' of a micro-batch"
     )

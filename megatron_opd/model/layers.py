@@ -5,7 +5,8 @@ Legend: S packed tokens, H heads of this rank, D head dimension, B sequences, L 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,10 +35,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention by torch SDPA over sequences packed back to back (THD), exact on every device.
-
-    Sequences are grouped by the next power of two of their length and padded within a group, so that a pack costs a few SDPA
-    calls, not one a sequence. Right padding is never seen by a real token under a causal mask.
+    """Causal attention over sequences packed back to back (THD): see `packed_attention`.
 
     Under context parallelism the whole pack is gathered and every rank keeps its rows: exact, but with no work saved, so it is for
     tests on CPUs (Transformer Engine's ring is for GPUs).
@@ -55,10 +53,9 @@ class PackedAttention(MegatronModule):
     ):
         super().__init__(config=config)
         assert config.attention_dropout == 0.0
-        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        assert softmax_scale is None, "scores are divided by the square root of the head dimension"
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.cp_group = groups.cp
-        self.heads_per_kv = config.num_attention_heads // config.num_query_groups
         assert config.num_query_groups % groups.tp.size() == 0
 
     def forward(
@@ -76,8 +73,6 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None
         assert packed_seq_params.qkv_format == "thd"
         assert query.dim() == 3, "the trainer packs every micro-batch"
-        if self.heads_per_kv > 1 and key.shape[1] != query.shape[1]:
-            key, value = (x.repeat_interleave(self.heads_per_kv, dim=1) for x in (key, value))
         cp, bounds = self.cp_group.size(), packed_seq_params.cu_seqlens_q
         mine: torch.Tensor | None = None
         if cp > 1:
@@ -85,20 +80,67 @@ class PackedAttention(MegatronModule):
             parts = [torch.from_numpy(context_parallel_tokens(bounds.numpy(), cp=cp, rank=rank)) for rank in range(cp)]
             mine, order = parts[self.cp_group.rank()], torch.argsort(torch.cat(parts))
             query, key, value = (_GatherTokens.apply(x, self.cp_group)[order] for x in (query, key, value))
-        pieces: list[torch.Tensor] = []
-        rows: list[torch.Tensor] = []
-        for index_BL, real_BL in _length_groups(packed_seq_params):
-            q, k, v = (x[index_BL].transpose(1, 2) for x in (query, key, value))  # [B,H,L,D]
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)  # [B,L,H,D]
-            pieces.append(attended[real_BL])
-            rows.append(index_BL[real_BL])
-        attended_SH = torch.cat(pieces)[torch.argsort(torch.cat(rows))].reshape(len(query), -1)
+        attended_SH = packed_attention(query, key, value, packed_seq_params).flatten(1)
         return attended_SH if mine is None else attended_SH[mine]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         return {}
+
+
+def varlen_attention() -> Callable[..., Any] | None:
+    """PyTorch's attention for packed sequences (FlashAttention), which it has from 2.10 on; None where it has not."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def packed_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
+    """Causal attention within each sequence: query [S,H,D], key and value [S,H/g,D] -> [S,H,D].
+
+    On a GPU in 16 bits by PyTorch's variable-length attention, where it has it; else, and always on a CPU, by its SDPA, exactly.
+    """
+    attend = varlen_attention()
+    if query.device.type != "cpu" and query.dtype in (torch.bfloat16, torch.float16) and attend is not None:
+        return _attend_varlen(attend, query, key, value, packed)
+    return _attend_in_groups(query, key, value, packed)
+
+
+def _attend_varlen(
+    attend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams
+) -> torch.Tensor:
+    known = signature(attend).parameters  # 2.10 has is_causal; 2.11 has window_size in its place; 2.12 wants to be told of shared keys
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        key, value = _for_every_head(key, value, query.shape[1])
+    bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    return attend(query, key, value, bounds, bounds, longest, longest, **options)
+
+
+def _attend_in_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
+    """Sequences are grouped by the next power of two of their length and padded within a group, so that a pack costs a few SDPA calls.
+
+    Right padding is never seen by a real token under a causal mask.
+    """
+    key, value = _for_every_head(key, value, query.shape[1])
+    pieces: list[torch.Tensor] = []
+    rows: list[torch.Tensor] = []
+    for index_BL, real_BL in _length_groups(packed):
+        q, k, v = (x[index_BL].transpose(1, 2) for x in (query, key, value))  # [B,H,L,D]
+        attended_BLHD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        pieces.append(attended_BLHD[real_BL])
+        rows.append(index_BL[real_BL])
+    return torch.cat(pieces)[torch.argsort(torch.cat(rows))]
+
+
+def _for_every_head(key: torch.Tensor, value: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    times = num_heads // key.shape[1]
+    return (key, value) if times == 1 else (key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1))
 
 
 class _GatherTokens(torch.autograd.Function):

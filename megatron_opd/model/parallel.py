@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,19 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     return device
+
+
+def make_deterministic() -> None:
+    """Choose kernels that give the same bits each time, in this process from now on; before CUDA and NCCL start.
+
+    PyTorch warns of an operation that has no such kernel. Transformer Engine and cuBLAS read the variables, NCCL its algorithm.
+    """
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill: Any = torch.utils.deterministic
+    fill.fill_uninitialized_memory = False  # helps to find bugs, and is slow
 
 
 def stop() -> None:

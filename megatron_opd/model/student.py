@@ -25,7 +25,7 @@ from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.errors import UserError
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.model.fp8 import fp8_options
-from megatron_opd.model.layers import PackedAttention, RMSNorm
+from megatron_opd.model.layers import PackedAttention, RMSNorm, varlen_attention
 from megatron_opd.model.moe import mark_experts, moe_options
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def transformer_config(
     recompute: str = "none",
     recompute_modules: Sequence[str] = (),
     fp8: Fp8Config | None = None,
+    deterministic: bool = False,
 ) -> TransformerConfig:
     """Megatron-Core's configuration for `arch`. Raises UserError for sizes that do not divide, and for what this machine does not have."""
     arch.check_parallel(parallel)
@@ -124,6 +125,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         autocast_dtype=None,
         enable_autocast=False,
+        deterministic_mode=deterministic,
         tensor_model_parallel_size=parallel.tp,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
@@ -216,7 +218,8 @@ def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | N
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
         )
-    logger.info("layers: Megatron-Core local spec, attention by torch SDPA")
+    flash = torch.cuda.is_available() and config.params_dtype != torch.float32 and varlen_attention() is not None
+    logger.info("layers: Megatron-Core local spec, attention by PyTorch's %s", "varlen_attn" if flash else "SDPA")
     layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     norm: Any = RMSNorm  # what a spec may hold differs between versions
     parts: Any = layer.submodules

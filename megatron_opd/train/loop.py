@@ -66,6 +66,8 @@ def _run(
     teacher: str | None,
     topk: bool = False,
 ) -> Path | None:
+    if config.deterministic:
+        parallel.make_deterministic()
     device = parallel.start(config.parallel, seed=config.seed)
     stop = StopRequest(Path(config.output))
     ready = on_first_rank(check)
@@ -211,6 +213,7 @@ def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device
         recompute=config.recompute,
         recompute_modules=config.recompute_modules,
         fp8=config.fp8,
+        deterministic=config.deterministic,
     )
     students = build_chunks(ready.arch, model_config)
     for student in students:

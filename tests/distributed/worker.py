@@ -76,6 +76,8 @@ def stage_config(folder: str, **options: Any) -> TrainStage:
 
 def chunks_of(config: TrainStage, arch: Architecture) -> list[Student]:
     """This rank's stages with the weights of config.init; 'auto': float32, on a GPU (Transformer Engine's attention) bfloat16."""
+    if config.deterministic:
+        parallel.make_deterministic()
     dtype = ("bfloat16" if DEVICE.type == "cuda" else "float32") if config.dtype == "auto" else config.dtype
     model_config = transformer_config(
         arch,
@@ -84,6 +86,7 @@ def chunks_of(config: TrainStage, arch: Architecture) -> list[Student]:
         recompute=config.recompute,
         recompute_modules=config.recompute_modules,
         fp8=config.fp8,
+        deterministic=config.deterministic,
     )
     chunks = build_chunks(arch, model_config)
     for chunk in chunks:

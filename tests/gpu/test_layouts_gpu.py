@@ -69,6 +69,13 @@ def test_fp8_trains_as_bfloat16_does(machine: Machine, folder: Path, recipe: Any
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_a_deterministic_run_resumes_bit_for_bit(machine: Machine, folder: Path, kind: str) -> None:
+    results = run_ranks("reshard", torch.cuda.device_count(), folder, kind=kind, saved={}, loaded=[{}], options={"deterministic": True})
+    assert results.pop("weights") == [0.0]
+    assert results["loaded dp"] == results["continued"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 def test_fp8_parameters_go_through_a_checkpoint(machine: Machine, folder: Path, recipe: Any, kind: str) -> None:
     """Weights, losses and gradient norms bit for bit: the FP8 weights are made from the main weights again."""
@@ -77,7 +84,7 @@ def test_fp8_parameters_go_through_a_checkpoint(machine: Machine, folder: Path, 
         check_fp8(fp8, machine)
     except UserError as error:
         pytest.skip(str(error))
-    options = {"fp8": fp8.model_dump()}
+    options = {"fp8": fp8.model_dump(), "deterministic": True}
     results = run_ranks("reshard", torch.cuda.device_count(), folder, kind=kind, saved={}, loaded=[{}], options=options)
     assert results.pop("weights") == [0.0]
     assert results["loaded dp"] == results["continued"]
