@@ -1,4 +1,4 @@
-"""What only GPUs can run: Transformer Engine's layers, attention and FP8 in every layout, bfloat16, against one rank's bfloat16 losses."""
+"""What only GPUs can run: bfloat16 against a CPU's float32 losses; Transformer Engine's layers and FP8 in every layout, against one GPU's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ LAYOUTS: list[dict[str, Any]] = [{"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp
 
 
 @pytest.fixture(scope="module")
-def machine() -> Machine:
+def gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
+
+
+@pytest.fixture(scope="module")
+def machine(gpu: None) -> Machine:
     machine = this_machine()
     if machine.transformer_engine is None:
         pytest.skip("no Transformer Engine")
@@ -38,6 +42,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "mixture", "qwen3-moe", layers=4, **sizes, moe_intermediate_size=64)
     make_scored_store(folder / "store", sampler=folder / "dense", teacher=folder / "dense")
     return folder
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_a_gpu_trains_as_a_cpu_does(gpu: None, folder: Path, kind: str) -> None:
+    """With or without Transformer Engine."""
+    on_cpu, on_gpu = (
+        run_ranks("losses", 1, folder, kind=kind, layouts=[{}], environment=environment)["dp"]
+        for environment in ({"CUDA_VISIBLE_DEVICES": ""}, {})
+    )
+    assert on_gpu == pytest.approx(on_cpu, rel=5e-2)
+    assert on_gpu != on_cpu
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
@@ -69,7 +84,7 @@ def test_fp8_trains_as_bfloat16_does(machine: Machine, folder: Path, recipe: Any
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
-def test_a_deterministic_run_resumes_bit_for_bit(machine: Machine, folder: Path, kind: str) -> None:
+def test_a_deterministic_run_resumes_bit_for_bit(gpu: None, folder: Path, kind: str) -> None:
     results = run_ranks("reshard", torch.cuda.device_count(), folder, kind=kind, saved={}, loaded=[{}], options={"deterministic": True})
     assert results.pop("weights") == [0.0]
     assert results["loaded dp"] == results["continued"]
