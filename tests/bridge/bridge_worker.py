@@ -9,11 +9,14 @@ Reads FOLDER/model (Hugging Face) and FOLDER/mcore (our checkpoint of it). Write
 from __future__ import annotations
 
 import sys
+import typing
 from pathlib import Path
 
 import te_stand_in
 
 te_stand_in.install()
+if not hasattr(typing, "override"):  # a decorator of Python 3.12 that 0.6 uses; it does nothing at run time
+    typing.override = lambda method: method  # pyright: ignore[reportAttributeAccessIssue]
 
 import megatron_opd.model  # noqa: F401  # isort: skip  (prepares megatron.core, so it comes next)
 
@@ -21,7 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.bridge import AutoBridge
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
 from safetensors.torch import save_file
@@ -34,6 +37,7 @@ METADATA = {"singleton_local_shards": False}
 def convert(folder: Path) -> None:
     bridge = AutoBridge.from_hf_pretrained(str(folder / "model"))
     provider = bridge.to_megatron_provider()
+    provider.gradient_accumulation_fusion = False  # needs a CUDA extension
     provider.finalize()
     chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
     (model,) = unwrap_model(chunks)
@@ -64,7 +68,6 @@ def load_checkpoint_(model: torch.nn.Module, checkpoint: Path) -> None:
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=METADATA), str(checkpoint), strict=StrictHandling.LOG_UNEXPECTED)
-    assert not any(isinstance(value, ShardedTensor) for value in loaded.values())
     model.load_state_dict(loaded, strict=False)
 
 

@@ -34,9 +34,10 @@ class _Layer(torch.nn.Module):
 
 
 class RMSNorm(_Layer):
-    def __init__(self, hidden_size: int, *, params_dtype: torch.dtype, **options: Any):
+    def __init__(self, *, params_dtype: torch.dtype, **options: Any):
         super().__init__()
-        self.weight = _parameter(hidden_size, dtype=params_dtype)
+        size = options["normalized_shape" if "normalized_shape" in options else "hidden_size"]  # Megatron-Core 0.19 has the first
+        self.weight = _parameter(size, dtype=params_dtype)
 
 
 class Linear(_Layer):

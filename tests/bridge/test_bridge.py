@@ -20,6 +20,7 @@ from megatron_opd.cli import main
 if importlib.util.find_spec("megatron.bridge") is None:
     pytest.skip("needs megatron-bridge: make test-bridge", allow_module_level=True)
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CASES = [f"{kind}-{dtype}" for kind, dtype in itertools.product(ARCHITECTURES, DTYPES)]
 VOCABULARIES = ("embedding.word_embeddings.weight", "output_layer.weight")
