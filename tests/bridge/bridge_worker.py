@@ -9,15 +9,10 @@ Reads FOLDER/model (Hugging Face) and FOLDER/mcore (our checkpoint of it). Write
 from __future__ import annotations
 
 import sys
-import typing
 from pathlib import Path
+from typing import Any
 
-import te_stand_in
-
-te_stand_in.install()
-if not hasattr(typing, "override"):  # a decorator of Python 3.12 that 0.6 uses; it does nothing at run time
-    typing.override = lambda method: method  # pyright: ignore[reportAttributeAccessIssue]
-
+import stand_ins  # noqa: F401  # isort: skip
 import megatron_opd.model  # noqa: F401  # isort: skip  (prepares megatron.core, so it comes next)
 
 import torch
@@ -51,28 +46,31 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def global_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def global_tensors(model: Any) -> dict[str, torch.Tensor]:
     """The model's tensors as a checkpoint would hold them; there is one rank, so its shards are all of them."""
     sharded = dict(model.sharded_state_dict(metadata=METADATA))
     apply_factories(sharded)
     whole: dict[str, torch.Tensor] = {}
     for shard in sharded_tensors(sharded):
         tensor = whole.setdefault(shard.key, torch.full(shard.global_shape, float("nan"), dtype=shard.dtype))
+        assert shard.data is not None
         tensor[shard.global_slice()] = shard.data
     return whole
 
 
-def load_checkpoint_(model: torch.nn.Module, checkpoint: Path) -> None:
+def load_checkpoint_(model: Any, checkpoint: Path) -> None:
     """As a Megatron program loads it, over NaNs: what the checkpoint lacks stays one."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=METADATA), str(checkpoint), strict=StrictHandling.LOG_UNEXPECTED)
+    loaded: Any = dist_checkpointing.load(
+        model.sharded_state_dict(metadata=METADATA), str(checkpoint), strict=StrictHandling.LOG_UNEXPECTED
+    )
     model.load_state_dict(loaded, strict=False)
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     for name in sys.argv[1:]:
         convert(Path(name))
     dist.destroy_process_group()

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, VOCAB, make_model
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_opd.cli import main
 
@@ -73,7 +74,9 @@ def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
     """Names that only one side has, or whose dtype, shape or bits differ."""
-    return sorted(ours.keys() ^ theirs.keys()) + [name for name in sorted(ours.keys() & theirs.keys()) if not same(ours[name], theirs[name])]
+    return sorted(ours.keys() ^ theirs.keys()) + [
+        name for name in sorted(ours.keys() & theirs.keys()) if not same(ours[name], theirs[name])
+    ]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

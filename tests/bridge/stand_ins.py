@@ -1,7 +1,8 @@
-"""A stand-in for Transformer Engine: its modules can be imported and its layers hold parameters under its names; nothing computes.
+"""Importing this makes the imports of megatron-bridge succeed on a CPU; it must come before `megatron.core`.
 
-megatron-bridge imports Transformer Engine without asking whether it is there, and names parameters as that package's layers do.
-Conversion copies parameters alone, so layers without a forward pass are enough, and every call of one raises NotImplementedError.
+Transformer Engine is stood in for: its modules can be imported, its layers hold parameters under its names, and nothing computes.
+megatron-bridge imports that package without asking whether it is there, and names parameters as its layers do; conversion copies
+parameters, so layers without a forward pass (calling one raises NotImplementedError) are enough.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+import typing
 from typing import Any
 
 import torch
@@ -105,7 +107,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.__dict__["get_cpu_offload_context"] = lambda *args, **options: (None, None)
 
 
-def install() -> None:
-    """Must come before megatron.core is imported."""
-    assert not any(name.startswith("megatron.core") for name in sys.modules)
-    sys.meta_path.insert(0, _Finder())
+assert not any(name.startswith("megatron.core") for name in sys.modules)
+sys.meta_path.insert(0, _Finder())
+if not hasattr(typing, "override"):  # a decorator of Python 3.12 that megatron-bridge 0.6 uses; it does nothing at run time
+    typing.override = lambda method: method  # pyright: ignore[reportAttributeAccessIssue]
