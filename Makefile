@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 
-.PHONY: demo demo-smollm2 test test-slow lint test-mcore sglang-venv clean
+.PHONY: demo demo-smollm2 test test-slow lint test-mcore test-bridge sglang-venv clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/megatron-opd demo
@@ -33,6 +33,16 @@ test-mcore: $(VENV)/.test
 	test -d .mcore-$(MCORE) || $(VENV)/bin/pip install -q --no-deps --ignore-requires-python --target .mcore-$(MCORE) megatron-core==$(MCORE)
 	PYTHONPATH=$(CURDIR)/.mcore-$(MCORE) $(VENV)/bin/pytest tests/distributed $(PYTEST_ARGS)
 
+# The conversion against NVIDIA's megatron-bridge, bit for bit; with BRIDGE=0.6.2 the newest. Most of what it wants needs a GPU to run
+# or to install, and conversion uses none of that: what follows, and a stand-in for Transformer Engine, is enough.
+BRIDGE ?= 0.3.1
+BRIDGE_0.3.1 = megatron-core==0.16.1
+BRIDGE_0.6.2 = megatron-core==0.19.2 transformers==5.12.1 tokenizers==0.22.2 huggingface-hub==1.33.0
+test-bridge: $(VENV)/.test
+	test -d .bridge-$(BRIDGE) || $(VENV)/bin/pip install -q --no-deps --ignore-requires-python --target .bridge-$(BRIDGE) \
+		megatron-bridge==$(BRIDGE) omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 $(BRIDGE_$(BRIDGE))
+	PYTHONPATH=$(CURDIR)/.bridge-$(BRIDGE) $(VENV)/bin/pytest tests/bridge $(PYTEST_ARGS)
+
 # SGLang pins its own torch and transformers, so it lives in an environment of its own (here: a CPU build for the tests).
 sglang-venv:
 	bash tests/sglang_cpu/install.sh .venv-sglang
@@ -46,4 +56,4 @@ $(VENV)/.test: pyproject.toml tools/make_venv.sh
 	touch $@
 
 clean:
-	rm -rf .venv .venv-sglang .mcore-* build *.egg-info
+	rm -rf .venv .venv-sglang .mcore-* .bridge-* build *.egg-info
