@@ -165,7 +165,7 @@ class TrainerConfig(_Section):
     distributed_optimizer: bool = True
     precision_aware_optimizer: bool = Field(
         default=False,
-        description="gradients and Adam moments in the dtypes below, main weights as bfloat16 and a remainder (GPU, Transformer Engine)",
+        description="gradients and Adam moments in the dtypes below (GPU, Transformer Engine)",
     )
     main_grads_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="with precision_aware_optimizer")
     moments_dtype: Literal["float32", "bfloat16", "float16", "fp8"] = Field(default="float32", description="with precision_aware_optimizer")
@@ -195,6 +195,13 @@ class TrainerConfig(_Section):
         if self.optimizer_offload and not self.precision_aware_optimizer:
             raise ValueError(
                 "optimizer_offload needs precision_aware_optimizer = true: Megatron-Core's offloading optimizer is built on it"
+            )
+        if self.optimizer_offload and self.moments_dtype != "float32":
+            raise ValueError("optimizer_offload keeps Adam's moments in float32; leave moments_dtype out")
+        if self.moments_dtype in ("float16", "fp8") and self.fp8 is not None and self.fp8.recipe != "delayed":
+            raise ValueError(
+                f"moments_dtype = {self.moments_dtype!r} with fp8.recipe = {self.fp8.recipe!r}: Megatron-Core saves such moments without their "
+                "scales; use float32 or bfloat16"
             )
         if self.precision_aware_optimizer and self.dtype == "float32":
             raise ValueError("precision_aware_optimizer is for bfloat16 training, but dtype = 'float32'")

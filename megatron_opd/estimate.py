@@ -166,11 +166,9 @@ def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stag
     """Bytes on a GPU of pipeline stage `stage`, training in bf16. `micro_batches` of a step, on one rank."""
     parameters = rank_parameters(arch, layout, stage)
     fp8 = config.fp8
-    # Megatron-Core splits main weights into bfloat16 and a remainder where the bfloat16 ones are what is trained or FP8 scales are delayed.
-    remainder = config.precision_aware_optimizer and (fp8 is None or fp8.recipe == "delayed" or config.optimizer_offload > 0)
     gradient = 2 if config.main_grads_dtype == "bfloat16" else 4
     moment = _MOMENT_BYTES[config.moments_dtype]
-    state = (2 if remainder else 4) + 2 * moment  # main weights, or what bf16 leaves of them, and Adam's two moments
+    state = 4 + 2 * moment  # main weights and Adam's two moments
     shards = (layout.dp * layout.cp, layout.expert_dp) if config.distributed_optimizer else (1, 1)
     optimizer = state * (parameters.dense / shards[0] + parameters.expert / shards[1])
     fp8_copies = 2 * parameters.matrix if fp8 else 0  # one for each of the two products that read a matrix

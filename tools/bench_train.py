@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """One optimizer step on one GPU, ours against the same step written as Lightning OPD's reference code does it.
 
-    python tools/bench_train.py --model Qwen3-8B --layers 12            # as many layers as fit with all optimizer state on one GPU
-    python tools/bench_train.py --model Qwen3-8B --layers 12 --fp8 blockwise
+    python tools/bench_train.py --model Qwen3-8B --layers 4 --micro-batch-tokens 8192      # what fits 80 GB with all optimizer state
+    python tools/bench_train.py --model Qwen3-8B --layers 4 --micro-batch-tokens 8192 --fp8 blockwise
 
 Random weights, and a store of random rollouts with lengths as in DAPO-Math (log-normal, median 1100 tokens, cut at --longest). Each
 side runs in a process of its own. The reference step: a forward pass for the reference model, one for the old log-probabilities, one
@@ -112,6 +112,9 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
     with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16 if on_gpu else torch.float32)
     model.save_pretrained(directory)
+    del model
+    if on_gpu:
+        torch.cuda.empty_cache()  # what this process holds, the measured ones can't have
 
 
 def make_store(path: Path, vocab: int, args: argparse.Namespace) -> None:
@@ -190,7 +193,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         train_step(read(step), seed=step)
         seconds.append(now() - start)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    split = split_times(clock, trainee, train_step, read, args.steps)
+    split = split_times(clock, train_step, read, args.steps)
     lengths = np.concatenate([source.lengths(source.step_rollouts(step)) for step in range(1, args.steps + 1)])
     flops, total = arch.train_flops(int(lengths.sum()), int((lengths**2).sum())), sum(seconds)
     peak = peak_flops()
@@ -208,13 +211,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def split_times(clock: Clock, trainee: Trainee, train_step: Any, read: Any, steps: int) -> dict[str, float]:
+def split_times(clock: Clock, train_step: Any, read: Any, steps: int) -> dict[str, float]:
     """Seconds by part. Our head makes its gradient in the forward pass, so that "head and loss" holds it; recomputation is "backward"."""
-    kept = {name: getattr(step_module, name) for name in ("_forward_step", "_loss_sums")}
-    optimizer_step = trainee.optimizer.step
-    step_module._forward_step = clock.timed("forward", kept["_forward_step"])
-    step_module._loss_sums = clock.timed("head and loss", kept["_loss_sums"])
-    trainee.optimizer.step = clock.timed("optimizer", optimizer_step)
+    timed = {"_forward_step": "forward", "_loss_sums": "head and loss", "_update": "optimizer"}
+    kept = {name: getattr(step_module, name) for name in timed}
+    for name, part in timed.items():
+        setattr(step_module, name, clock.timed(part, kept[name]))
     total = 0.0
     for step in range(1, steps + 1):
         start = now()
@@ -223,7 +225,6 @@ def split_times(clock: Clock, trainee: Trainee, train_step: Any, read: Any, step
         total += now() - start
     for name, function in kept.items():
         setattr(step_module, name, function)
-    trainee.optimizer.step = optimizer_step
     clock.seconds["backward"] = total - sum(clock.seconds.values())
     return {part: clock.seconds[part] for part in PARTS}
 
@@ -238,8 +239,7 @@ def reference_step(trainee: Trainee, arch: Architecture, micro_batches: list[Mic
 
 def reference_loss(hidden: torch.Tensor, *, batch: MicroBatch, student: Student, arch: Architecture, **unused: Any) -> Any:
     """Stands in for `step._loss_sums`: fp32 logits of all tokens, their log-softmax and entropy, then the sampled tokens'."""
-    weight_VH = student.shared_embedding_or_output_weight() if student.share_embeddings_and_output_weights else student.output_layer.weight
-    assert weight_VH is not None
+    weight_VH = student._head_weight()
     logp_SV = torch.log_softmax(F.linear(hidden[:, 0], weight_VH)[:, : arch.vocab_size].float(), -1)
     entropy = -(logp_SV.exp() * logp_SV).sum(-1).detach()[batch.rows].sum()
     logp = logp_SV[batch.rows].gather(1, batch.labels[:, None])[:, 0]

@@ -142,8 +142,8 @@ class _LinearLoss(torch.autograd.Function):
         n, k = head.ids.shape
         buffer_CV = x_NH.new_empty(min(n, head.chunk_tokens), len(weight))
         backend, dtype = choose(head.impl, buffer_CV), head.shard.dtype(hidden)
-        logp_NK, entropy_N, total = (torch.empty(*shape, dtype=dtype, device=hidden.device) for shape in ((n, k), (n,), (1,)))
-        total = total[0].zero_()
+        logp_NK, entropy_N = (torch.empty(*shape, dtype=dtype, device=hidden.device) for shape in ((n, k), (n,)))
+        total = torch.zeros((), dtype=dtype, device=hidden.device)  # no view: Megatron's pipeline frees what a stage has sent
         # dx of a chunk takes the place of its hidden states, where these are a copy.
         dx_NH = (torch.empty_like(x_NH) if x_NH is hidden else x_NH) if wants_dx else None
         into_main_grad = wants_dw and hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
@@ -188,12 +188,22 @@ class _LinearLoss(torch.autograd.Function):
                 g_total == 1, "linear_loss has added its gradient to main_grad, so the loss must not be scaled afterwards"
             )
             weight.grad_added_to_main_grad = True
-            dw = weight.new_zeros(()).expand_as(weight)  # something must arrive, or Megatron's hook of the weight runs in another thread
+            dw = _zeros_like(weight)  # something must arrive, or Megatron's hook of the weight runs in another thread
         else:
             dw = None if dw_VH is None else dw_VH.mul_(g_total).to(weight.dtype)
             if dx_NH is not None:
                 dx_NH.mul_(g_total)
         return None if dx_NH is None else ctx.head.scatter(dx_NH, ctx.shape), dw, None
+
+
+@cache
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _zeros_like(weight: torch.Tensor) -> torch.Tensor:
+    """A zero gradient that autograd takes as it is: it would copy an expanded one, and a new one would be written each micro-batch."""
+    return _zeros(weight.shape, weight.dtype, weight.device).detach()
 
 
 def _loss_and_gradients(

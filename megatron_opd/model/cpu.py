@@ -93,22 +93,6 @@ def _patch_module(module: types.ModuleType, overlay: types.ModuleType) -> None:
         module.__dict__["maybe_move_tensor_to_cpu"] = lambda tensor, as_numpy=False, record_stream=False: (
             tensor.numpy() if as_numpy and torch.is_tensor(tensor) else move(tensor)
         )
-    elif module.__name__.endswith("optimizer.distrib_optimizer"):
-        _keep_step(module.__dict__["DistributedOptimizer"])
-
-
-def _keep_step(optimizer_class: Any) -> None:
-    """torch's AdamW has a 'step' tensor in each state; loading a fully reshardable checkpoint drops it on one side only (KeyError)."""
-    original = optimizer_class._set_main_param_and_optimizer_states
-
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state and "step" not in tensors:
-            tensors = {**tensors, "step": state["step"].clone()}
-        original(self, model_param, tensors)
-
-    optimizer_class._set_main_param_and_optimizer_states = set_states
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import megatron.core
 import torch
 
 from megatron_opd.config import Fp8Config, ParallelConfig
@@ -24,6 +25,8 @@ class Machine:
     transformer_engine: tuple[int, int] | None
 
 
+# 0.16.1 fails when it saves experts whose FP8 recipe has no state; versions between were not looked at.
+_EXPERTS_NEED = (0, 19)
 # With FP8 parameters; older versions were not looked at.
 _PARAMETERS_NEED = (2, 4)
 # recipe: (Transformer Engine at least, compute capability at least and below)
@@ -89,6 +92,12 @@ def fp8_options(fp8: Fp8Config | None, arch: Architecture, parallel: ParallelCon
     if fp8 is None:
         return {}
     check_fp8(fp8, this_machine())
+    found = tuple(map(int, megatron.core.__version__.split(".")[:2]))
+    if arch.num_experts and fp8.recipe != "delayed" and found < _EXPERTS_NEED:
+        raise UserError(
+            f"fp8.recipe = {fp8.recipe!r} with experts needs Megatron-Core {_dotted(_EXPERTS_NEED)} (this is {megatron.core.__version__}): older ones can't "
+            "save a checkpoint of it; use 'delayed', or leave fp8 out"
+        )
     return megatron_fp8_fields(fp8, arch, parallel)
 
 

@@ -27,7 +27,14 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise ConfigError(
+                f"rank {local} of this node has no GPU, there are {count}; start {count} ranks here, or set CUDA_VISIBLE_DEVICES='' for CPUs"
+            )
+        if parallel.tp > 1 or parallel.cp > 1:  # so that messages overlap with matrix products; before Blackwell it takes this
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if not dist.is_initialized():

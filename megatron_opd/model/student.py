@@ -24,7 +24,7 @@ from opd_kernels.linear import Observer
 from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.errors import UserError
 from megatron_opd.model.architecture import Architecture
-from megatron_opd.model.fp8 import fp8_options
+from megatron_opd.model.fp8 import fp8_options, this_machine
 from megatron_opd.model.layers import PackedAttention, RMSNorm, varlen_attention
 from megatron_opd.model.moe import mark_experts, moe_options
 
@@ -138,12 +138,13 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         bias_dropout_fusion=on_gpu,
         bias_activation_fusion=on_gpu,
-        # Fusions that need kernels from apex or Transformer Engine.
+        apply_rope_fusion=uses_transformer_engine(),  # without it, each layer waits for the lengths of its sequences
+        # Fusions that need kernels from apex.
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        deallocate_pipeline_outputs=on_gpu,
+        # Interleaved over gloo (0.16.1), outputs were freed before they were sent.
+        deallocate_pipeline_outputs=on_gpu or parallel.vpp == 1,
         **_pipeline_options(arch, parallel),
         **moe_options(arch, parallel, grouped=uses_transformer_engine()),
         **_recompute_options(arch, recompute, recompute_modules, fp8),
@@ -179,6 +180,11 @@ def _recompute_options(arch: Architecture, recompute: str, modules: Sequence[str
         raise UserError(f"recompute_modules: {', '.join(in_place)} need a GPU with Transformer Engine")
     if in_place and fp8 and fp8.recipe == "delayed":
         raise UserError(f"recompute_modules: {', '.join(in_place)} can't be made again with fp8.recipe = 'delayed'; take another recipe")
+    version = this_machine().transformer_engine
+    if in_place and fp8 and version is not None and version < (2, 6):
+        raise UserError(
+            f"recompute_modules: {', '.join(in_place)} with fp8 need Transformer Engine 2.6 (this is {version[0]}.{version[1]})"
+        )
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,8 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.convert.hf_files import copy_side_files
@@ -34,7 +38,7 @@ from megatron_opd.errors import CheckpointError
 from megatron_opd.lineage import write_json_atomic, write_lineage
 from megatron_opd.processes import serve_parent
 from megatron_opd.records import Lineage
-from megatron_opd.train.optim import Trainee
+from megatron_opd.train.optim import Trainee, optimizer_parts
 
 STATE_FILE = "opd_state.json"
 LATEST = "latest"
@@ -198,28 +202,59 @@ def _start_results_queue() -> None:
         filesystem_async._results_queue = queue  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _keep_step() -> None:
+    """torch's AdamW has a 'step' tensor in each state; loading a fully reshardable checkpoint drops it on one side only (KeyError)."""
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"].clone()}
+        original(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+_keep_step()
+
+
 def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     """Fill model and optimizer, whatever layout the checkpoint was saved with. Raises CheckpointError."""
     _prime_optimizer(trainee.optimizer)
+    _allow_optimizer_classes(trainee.optimizer)
     try:
         metadata = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        loaded: Any = dist_checkpointing.load(_sharded_state(trainee, metadata, is_loading=True), str(checkpoint))
-    except (OSError, EOFError, KeyError, RuntimeError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+        state = _sharded_state(trainee, metadata, is_loading=True)
+        loaded, missing, _ = cast(Any, dist_checkpointing.load)(state, str(checkpoint), strict=StrictHandling.RETURN_ALL)
+        _check_missing(missing)
+    except (
+        OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, CheckpointException, dist_checkpointing.core.CheckpointingException,
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{checkpoint} can't be loaded: {error}; point {LATEST} to another step folder") from error
     for number, student in enumerate(trainee.students):
-        student.load_state_dict(loaded["model"][str(number)])
+        _check_missing(student.load_state_dict(loaded["model"][str(number)], strict=False).missing_keys)
     with torch.no_grad():
         trainee.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(trainee.optimizer)
+    _move_steps_inside(trainee.optimizer)
     trainee.remake_weights()
+
+
+def _check_missing(keys: Iterable[str]) -> None:
+    """Raise KeyError for what a checkpoint lacks, but for Transformer Engine's extra state: one of other layers has none."""
+    if lacking := sorted(key for key in keys if "_extra_state" not in key):
+        raise KeyError(f"{len(lacking)} of the tensors wanted are not in it (first: {lacking[0]})")
 
 
 def _content_metadata(trainee: Trainee) -> dict[str, Any]:
     """How the state dict is laid out; 'fully_reshardable' is the optimizer format that any other layout can load."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if trainee.chunks[0].ddp_config.use_distributed_optimizer:
-        metadata |= {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+        # With its state on the CPU, the host's memory is what is short: gather it on one rank, not on all.
+        offloads = any(part.config.optimizer_cpu_offload for part in optimizer_parts(trainee.optimizer))
+        metadata |= {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": offloads}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return metadata
 
@@ -233,7 +268,24 @@ def _sharded_state(trainee: Trainee, metadata: dict[str, Any], *, is_loading: bo
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The optimizers inside of Megatron's."""
-    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [part.optimizer for part in optimizer_parts(optimizer)]
+
+
+def _allow_optimizer_classes(optimizer: Any) -> None:
+    """An offloading optimizer has its inner ones' classes among its settings, which Megatron-Core 0.16 won't read without this."""
+    groups = [group for inner in torch_optimizers(optimizer) for group in inner.param_groups]
+    classes: Any = [value for group in groups for value in group.values() if isinstance(value, type)]
+    torch.serialization.add_safe_globals(classes)
+
+
+def _move_steps_inside(optimizer: Any) -> None:
+    """An offloading optimizer would set its GPU part's count of steps to the loaded one before every step; set it once."""
+    for inner in torch_optimizers(optimizer):
+        on_gpu = getattr(inner, "gpu_optimizer", None)
+        steps = [group.pop("step") for group in inner.param_groups if "step" in group] if hasattr(inner, "sub_optimizers") else []
+        if on_gpu is not None and steps:
+            for group in on_gpu.param_groups:
+                group["step"] = max(steps)
 
 
 def _prime_optimizer(optimizer: Any) -> None:

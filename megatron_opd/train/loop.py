@@ -173,7 +173,8 @@ def train(
             say(advice(too_far, config.output, job.recipe.name))
         stopping = stop.requested() or bool(too_far and job.drift.stop)
         writer.poll()
-        if progress.step % config.save_every == 0 or progress.step == job.steps or stopping:
+        due = progress.step % config.save_every == 0 or progress.step == job.steps or stopping
+        if due and progress.step > progress.skipped:  # an optimizer without a step has no state to save
             checkpoint, saved = writer.save(trainee, progress.state(job)), progress.step
     writer.finish()
     cost.facts |= {"skipped_steps": progress.skipped} if progress.skipped else {}
@@ -185,6 +186,10 @@ def train(
         stop.done()
         why = "by the drift rule" if too_far else "as asked"
         say(f"{job.name}: stopped after step {saved} {why}; the same command goes on from {checkpoint or 'the start'}")
+    elif checkpoint is None:
+        raise UserError(
+            f"{job.name}: all {progress.step} steps were skipped as their loss or gradient is not finite; there is nothing to save"
+        )
     else:
         say(f"{job.name}: {checkpoint}")
     return checkpoint

@@ -43,7 +43,7 @@ class Trainee:
         if not self.chunks[0].ddp_config.use_distributed_optimizer:
             return
         with torch.no_grad():
-            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for part in optimizer_parts(self.optimizer):
                 if part.config.reuse_grad_buf_for_mxfp8_param_ag:
                     part._copy_main_params_to_param_buffer()
                 else:
@@ -52,13 +52,22 @@ class Trainee:
                 chunk.start_param_sync(force_sync=True)
 
 
-def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: int) -> Trainee:
-    """Wrap the students; the optimizer's main weights are copies of the parameters as they are now."""
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers: one, or with experts one for them and one for the rest."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: int, bucket_size: int | None = None) -> Trainee:
+    """Wrap the students; the optimizer's main weights are copies of the parameters as they are now.
+
+    bucket_size: parameters whose gradients are reduced together, by default Megatron's (40 million or more).
+    """
     model_config = students[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.main_grads_dtype == "float32",
         use_distributed_optimizer=config.distributed_optimizer,
         overlap_grad_reduce=True,
+        bucket_size=bucket_size,
         fp8_param_gather=_fp8_parameters(config),
         **gather_options(config),
     )
@@ -66,6 +75,8 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     chunks = [
         DistributedDataParallel(model_config, ddp_config, student, disable_bucketing=number > 0) for number, student in enumerate(students)
     ]
+    for chunk in chunks:
+        _count_padding_(chunk)
     if not _fp8_parameters(config):  # torch.distributed does not know these; every rank has read the same files
         for chunk in chunks:
             chunk.broadcast_params()
@@ -105,12 +116,15 @@ def optimizer_config(config: TrainerConfig, *, bf16: bool) -> OptimizerConfig:
             "main_grads_dtype": getattr(torch, config.main_grads_dtype),
             "exp_avg_dtype": moments,
             "exp_avg_sq_dtype": moments,
+            # Otherwise main weights are the 16 bits that bfloat16 lacks, and Megatron-Core saves those as if they were the weights.
+            "store_param_remainders": False,
         }
     if config.optimizer_offload:
         precision |= {
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": config.optimizer_offload,
-            "overlap_cpu_optimizer_d2h_h2d": True,
+            # Its GPU part would not wait for gradients that are made float32 on the way.
+            "overlap_cpu_optimizer_d2h_h2d": config.optimizer_offload == 1.0 or config.main_grads_dtype == "float32",
         }
     return OptimizerConfig(
         optimizer="adam",
@@ -128,6 +142,18 @@ def optimizer_config(config: TrainerConfig, *, bf16: bool) -> OptimizerConfig:
         **gather_options(config),
         **precision,
     )
+
+
+def _count_padding_(chunk: Any) -> None:
+    """Let a checkpoint keep the padding at the end of buckets.
+
+    Megatron-Core (0.16.1, 0.19.2) leaves it out when it collects the optimizer's state for a fully reshardable checkpoint, and then cuts
+    out parameters by offsets that count it: Adam's moments and main weights would be shifted from the second bucket on.
+    """
+    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _fp8_parameters(config: TrainerConfig) -> bool:

@@ -57,15 +57,21 @@ def train_step(
     trainee.optimizer.zero_grad()
     sums = forward_backward(trainee.chunks, arch, loss, micro_batches, chunk_tokens=chunk_tokens, watch=watch)
     learning_rate = _learning_rate(trainee)
-    # Megatron's own step() looks at the norm after it has scaled the gradients with it, and then updates whatever they are.
-    trainee.optimizer.prepare_grads()
-    grad_norm = float(trainee.optimizer.get_grad_norm() or 0.0)
-    skipped = not _finite_on_all_ranks(float(sums[0]), grad_norm, device=sums.device)
-    if not skipped:
-        trainee.optimizer.step()
+    grad_norm, skipped = _update(trainee, sums[0])
     trainee.scheduler.step(increment=1)  # the rate is a function of the step's number, skipped or not
     values, n = sums.tolist(), len(LOSS_SUM_NAMES)
     return StepResult(LossSums(*values[:n]), Watched.of(values[n:]), grad_norm, learning_rate, skipped)
+
+
+def _update(trainee: Trainee, loss: torch.Tensor) -> tuple[float, bool]:
+    """The optimizer's step, left out if the loss or the gradient norm is not finite. Returns the norm, and whether it was left out."""
+    # Megatron's own step() looks at the norm after it has scaled the gradients with it, and then updates whatever they are.
+    trainee.optimizer.prepare_grads()
+    grad_norm = float(trainee.optimizer.get_grad_norm() or 0.0)
+    skipped = not _finite_on_all_ranks(float(loss), grad_norm, device=loss.device)
+    if not skipped:
+        trainee.optimizer.step()
+    return grad_norm, skipped
 
 
 def _finite_on_all_ranks(*values: float, device: torch.device) -> bool:

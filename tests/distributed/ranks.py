@@ -25,10 +25,11 @@ def run_ranks(
     *,
     worker: Path = WORKER,
     timeout: float = 600,
+    on_gpus: bool = False,
     environment: Mapping[str, str] = MappingProxyType({}),
     **arguments: Any,
 ) -> Any:
-    """Raises AssertionError with the failing rank's output; every rank has ended when this returns."""
+    """On CPUs unless `on_gpus`. Raises AssertionError with the failing rank's output; every rank has ended when this returns."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,6 +43,7 @@ def run_ranks(
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
+            **({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         }
     )
     command = [sys.executable, str(worker), function, str(folder), str(result), json.dumps(arguments)]

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from stores import make_scored_store
 from tiny_models import make_model
 
@@ -53,9 +55,9 @@ def run(
     worker: subprocess.Popen[str], folder: Path, output: str, *, kill_at: int | None = None, code: int = 0, **options: Any
 ) -> dict[str, Any]:
     settings = {"steps": STEPS, "save_every": 1, "keep_last": 1, "global_batch": 4, "micro_batch_tokens": 128, "lr": 1e-2} | options
-    overrides = [f"train.{key}={json.dumps(value)}" for key, value in settings.items()]
     paths = {"run_dir": ".", "train.init": "student", "train.store": "store", "train.output": output}
-    overrides += [f"{key}={str(folder / path)!r}" for key, path in paths.items()]
+    overrides = [f"{key}={str(folder / path)!r}" for key, path in paths.items()]
+    overrides += [f"train.{key}={json.dumps(value)}" for key, value in settings.items()]
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdin.write(json.dumps({"recipe": overrides, "kill_at": kill_at, "log": str(folder / f"{output}.log")}) + "\n")
@@ -195,6 +197,18 @@ def test_the_count_of_skipped_steps_survives_a_resume(worker: subprocess.Popen[s
     assert read_state(checkpoint)["step"] == state["step"]
     costs = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
     assert costs[-1]["error"].startswith("UserError: train: loss or gradient of step")
+
+
+def test_a_run_whose_every_step_is_skipped_has_nothing_to_save(worker: subprocess.Popen[str], folder: Path) -> None:
+    """Weights that are infinite from the start: an optimizer that never made a step has no state for a checkpoint."""
+    broken = make_model(folder / "broken", "qwen3", seed=5)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][:] = torch.inf
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    make_scored_store(folder / "broken-store", sampler=broken, teacher=folder / "teacher")
+    run(worker, folder, "nothing", code=2, init=str(broken), store=str(folder / "broken-store"), steps=2, max_skipped_steps=5)
+    assert "train: all 2 steps were skipped as their loss or gradient is not finite" in (folder / "nothing.log").read_text()
+    assert latest_checkpoint(folder / "nothing") is None
 
 
 def test_drift_stops_the_run_with_advice(worker: subprocess.Popen[str], folder: Path, whole: int) -> None:

@@ -47,10 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_a_gpu_trains_as_a_cpu_does(gpu: None, folder: Path, kind: str) -> None:
     """With or without Transformer Engine."""
-    on_cpu, on_gpu = (
-        run_ranks("losses", 1, folder, kind=kind, layouts=[{}], environment=environment)["dp"]
-        for environment in ({"CUDA_VISIBLE_DEVICES": ""}, {})
-    )
+    on_cpu, on_gpu = (run_ranks("losses", 1, folder, on_gpus=gpus, kind=kind, layouts=[{}])["dp"] for gpus in (False, True))
     assert on_gpu == pytest.approx(on_cpu, rel=5e-2)
     assert on_gpu != on_cpu
 
@@ -61,8 +58,8 @@ def test_every_layout_trains_as_one_rank_does(machine: Machine, folder: Path, ki
     fitting = [sizes for sizes in LAYOUTS if gpus % ParallelConfig(**sizes).min_ranks == 0 and (kind == "mixture" or "ep" not in sizes)]
     if not fitting:
         pytest.skip(f"{gpus} GPU(s) for layouts of 2 and more ranks")
-    single = run_ranks("losses", 1, folder, kind=kind, layouts=[{}])["dp"]
-    for name, values in run_ranks("losses", gpus, folder, kind=kind, layouts=fitting).items():
+    single = run_ranks("losses", 1, folder, on_gpus=True, kind=kind, layouts=[{}])["dp"]
+    for name, values in run_ranks("losses", gpus, folder, on_gpus=True, kind=kind, layouts=fitting).items():
         assert values == pytest.approx(single, rel=5e-2), (name, values, single)
 
 
@@ -77,7 +74,7 @@ def test_fp8_trains_as_bfloat16_does(machine: Machine, folder: Path, recipe: Any
     if recipe != "delayed":
         options.append({"fp8": {"recipe": recipe, "bf16_first_layers": 1, "bf16_last_layers": 1}})
         options.append({"fp8": {"recipe": recipe, "parameters": True}})
-    single, *others = run_ranks("losses", 1, folder, kind=kind, layouts=[{}], options=options).values()
+    single, *others = run_ranks("losses", 1, folder, on_gpus=True, kind=kind, layouts=[{}], options=options).values()
     for values in others:
         assert values[::2] == pytest.approx(single[::2], rel=0.1), (values, single)
         assert values != single
@@ -85,7 +82,9 @@ def test_fp8_trains_as_bfloat16_does(machine: Machine, folder: Path, recipe: Any
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_a_deterministic_run_resumes_bit_for_bit(gpu: None, folder: Path, kind: str) -> None:
-    results = run_ranks("reshard", torch.cuda.device_count(), folder, kind=kind, saved={}, loaded=[{}], options={"deterministic": True})
+    results = run_ranks(
+        "reshard", torch.cuda.device_count(), folder, on_gpus=True, kind=kind, saved={}, loaded=[{}], options={"deterministic": True}
+    )
     assert results.pop("weights") == [0.0]
     assert results["loaded dp"] == results["continued"]
 
@@ -100,7 +99,7 @@ def test_fp8_parameters_go_through_a_checkpoint(machine: Machine, folder: Path, 
     except UserError as error:
         pytest.skip(str(error))
     options = {"fp8": fp8.model_dump(), "deterministic": True}
-    results = run_ranks("reshard", torch.cuda.device_count(), folder, kind=kind, saved={}, loaded=[{}], options=options)
+    results = run_ranks("reshard", torch.cuda.device_count(), folder, on_gpus=True, kind=kind, saved={}, loaded=[{}], options=options)
     assert results.pop("weights") == [0.0]
     assert results["loaded dp"] == results["continued"]
 
@@ -115,6 +114,6 @@ def test_precision_offload_and_recompute_train_as_the_plain_optimizer_does(machi
         {"precision_aware_optimizer": True, "optimizer_offload": 1.0},
         {"precision_aware_optimizer": True, "optimizer_offload": 0.5},
     ]
-    single, *others = run_ranks("losses", 1, folder, kind="dense", layouts=[{}], options=options).values()
+    single, *others = run_ranks("losses", 1, folder, on_gpus=True, kind="dense", layouts=[{}], options=options).values()
     for values in others:
         assert values == pytest.approx(single, rel=5e-2), (values, single)

@@ -110,6 +110,8 @@ def test_ranks_that_a_layout_needs(tp: int, pp: int, cp: int, ep: int) -> None:
             {"fp8": {"recipe": "blockwise", "parameters": True}, "precision_aware_optimizer": True, "optimizer_offload": 1.0},
             "and no optimizer_offload",
         ),
+        ({"precision_aware_optimizer": True, "optimizer_offload": 1.0, "moments_dtype": "bfloat16"}, "moments in float32"),
+        ({"precision_aware_optimizer": True, "moments_dtype": "fp8", "fp8": {"recipe": "blockwise"}}, "without their scales"),
         ({"fp8": {"recipe": "hopper"}}, "recipe"),
         ({"recompute_modules": ["everything"]}, "recompute_modules"),
     ],
