@@ -227,14 +227,14 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
         metadata = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
         metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
         state = _sharded_state(trainee, metadata, is_loading=True)
-        loaded, missing, _ = cast(Any, dist_checkpointing.load)(state, str(checkpoint), strict=StrictHandling.RETURN_ALL)
-        _check_missing(missing)
+        loaded, _, absent = cast(Any, dist_checkpointing.load)(state, str(checkpoint), strict=StrictHandling.RETURN_ALL)
+        _check_absent(absent)
     except (
         OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, CheckpointException, dist_checkpointing.core.CheckpointingException,
     ) as error:  # fmt: skip
         raise CheckpointError(f"{checkpoint} can't be loaded: {error}; point {LATEST} to another step folder") from error
     for number, student in enumerate(trainee.students):
-        _check_missing(student.load_state_dict(loaded["model"][str(number)], strict=False).missing_keys)
+        _check_absent(student.load_state_dict(loaded["model"][str(number)], strict=False).missing_keys)
     with torch.no_grad():
         trainee.optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(trainee.optimizer)
@@ -242,10 +242,10 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     trainee.remake_weights()
 
 
-def _check_missing(keys: Iterable[str]) -> None:
-    """Raise KeyError for what a checkpoint lacks, but for Transformer Engine's extra state: one of other layers has none."""
+def _check_absent(keys: Iterable[str]) -> None:
+    """Raise RuntimeError for what a checkpoint lacks, but for Transformer Engine's extra state: one of other layers has none."""
     if lacking := sorted(key for key in keys if "_extra_state" not in key):
-        raise KeyError(f"{len(lacking)} of the tensors wanted are not in it (first: {lacking[0]})")
+        raise RuntimeError(f"{len(lacking)} of the tensors wanted are not in it (first: {lacking[0]})")
 
 
 def _content_metadata(trainee: Trainee) -> dict[str, Any]:

@@ -41,3 +41,10 @@ def test_fp8_parameters_are_loaded_rounded_and_their_main_weights_exact(folder: 
     results = run_ranks("quantized", 2, folder, worker=TRAINER_WORKER, kinds=["qwen3", "qwen2"])
     assert len(results) > 80
     assert all(results.values()), [name for name, right in results.items() if not right]
+
+
+def test_a_checkpoint_loads_into_layers_with_an_extra_state_but_lacks_no_tensor(folder: Path) -> None:
+    """As a run that moves from CPUs, or GPUs without Transformer Engine, to GPUs with it."""
+    results = run_ranks("other_layers", 2, folder, worker=TRAINER_WORKER)
+    assert results["extra state"] == results["continued"]
+    assert "can't be loaded: 4 of the tensors wanted are not in it (first: decoder.final_layernorm.bias)" in results["extra parameter"]

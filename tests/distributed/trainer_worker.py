@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from worker import build, chunks_of, layout, main, max_over_ranks, source_of, stage_config  # isort: skip  (prepares megatron.core, so it comes first)
+from worker import build, chunks_of, layout, main, max_over_ranks, source_of, stage_config, train_steps  # isort: skip  (prepares megatron.core, so it comes first)
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,15 @@ from megatron.core import fp8_utils, parallel_state
 from rounded import Rounded, dequantized, quantize_matrices_
 
 from megatron_opd.convert.to_mcore import load_hf_weights
+from megatron_opd.errors import CheckpointError
 from megatron_opd.estimate import Layout, rank_parameters
 from megatron_opd.model.architecture import read_architecture
+from megatron_opd.model.layers import RMSNorm
+from megatron_opd.records import Lineage
 from megatron_opd.train.batches import BatchSource
-from megatron_opd.train.checkpoint import torch_optimizers
+from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint, torch_optimizers
 from megatron_opd.train.loss import opd_loss
-from megatron_opd.train.optim import Trainee
+from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.step import StepResult, train_step
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -109,5 +113,32 @@ def quantized(folder: Path, kinds: list[str]) -> dict[str, bool]:
     return {name: not max_over_ranks(float(not value)) for name, value in results.items()}
 
 
+def other_layers(folder: Path) -> dict[str, Any]:
+    """A checkpoint loaded into layers that have an extra state, as Transformer Engine's have, or a parameter that it lacks."""
+    arch = read_architecture(folder / "student")
+    config = stage_config(str(folder), parallel=layout(tp=2))
+    trainee = build(config, arch)
+    train_steps(trainee, arch, config, range(2))
+    writer = CheckpointWriter(folder / "out-layers", str(folder / "student"), Lineage(), asynchronous=False)
+    checkpoint = writer.save(trainee, {"step": 2})
+    results: dict[str, Any] = {"continued": train_steps(trainee, arch, config, range(2, 4))}
+    RMSNorm.get_extra_state = lambda self: torch.zeros(3, dtype=torch.uint8)
+    RMSNorm.set_extra_state = lambda self, state: None
+    for name in ("extra state", "extra parameter"):
+        chunks = chunks_of(config, arch)
+        assert any("_extra_state" in key for key in chunks[0].sharded_state_dict())
+        if name == "extra parameter":
+            chunks[0].decoder.final_layernorm.register_parameter("bias", torch.nn.Parameter(torch.zeros(3)))
+        trainee = make_trainee(chunks, config, steps=10)
+        try:
+            load_checkpoint(checkpoint, trainee)
+        except CheckpointError as error:
+            results[name] = str(error)
+            continue
+        trainee.scheduler.step(increment=2)
+        results[name] = train_steps(trainee, arch, config, range(2, 4))
+    return results
+
+
 if __name__ == "__main__":
-    main([estimates, skipping, quantized])
+    main([estimates, skipping, quantized, other_layers])
