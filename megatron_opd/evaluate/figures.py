@@ -132,14 +132,14 @@ def _positions(curves: list[tuple[str, list[dict[str, Any]]]], plt: Any) -> Any:
 
 
 def _cost(stages: dict[str, list[dict[str, Any]]], plt: Any) -> Any:
-    """GPU hours of each run by stage, or wall time where no GPU was used."""
+    """GPU hours of each run by stage (all evaluations are one), or wall time where no GPU was used."""
     if not any(stages.values()):
         return None
     on_gpus = any(row["gpu_hours"] for rows in stages.values() for row in rows)
     totals: dict[str, dict[str, float]] = {run: defaultdict(float) for run in stages}
     for run, rows in stages.items():
         for row in rows:
-            totals[run][row["stage"]] += row["gpu_hours"] if on_gpus else row["seconds"] / 60
+            totals[run][row["stage"].split()[0]] += row["gpu_hours"] if on_gpus else row["seconds"] / 60
     names = list(dict.fromkeys(name for found in totals.values() for name in found))
     figure, axis = plt.subplots(figsize=(6.5, 1.2 + 0.5 * len(stages)))
     left = np.zeros(len(stages))

@@ -36,8 +36,9 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
         sampling=stage.sampling,
         encoding=stage.encoding,
     )
+    name = f"eval {stage.name}"
     reader = sample_into_store(
-        sampled, recipe.engine, role="evaluation", run_dir=recipe.run_dir, name="eval", lineage=read_lineage(stage.model)
+        sampled, recipe.engine, role="evaluation", run_dir=recipe.run_dir, name=name, lineage=read_lineage(stage.model)
     )
     reader.check_complete()
     result: dict[str, Any] = {
@@ -57,7 +58,11 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
         result |= {"grader": stage.grader, "accuracy": proportion_interval(figures["accuracy"])._asdict()}
     if stage.teacher is not None:
         score_store(
-            ScoreStage(store=store, model=stage.teacher, teacher=TEACHER), recipe.engine, run_dir=recipe.run_dir, check_lineage=False
+            ScoreStage(store=store, model=stage.teacher, teacher=TEACHER),
+            recipe.engine,
+            run_dir=recipe.run_dir,
+            name=f"{name} scores",
+            check_lineage=False,
         )
         figures["reverse_kl"] = reverse_kl_totals(StoreReader(store, teacher=TEACHER), TEACHER)
         result["reverse_kl"] = ratio_interval(figures["reverse_kl"])._asdict()

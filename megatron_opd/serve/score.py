@@ -21,11 +21,18 @@ def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
 
 
 def score_store(
-    stage: ScoreStage, engine_config: EngineConfig, *, run_dir: str, shard: Shard = Shard(), check_lineage: bool = True
+    stage: ScoreStage,
+    engine_config: EngineConfig,
+    *,
+    run_dir: str,
+    name: str = "score",
+    shard: Shard = Shard(),
+    check_lineage: bool = True,
 ) -> StoreReader:
     """Score every sealed part of `shard` that teacher `stage.teacher` has not scored. Goes on where an earlier run stopped.
 
-    `check_lineage=False` is for evaluation, where the sampler may be any model. Raises UserError.
+    `name` is the stage's, for people and for the account. `check_lineage=False` is for evaluation, where the sampler may be any model.
+    Raises UserError.
     """
     reader = StoreReader(stage.store)
     fingerprint = fingerprint_model(stage.model)
@@ -41,12 +48,12 @@ def score_store(
     todo = [part for part in parts if reader.score_manifest(part, stage.teacher) is None]
     if not todo:
         print(
-            f"score: teacher {stage.teacher!r} has scored all sealed parts of {stage.store}; {len(reader.missing_parts())} parts are not sealed"
+            f"{name}: teacher {stage.teacher!r} has scored all sealed parts of {stage.store}; {len(reader.missing_parts())} parts are not sealed"
         )
-        _account(reader, parts, stage, run_dir)
+        _account(reader, parts, stage, name, run_dir)
         return reader
     with (
-        StageCost(run_dir, "score", meter=engine_meter(engine_config)) as cost,
+        StageCost(run_dir, name, meter=engine_meter(engine_config)) as cost,
         closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
     ):
         cost.num_gpus = engine.num_gpus
@@ -60,7 +67,7 @@ def score_store(
             works[part] = PartWork(reader.part_rollouts(part), engine.context_length, stage.overlong)
             return works[part].requests()
 
-        with Bar("score", cost, total=total, initial=total - left, unit="token") as bar:
+        with Bar(name, cost, total=total, initial=total - left, unit="token") as bar:
             outcomes = engine.score_parts(map(requests_of, todo), stage.top_k, lambda tokens: bar.update(tokens, tokens=tokens))
             for number, results in outcomes:
                 part = todo[number]
@@ -79,23 +86,23 @@ def score_store(
                     engine=settings,
                     provenance=provenance(),
                 )
-                quarantine(run_dir, "score", stage.store, part, work.excluded)
+                quarantine(run_dir, name, stage.store, part, work.excluded)
                 write_scores(reader.location, stage.teacher, record, work.rollouts, scores, topk_dtype=stage.topk_dtype)
                 cost.tokens += reader.parts[part].num_response_tokens
     reader.refresh()
     print(
-        f"score: {cost.tokens} tokens by {fingerprint.short()} as {stage.teacher!r} into {stage.store}; {len(reader.missing_parts())} parts are not sealed"
+        f"{name}: {cost.tokens} tokens by {fingerprint.short()} as {stage.teacher!r} into {stage.store}; {len(reader.missing_parts())} parts are not sealed"
     )
-    _account(reader, parts, stage, run_dir)
+    _account(reader, parts, stage, name, run_dir)
     return reader
 
 
-def _account(reader: StoreReader, parts: Sequence[int], stage: ScoreStage, run_dir: str) -> None:
+def _account(reader: StoreReader, parts: Sequence[int], stage: ScoreStage, name: str, run_dir: str) -> None:
     """Raise QuarantineError if too many rollouts of `parts` were quarantined."""
     excluded = [entry for part in parts if (record := reader.score_manifest(part, stage.teacher)) is not None for entry in record.excluded]
     remedy = f"find the cause; to score them again delete teacher/{stage.teacher} of their parts and run the same command"
     total = sum(reader.parts[part].num_rollouts for part in parts)
-    check_quarantined("score", excluded, total=total, limit=stage.max_quarantined, run_dir=run_dir, remedy=remedy)
+    check_quarantined(name, excluded, total=total, limit=stage.max_quarantined, run_dir=run_dir, remedy=remedy)
 
 
 class PartWork:
