@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QuarantineError as error:
         return _fail(str(error), code=3)
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), rank=error.rank)
     except OSError as error:
         if error.filename is None and error.strerror is None:
             raise
@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _fail(message: str, *, code: int = 2) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"megatron-opd: error: {message}", file=sys.stderr, flush=True)
+def _fail(message: str, *, code: int = 2, rank: int | None = None) -> int:
+    if rank is not None or int(os.environ.get("RANK", "0")) == 0:
+        of_rank = f" on rank {rank}" if rank else ""
+        print(f"megatron-opd: error{of_rank}: {message}", file=sys.stderr, flush=True)
     if os.environ.get("OPD_TRACEBACK") == "1":
         traceback.print_exc()
     return code
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--model", metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
     )
-    check.add_argument("--rollouts", type=int, default=64, metavar="N", help="with --model: rollouts to compare on")
+    check.add_argument("--rollouts", type=_positive, default=64, metavar="N", help="with --model: rollouts to compare on")
     _add_servers(check)
     progress = _recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left to do", _progress)
     progress.add_argument("--stage", choices=STAGES, help="only this stage")
@@ -136,7 +137,7 @@ def _recipe_stage(
     if trains:
         parser.add_argument(
             "--nproc",
-            type=int,
+            type=_positive,
             metavar="N",
             help="ranks to start on this node (default: one a GPU, or as few as the layout needs on a CPU; not under torchrun)",
         )
@@ -162,7 +163,7 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
         "--launch",
         nargs="?",
         const=1,
-        type=int,
+        type=_positive,
         metavar="N",
         help="start N SGLang servers (default 1) for the stage; engine.launch.tp, .dp, .options and .command say how",
     )
@@ -234,10 +235,9 @@ def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number <= 0:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is expected, got {text!r}")
+    return int(text)
 
 
 def _check(recipe: Recipe, args: argparse.Namespace) -> None:

@@ -2,7 +2,12 @@
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong: the message says what, got, wanted, next."""
+    """Something outside the program is wrong: the message says what, got, wanted, next.
+
+    `rank` is set where one rank of a run alone knows of it; else every rank has the same error, and the first says it.
+    """
+
+    rank: int | None = None
 
 
 class ConfigError(UserError):

@@ -53,10 +53,11 @@ def checkpoint_folder(output: Path) -> Path:
 
 def latest_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of a run, None if there is none. Raises CheckpointError if `latest` names what is not there."""
-    pointer = checkpoint_folder(output) / LATEST
-    if not pointer.exists():
-        return None
-    path = checkpoint_folder(output) / pointer.read_text().strip()
+    folder = checkpoint_folder(output)
+    pointer = folder / LATEST
+    if not pointer.exists():  # a process killed between its first checkpoint and the pointer leaves the folder
+        return max((path for path in folder.glob(f"{_STEP}*") if (path / STATE_FILE).exists()), key=lambda path: path.name, default=None)
+    path = folder / pointer.read_bytes().decode(errors="replace").strip()
     if not (path / STATE_FILE).exists():
         raise CheckpointError(
             f"{pointer} names {path.name}, which is not a whole checkpoint; write the name of another step folder into it"
@@ -67,9 +68,14 @@ def latest_checkpoint(output: Path) -> Path | None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Step, data position and the settings that must not change. Raises CheckpointError."""
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}: no checkpoint of a run ({error})") from None
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        if not isinstance(state.get("step"), int):
+            raise ValueError("it has no step")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: no checkpoint of a run ({STATE_FILE}: {error}); point {LATEST} to another step folder"
+        ) from None
+    return state
 
 
 @dataclass
@@ -220,7 +226,11 @@ _keep_step()
 
 
 def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
-    """Fill model and optimizer, whatever layout the checkpoint was saved with. Raises CheckpointError."""
+    """Fill model and optimizer, whatever layout the checkpoint was saved with. Raises CheckpointError.
+
+    Settings of the optimizer (rates, betas, ...) stay those of `trainee`, not those of the run that saved it.
+    """
+    settings = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in trainee.optimizer.param_groups]
     _prime_optimizer(trainee.optimizer)
     _allow_optimizer_classes(trainee.optimizer)
     try:
@@ -237,6 +247,8 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
         _check_absent(student.load_state_dict(loaded["model"][str(number)], strict=False).missing_keys)
     with torch.no_grad():
         trainee.optimizer.load_state_dict(loaded["optimizer"])
+    for group, own in zip(trainee.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     _unshare_steps(trainee.optimizer)
     _move_steps_inside(trainee.optimizer)
     trainee.remake_weights()

@@ -17,22 +17,21 @@ from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.cost import StageCost, open_meter, provenance
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
-from megatron_opd.errors import CheckpointError, UserError
+from megatron_opd.errors import UserError
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
-from megatron_opd.train.batches import BatchSource
+from megatron_opd.train.batches import BatchSource, MicroBatch
 from megatron_opd.train.checkpoint import LATEST, CheckpointWriter, checkpoint_folder, latest_checkpoint, load_checkpoint, read_state
 from megatron_opd.train.drift import DriftRule, Watch, advice
 from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
 from megatron_opd.train.metrics import MetricsLog, ResourceMeter, StepFacts, console_line, step_row
 from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.readiness import Readiness, check_sft, check_train
+from megatron_opd.train.resume import OutputLock, changes, check_fixed, fixed_settings, free_settings
 from megatron_opd.train.step import StepResult, train_step
 from megatron_opd.train.stop import StopRequest
 
 T = TypeVar("T")
-# Settings that decide which rollouts are in which step; they can't change between a run and its resume.
-_POSITION_FIELDS = ("store", "seed", "global_batch", "max_response_tokens", "teacher")
 
 
 def run_sft(recipe: Recipe) -> Path | None:
@@ -84,7 +83,9 @@ def _run(
         quadratic_cost=ready.arch.train_flops(0, 1) / ready.arch.train_flops(1, 0),
     )
     steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
-    job = Job(name, recipe, config, Path(config.output), ready, source, steps, device, position=position_of(config, source))
+    job = Job(name, recipe, config, Path(config.output), ready, source, steps, device, fixed=fixed_settings(config, source))
+    lock = OutputLock(job.output)
+    on_first_rank(lock.acquire)
     say(describe(job))
     for note in ready.notes:
         say(note)
@@ -99,6 +100,7 @@ def _run(
         checkpoint = train(job, trainee, loss, progress, stop, cost, ResourceMeter(meter))
     stop.close()
     parallel.stop()
+    lock.release()
     return checkpoint
 
 
@@ -114,7 +116,7 @@ class Job:
     source: BatchSource
     steps: int
     device: torch.device
-    position: dict[str, Any]
+    fixed: dict[str, Any]
 
     @property
     def drift(self) -> DriftConfig:
@@ -137,7 +139,8 @@ class Progress:
     def state(self, job: Job) -> dict[str, Any]:
         counts = {key: value for key, value in vars(self).items() if key != "step"}
         consumed = self.step * job.config.global_batch
-        return {"step": self.step, "steps": job.steps, "consumed_rollouts": consumed, "position": job.position, **counts, **provenance()}
+        settings = {"fixed": job.fixed, "settings": free_settings(job.config)}
+        return {"step": self.step, "steps": job.steps, "consumed_rollouts": consumed, **settings, **counts, **provenance()}
 
 
 def train(
@@ -154,7 +157,7 @@ def train(
     stopping, too_far = stop.requested(), None
     while progress.step < job.steps and not stopping:
         step, start = progress.step, time.perf_counter()
-        micro_batches = [batch.to(job.device) for batch in job.source.micro_batches(step)]
+        micro_batches = read_step(job, step)
         data_seconds = time.perf_counter() - start
         result = train_step(
             trainee, job.ready.arch, loss, micro_batches, seed=config.seed + step, chunk_tokens=config.chunk_tokens, watch=watch
@@ -182,8 +185,9 @@ def train(
         cost.facts["energy_joules"] = energy
     if log is not None:
         log.close()
-    if stopping and progress.step < job.steps:
+    if stopping:
         stop.done()
+    if stopping and progress.step < job.steps:
         why = "by the drift rule" if too_far else "as asked"
         say(f"{job.name}: stopped after step {saved} {why}; the same command goes on from {checkpoint or 'the start'}")
     elif checkpoint is None:
@@ -193,6 +197,15 @@ def train(
     else:
         say(f"{job.name}: {checkpoint}")
     return checkpoint
+
+
+def read_step(job: Job, step: int) -> list[MicroBatch]:
+    """This rank's micro-batches. What is wrong with its data only this rank knows."""
+    try:
+        return [batch.to(job.device) for batch in job.source.micro_batches(step)]
+    except UserError as error:
+        error.rank = dist.get_rank()
+        raise
 
 
 def start_files(job: Job, first_step: int) -> MetricsLog | None:
@@ -233,27 +246,17 @@ def resume(job: Job, trainee: Trainee) -> Progress:
     if checkpoint is None:
         return Progress()
     state = read_state(checkpoint)
-    for key, value in job.position.items():
-        if state["position"].get(key) != value:
-            raise CheckpointError(
-                f"{checkpoint}: made with {key} = {state['position'].get(key)!r}, now {value!r}; a resumed run must read the same data: use that setting, or another output"
-            )
+    check_fixed(checkpoint, state, job.fixed, job.config.store)
     load_checkpoint(checkpoint, trainee)
     progress = Progress(**{field.name: int(state.get(field.name, 0)) for field in fields(Progress)})
     if progress.step:
         trainee.scheduler.step(increment=progress.step)
     say(f"{job.name}: going on after step {progress.step} from {checkpoint}")
+    if changed := changes(state.get("settings", {}), free_settings(job.config)):
+        say(f"{job.name}: settings that were others before: {', '.join(changed)}")
+    if progress.step > job.steps:
+        say(f"{job.name}: that is past the {job.steps} steps asked for: nothing to do")
     return progress
-
-
-def position_of(config: TrainerConfig, source: BatchSource) -> dict[str, Any]:
-    """What decides the order of the data, for the checkpoint."""
-    settings = {key: getattr(config, key) for key in _POSITION_FIELDS if hasattr(config, key)}
-    return settings | {
-        "num_rollouts": len(source.reader),
-        "student": source.reader.manifest.sampler.weights_sha256,
-        "num_tokens": int(source.all_lengths.sum()),
-    }
 
 
 def step_facts(job: Job, step: int, micro_batches: int, *, seconds: float, data_seconds: float) -> StepFacts:

@@ -109,6 +109,11 @@ def _check_common(stage: TrainerConfig, teacher: str | None = None) -> tuple[Sto
         reader.check_complete()
     if len(reader) == 0:
         raise StoreError(f"{stage.store}: no rollouts in it")
+    if stage.global_batch > len(reader):
+        raise UserError(
+            f"{stage.store}: {len(reader)} rollouts, fewer than global_batch = {stage.global_batch}: a step would have some of them twice; "
+            "lower global_batch, or collect more"
+        )
     init = fingerprint_model(stage.init)
     check_same_tokenizer(init, reader.manifest.sampler)
     if reader.manifest.sampler.tokenizer.num_tokens > arch.vocab_size:

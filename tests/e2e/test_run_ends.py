@@ -146,6 +146,26 @@ def test_the_stop_file(worker: subprocess.Popen[str], folder: Path) -> None:
     assert len(rows(folder, "asked")) == reached + 2
 
 
+def test_a_request_in_the_last_step_stops_no_later_run(worker: subprocess.Popen[str], folder: Path) -> None:
+    stop = folder / "last" / "STOP"
+
+    def ask() -> None:
+        while not rows(folder, "last"):
+            time.sleep(0.001)
+        stop.touch()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    run(worker, folder, "last", steps=1)
+    thread.join()
+    stop.unlink(missing_ok=True)  # it may have come after the end
+    stop.touch()
+    run(worker, folder, "last", steps=1)
+    assert not stop.exists()
+    run(worker, folder, "last", steps=2)
+    assert len(rows(folder, "last")) == 2
+
+
 def test_a_full_disk(worker: subprocess.Popen[str], folder: Path, whole: int) -> None:
     """The run ends with the reason and its last whole checkpoint; with room made, the same command goes on."""
     disk = folder / "small"
