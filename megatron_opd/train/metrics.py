@@ -157,7 +157,7 @@ class MetricsLog:
         """Rows after `first_step` are those of steps that will be made again: they are cut. Raises UserError for a missing package."""
         self.path = output / "metrics.jsonl"
         self._sinks: list[Any] = []
-        write_jsonl(self.path, [row for row in read_jsonl(self.path) if row["step"] <= first_step])
+        write_jsonl(self.path, [row for row in read_jsonl(self.path) if isinstance(row.get("step"), int) and row["step"] <= first_step])
         if "tensorboard" in config.loggers:
             self._sinks.append(_TensorBoard(output / "tensorboard", first_step))
         if "wandb" in config.loggers:

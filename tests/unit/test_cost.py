@@ -159,6 +159,13 @@ def test_a_cut_line_costs_no_other(tmp_path: Path) -> None:
         assert [row["row"] for row in read_jsonl(path)] in ([0, 1, 3], [0, 1, 2, 3])
 
 
+@pytest.mark.parametrize("damage", [b"5", b"null", b"[1]", b'"text"', b"\xff\xfe", b"\x00\x00", b"", b"[" * 100_000])
+def test_a_line_that_is_no_row_is_left_out(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"row": 0}\n' + damage + b'\n{"row": 1, "text": "\xff"}\n')
+    assert [row["row"] for row in read_jsonl(path)] == [0, 1]
+
+
 def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]

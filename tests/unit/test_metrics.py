@@ -139,6 +139,14 @@ def test_a_resume_cuts_rows_that_will_be_made_again(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_resume_goes_on_over_damaged_rows(tmp_path: Path) -> None:
+    write(tmp_path, first_step=0, steps=range(1, 3))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n\xff\n{"loss": 1.0}\n{"step": "two"}\n{"step": null}\n')
+    write(tmp_path, first_step=2, steps=range(3, 4))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_logger_that_is_not_installed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
