@@ -48,7 +48,7 @@ def draw(data: dict[str, dict[str, Any]], target: Path) -> list[Path]:
 
 
 def distils(rows: list[dict[str, Any]]) -> bool:
-    return any(row["abs_advantage"] for row in rows)
+    return any(row.get("abs_advantage") for row in rows)
 
 
 def window(rows: list[dict[str, Any]], *, end: bool) -> list[dict[str, Any]]:
@@ -90,9 +90,9 @@ def _results(evaluations: list[tuple[str, dict[str, Any]]], plt: Any) -> Any:
 
 
 def _training(curves: list[tuple[str, list[dict[str, Any]]]], plt: Any) -> Any:
-    if not curves:
-        return None
     shown = [(key, title) for key, title in _CURVES if any(row.get(key) is not None for _, rows in curves for row in rows)]
+    if not shown:
+        return None
     height = -(-len(shown) // 3)
     figure, axes = plt.subplots(height, 3, figsize=(12, 3 * height), squeeze=False)
     for axis in axes.flat[len(shown) :]:

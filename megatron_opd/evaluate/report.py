@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.cost import read_jsonl
-from megatron_opd.errors import UserError
 from megatron_opd.evaluate.figures import distils, draw, kl_by_position, window
+from megatron_opd.evaluate.run_files import read_run
 
 
 def write_report(runs: list[str], output: str | None = None) -> Path:
     """Write report.html, report.md and PNG figures; returns the page. Raises UserError for a folder that holds no run."""
-    folders = [Path(run) for run in runs]
+    different: dict[Path, Path] = {}
+    for run in runs:
+        different.setdefault(Path(run).resolve(), Path(run))
+    folders = list(different.values())
+    if len(folders) < len(runs):
+        print(f"report: {len(runs)} folders were given, but only {len(folders)} different ones; each is shown once")
     names = [folder.resolve().name for folder in folders]
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-    data = {label: _read_run(folder) for label, folder in zip(labels, folders, strict=True)}
+    data = {label: read_run(folder) for label, folder in zip(labels, folders, strict=True)}
     target = Path(output) if output else folders[0] / "report"
     target.mkdir(parents=True, exist_ok=True)
     figures = draw(data, target)
@@ -29,15 +32,6 @@ def write_report(runs: list[str], output: str | None = None) -> Path:
     page.write_text(_page(data, tables, figures))
     print(f"report: {page}")
     return page
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    evaluations = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("*.json"))]
-    training = {path.parent.name: rows for path in sorted(folder.glob("*/metrics.jsonl")) if (rows := read_jsonl(path))}
-    stages = read_jsonl(folder / "stages.jsonl")
-    if not evaluations and not training and not stages:
-        raise UserError(f"{folder}: no run here (no eval/*.json, */metrics.jsonl or stages.jsonl); give the run_dir of a recipe")
-    return {"evaluations": sorted(evaluations, key=lambda e: e["provenance"]["created"]), "training": training, "stages": stages}
 
 
 def _tables(data: dict[str, dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
@@ -115,7 +109,7 @@ def training_cells(rows: list[dict[str, Any]]) -> list[str]:
         change("effective_sample_share", ".0%") if distilled else "",
         _number(_mean(rows, "tokens_per_second"), ",.0f"),
         _number(_mean(rows, "model_flops_utilisation"), ".1%"),
-        _number(max(row["memory_gib"] for row in rows), ".1f"),
+        _number(max((row["memory_gib"] for row in rows if row.get("memory_gib") is not None), default=None), ".1f"),
     ]
 
 

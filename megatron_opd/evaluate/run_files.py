@@ -1,0 +1,79 @@
+"""What a report reads of a run's folder. A file or row that is damaged is named and left out, so that it costs no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_opd.cost import read_jsonl
+from megatron_opd.errors import UserError
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """evaluations (the oldest first), training (rows by stage), stages. Prints what it leaves out; raises UserError if nothing is there."""
+    evaluations = [found for path in sorted((folder / "eval").glob("*.json")) if (found := _read_evaluation(path)) is not None]
+    training = {path.parent.name: rows for path in sorted(folder.glob("*/metrics.jsonl")) if (rows := _rows(path, _is_step))}
+    stages = _rows(folder / "stages.jsonl", _is_stage)
+    if not evaluations and not training and not stages:
+        raise UserError(
+            f"{folder}: no run here (no eval/*.json, */metrics.jsonl or stages.jsonl that can be read); give the run_dir of a recipe"
+        )
+    return {"evaluations": sorted(evaluations, key=_created), "training": training, "stages": stages}
+
+
+def _read_evaluation(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return _leave_out(path, str(error))
+    return found if _is_evaluation(found) else _leave_out(path, "it lacks figures of an evaluation")
+
+
+def _leave_out(path: Path, why: str) -> None:
+    print(f"report: {path} is left out: {why}; run 'megatron-opd eval' with eval.name={path.stem} again, or delete the file")
+
+
+def _rows(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    found = read_jsonl(path)
+    rows = [row for row in found if is_whole(row)]
+    if len(rows) < len(found):
+        print(f"report: {path}: {len(found) - len(rows)} of {len(found)} rows are left out: they lack fields, or hold text for numbers")
+    return rows
+
+
+def _created(evaluation: dict[str, Any]) -> str:
+    """When it was made; "" where the file does not say."""
+    provenance = evaluation.get("provenance")
+    return str(provenance.get("created", "")) if isinstance(provenance, dict) else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _are_intervals(record: dict[str, Any]) -> bool:
+    """Whether those of accuracy and reverse KL that are there have a mean and its interval."""
+    found = [record[key] for key in ("accuracy", "reverse_kl") if key in record]
+    return all(isinstance(value, dict) and all(_is_number(value.get(key)) for key in ("mean", "low", "high")) for value in found)
+
+
+def _is_evaluation(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str) or not _are_intervals(record):
+        return False
+    against = record.get("against", {"name": "", "num_prompts": 0})
+    paired = isinstance(against, dict) and isinstance(against.get("name"), str) and "num_prompts" in against and _are_intervals(against)
+    return paired and all(_is_number(record.get(key)) for key in ("response_length", "stopped_share"))
+
+
+def _is_step(row: dict[str, Any]) -> bool:
+    """A skipped step has null where there is no number."""
+    values = [value for key, value in row.items() if key != "reverse_kl_by_position"]
+    positions = row.get("reverse_kl_by_position") or []
+    return isinstance(row.get("step"), int) and isinstance(positions, list) and all(v is None or _is_number(v) for v in values + positions)
+
+
+def _is_stage(row: dict[str, Any]) -> bool:
+    numbers = all(_is_number(row.get(key)) for key in ("seconds", "tokens", "gpu_hours")) and _is_number(row.get("energy_joules", 0.0))
+    return numbers and bool(row.get("stage")) and all(isinstance(row.get(key, ""), str) for key in ("stage", "error"))

@@ -1,0 +1,103 @@
+"""The report of runs whose files are damaged: what can be read is shown, what can't is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_opd.cli import main
+
+EVALUATION: dict[str, Any] = {
+    "name": "opd",
+    "response_length": 10.0,
+    "stopped_share": 1.0,
+    "accuracy": {"mean": 0.5, "low": 0.4, "high": 0.6},
+    "reverse_kl": {"mean": 0.1, "low": 0.05, "high": 0.15},
+    "against": {"name": "sft", "num_prompts": 3, "accuracy": {"mean": 0.1, "low": 0.0, "high": 0.2}},
+    "provenance": {"created": "2026-01-01T00:00:00Z"},
+}
+STEP = {"step": 1, "loss": 1.0, "abs_advantage": 0.5, "reverse_kl": 0.5, "reverse_kl_by_position": [0.5, None], "memory_gib": 1.0}
+STAGE = {"stage": "train", "seconds": 3600.0, "tokens": 7, "num_gpus": 2, "gpu_hours": 2.0}
+
+
+def make_run(folder: Path) -> Path:
+    (folder / "eval").mkdir(parents=True)
+    (folder / "opd").mkdir()
+    (folder / "eval" / "opd.json").write_text(json.dumps(EVALUATION))
+    (folder / "opd" / "metrics.jsonl").write_text(json.dumps(STEP) + "\n" + json.dumps(STEP | {"step": 2, "loss": None}) + "\n")
+    (folder / "stages.jsonl").write_text(json.dumps(STAGE) + "\n")
+    return folder
+
+
+def rows_of(report: Path) -> dict[str, list[list[str]]]:
+    """Cells of each table by its title, without the head."""
+    tables = {}
+    for section in report.read_text().split("## ")[1:]:
+        title, *lines = section.splitlines()
+        tables[title] = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "lost"),
+    [
+        ("eval/opd.json", json.dumps(EVALUATION)[:40], "Results"),
+        ("eval/opd.json", "[1]", "Results"),
+        ("eval/opd.json", json.dumps({"name": "opd"}), "Results"),
+        ("eval/opd.json", json.dumps(EVALUATION | {"accuracy": {"mean": 0.5}}), "Results"),
+        ("eval/opd.json", json.dumps(EVALUATION | {"accuracy": None}), "Results"),
+        ("eval/opd.json", json.dumps(EVALUATION | {"against": {"name": "sft"}}), "Results"),
+        ("opd/metrics.jsonl", '{"loss": 1.0}\n', "Training"),
+        ("opd/metrics.jsonl", '{"step": 1, "loss": "high"}\n', "Training"),
+        ("opd/metrics.jsonl", '{"step": 1, "reverse_kl_by_position": {"a": 1}}\n', "Training"),
+        ("stages.jsonl", '{"stage": "train"}\n', "Stages"),
+        ("stages.jsonl", json.dumps(STAGE | {"gpu_hours": None}) + "\n", "Stages"),
+        ("stages.jsonl", json.dumps(STAGE | {"error": 5}) + "\n", "Stages"),
+    ],
+)
+def test_what_is_damaged_is_named_and_costs_nothing_else(
+    file: str, content: str, lost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, broken = make_run(tmp_path / "whole"), make_run(tmp_path / "broken")
+    (broken / file).write_text(content)
+    assert main(["report", str(whole), str(broken), "--output", str(tmp_path / "report")]) == 0
+    assert str(broken / file) in capsys.readouterr().out
+    for title, rows in rows_of(tmp_path / "report" / "report.md").items():
+        shown = {row[0] for row in rows}
+        assert shown == ({"whole"} if title == lost or (lost, title[:11]) == ("Results", "Differences") else {"whole", "broken"})
+
+
+def test_fields_that_a_report_can_do_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "eval" / "old.json").write_text(json.dumps({k: v for k, v in EVALUATION.items() if k != "provenance"} | {"name": "old"}))
+    (run / "opd" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert main(["report", str(run)]) == 0
+    assert "left out" not in capsys.readouterr().out
+    tables = rows_of(run / "report" / "report.md")
+    assert [row[1] for row in tables["Results"]] == ["old", "opd"]
+    assert tables["Training"][0][:3] == ["run", "opd", "1 (0)"]
+
+
+def test_a_folder_without_anything_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "opd.json").write_text("{")
+    assert main(["report", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert f"{tmp_path / 'eval' / 'opd.json'} is left out: Expecting" in captured.out
+    assert "run 'megatron-opd eval' with eval.name=opd again, or delete the file" in captured.out
+    assert f"{tmp_path}: no run here" in captured.err
+
+
+def test_every_run_has_a_label_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a/run", "b/run"):
+        make_run(Path(folder))
+    assert main(["report", "a/run", "b/run", "--output", "both"]) == 0
+    assert {row[0] for row in rows_of(Path("both/report.md"))["Stages"]} == {"a/run", "b/run"}
+    assert "each is shown once" not in capsys.readouterr().out
+    assert main(["report", "a/run", "b/run", "a/../a/run", "--output", "twice"]) == 0
+    assert [row[0] for row in rows_of(Path("twice/report.md"))["Stages"]] == ["a/run", "b/run"]
+    assert "report: 3 folders were given, but only 2 different ones; each is shown once" in capsys.readouterr().out
