@@ -18,12 +18,15 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from megatron_opd.errors import ConfigError
 from megatron_opd.layout import Fp8Config, ParallelConfig
 from megatron_opd.layout import Section as _Section
+from megatron_opd.objective import DriftConfig, LossConfig
 from megatron_opd.records import SamplingParams
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # Text for the model may hold braces of its own.
 _FREE_TEXT = {"system"}
+# Adam divides the rate by 1 - beta1 at its first step, and the result must be a float32 number.
+_LARGEST_RATE = 1e30
 
 
 class ModelsConfig(_Section):
@@ -154,7 +157,7 @@ class TrainerConfig(_Section):
     save_every: int = Field(default=50, gt=0)
     log_every: int = Field(default=1, gt=0, description="steps between console lines; metrics.jsonl has every step")
     keep_last: int = Field(default=2, gt=0, description="newest checkpoints kept")
-    keep_every: int | None = Field(default=None, gt=0, description="keep the checkpoints of every n-th step for good")
+    keep_every: int | None = Field(default=None, gt=0, description="keep every n-th step's checkpoint for good; a multiple of save_every")
     async_save: bool = Field(default=True, description="write checkpoints while training goes on")
     max_skipped_steps: int = Field(
         default=3, ge=0, description="steps in a row that may be skipped as their loss or gradient is not finite; one more ends the run"
@@ -184,6 +187,19 @@ class TrainerConfig(_Section):
         default=4096, description="response tokens whose logits are held at once; 'all' of a micro-batch"
     )
     parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> TrainerConfig:
+        if self.lr > _LARGEST_RATE:
+            raise ValueError(f"lr = {self.lr:g} makes steps that float32 can't hold; it may be at most {_LARGEST_RATE:g}")
+        if self.schedule.min_lr > self.lr:
+            raise ValueError(f"schedule.min_lr = {self.schedule.min_lr:g} is above lr = {self.lr:g}; lower it, or raise lr")
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(
+                f"keep_every = {self.keep_every} is not a multiple of save_every = {self.save_every}: other steps are not saved; "
+                f"take {-(-self.keep_every // self.save_every) * self.save_every}, or another save_every"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_precision(self) -> TrainerConfig:
@@ -232,43 +248,6 @@ class SftStage(TrainerConfig):
     output: str = "{run_dir}/sft"
     lr: float = Field(default=8e-5, gt=0)
     schedule: LrSchedule = LrSchedule(decay="cosine")
-
-
-class LossConfig(_Section):
-    """The distillation loss: `opd`, `vopd` and `exopd` weigh the sampled token; the others compare distributions at each position."""
-
-    name: Literal["opd", "vopd", "exopd", "reverse_kl", "forward_kl", "jsd"] = "opd"
-    normalization: Literal["sequence", "token"] = Field(
-        default="sequence", description="'sequence': token mean of each, then mean (the paper's)"
-    )
-    advantage_clip: float | None = Field(default=None, gt=0, description="clip |A| at this many nats")
-    importance_clip: float | None = Field(default=None, gt=0, description="weigh sampled tokens by pi_S / pi_ref, at most this")
-    exopd_scale: float = Field(default=1.25, gt=0, description="exopd: weight of log pi_T - log pi_ref; 1 is opd")
-    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: the teacher's share of the mixture")
-    entropy_bonus: float = Field(default=0.0, ge=0, description="nats of loss taken off for a nat of entropy")
-
-    @property
-    def needs_topk(self) -> bool:
-        """Whether the loss looks at the teacher's top-K candidates."""
-        return self.name not in ("opd", "exopd")
-
-    @model_validator(mode="after")
-    def _fits_the_loss(self) -> LossConfig:
-        if self.name in ("reverse_kl", "forward_kl", "jsd") and (self.advantage_clip, self.importance_clip) != (None, None):
-            raise ValueError(f"loss {self.name!r} has no advantage, so advantage_clip and importance_clip do nothing; leave them out")
-        return self
-
-
-class DriftConfig(_Section):
-    """When the student has moved too far from pi_ref, the policy that the rollouts were sampled from. Shares are of response tokens."""
-
-    ratio: float = Field(default=2.0, gt=1, description="a token is off when pi_S / pi_ref is above this, or below its inverse")
-    max_off_share: float | None = Field(default=None, gt=0, lt=1, description="advise new rollouts when more tokens are off")
-    min_effective_share: float | None = Field(
-        default=None, gt=0, lt=1, description="advise new rollouts when the effective sample share is less"
-    )
-    patience: int = Field(default=3, gt=0, description="steps in a row beyond a limit before the advice")
-    stop: bool = Field(default=False, description="with the advice, save and end the run")
 
 
 class TrainStage(TrainerConfig):
@@ -428,7 +407,7 @@ def _explain(error: ValidationError) -> str:
             known = _known_fields(fault["loc"])
             close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
             text = "no such field; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
-        elif fault["type"] != "missing":
+        elif fault["type"] != "missing" and not (fault["type"] == "value_error" and isinstance(fault["input"], dict)):
             text = f"{text} (got {fault['input']!r})"
         lines.append(f"  {where}: {text}")
     return f"{len(lines)} field(s) wrong\n" + "\n".join(lines)

@@ -1,0 +1,46 @@
+"""What distillation aims at: the recipe's sections for the loss and for the drift from the rollouts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_opd.layout import Section
+
+
+class LossConfig(Section):
+    """The distillation loss: `opd`, `vopd` and `exopd` weigh the sampled token; the others compare distributions at each position."""
+
+    name: Literal["opd", "vopd", "exopd", "reverse_kl", "forward_kl", "jsd"] = "opd"
+    normalization: Literal["sequence", "token"] = Field(
+        default="sequence", description="'sequence': token mean of each, then mean (the paper's)"
+    )
+    advantage_clip: float | None = Field(default=None, gt=0, description="clip |A| at this many nats")
+    importance_clip: float | None = Field(default=None, gt=0, description="weigh sampled tokens by pi_S / pi_ref, at most this")
+    exopd_scale: float = Field(default=1.25, gt=0, description="exopd: weight of log pi_T - log pi_ref; 1 is opd")
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="jsd: the teacher's share of the mixture")
+    entropy_bonus: float = Field(default=0.0, ge=0, description="nats of loss taken off for a nat of entropy")
+
+    @property
+    def needs_topk(self) -> bool:
+        """Whether the loss looks at the teacher's top-K candidates."""
+        return self.name not in ("opd", "exopd")
+
+    @model_validator(mode="after")
+    def _fits_the_loss(self) -> LossConfig:
+        if self.name in ("reverse_kl", "forward_kl", "jsd") and (self.advantage_clip, self.importance_clip) != (None, None):
+            raise ValueError(f"loss {self.name!r} has no advantage, so advantage_clip and importance_clip do nothing; leave them out")
+        return self
+
+
+class DriftConfig(Section):
+    """When the student has moved too far from pi_ref, the policy that the rollouts were sampled from. Shares are of response tokens."""
+
+    ratio: float = Field(default=2.0, gt=1, description="a token is off when pi_S / pi_ref is above this, or below its inverse")
+    max_off_share: float | None = Field(default=None, gt=0, lt=1, description="advise new rollouts when more tokens are off")
+    min_effective_share: float | None = Field(
+        default=None, gt=0, lt=1, description="advise new rollouts when the effective sample share is less"
+    )
+    patience: int = Field(default=3, gt=0, description="steps in a row beyond a limit before the advice")
+    stop: bool = Field(default=False, description="with the advice, save and end the run")
