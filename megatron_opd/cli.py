@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -85,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--gpus", type=_positive, metavar="N", help="estimate memory, speed and GPU hours on N GPUs, before anything has run"
     )
-    check.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU for --gpus (default: 80)")
+    check.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="memory of one GPU for --gpus (default: 80)")
     check.add_argument(
         "--model", metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
     )
@@ -240,12 +241,24 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _gib(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of GiB above 0 is expected, got {text!r}")
+    return number
+
+
 def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.gpus is not None:
         from megatron_opd.estimate import estimate_recipe
 
-        print("\n".join(estimate_recipe(recipe, args.gpus, args.gpu_memory)))
+        print("\n".join(estimate_recipe(recipe, args.gpus, args.gpu_memory or 80.0)))
         return
+    if args.gpu_memory is not None:
+        raise UserError("--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N")
     from megatron_opd.train.readiness import check_inputs, check_sft, check_train
 
     if args.stage == "inputs":

@@ -225,7 +225,7 @@ def predict_speed(
 def check_fits(arch: Architecture, name: str, config: TrainerConfig, gpus: int, gpu_gib: float, *, mean_tokens: float) -> Memory:
     """Memory of the fullest GPU. Raises UserError for a recipe that does not divide or fit, with single changes that would do."""
     layout = Layout.of(config, gpus)
-    arch.check_parallel(config.parallel)
+    arch.check_stage(config, name)
     if faults := layout.faults(config):
         raise UserError(f"{name}: {'; '.join(faults)}; change {name}.parallel, {name}.global_batch or --gpus")
     memory = fullest_stage(arch, config, layout, mean_tokens=mean_tokens)
@@ -242,11 +242,8 @@ def check_fits(arch: Architecture, name: str, config: TrainerConfig, gpus: int, 
 
 def _fits(arch: Architecture, config: TrainerConfig, gpus: int, gpu_gib: float, mean_tokens: float) -> bool:
     layout = Layout.of(config, gpus)
-    try:
-        arch.check_parallel(config.parallel)
-    except UserError:
-        return False
-    return not layout.faults(config) and fullest_stage(arch, config, layout, mean_tokens=mean_tokens).total <= gpu_gib * GIB
+    faults = arch.layout_faults(config.parallel, config.fp8) + layout.faults(config)
+    return not faults and fullest_stage(arch, config, layout, mean_tokens=mean_tokens).total <= gpu_gib * GIB
 
 
 def _changes(config: TrainerConfig) -> Iterator[tuple[str, TrainerConfig]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.config import ParallelConfig
+from megatron_opd.config import Fp8Config, ParallelConfig, TrainerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import read_config
 
@@ -69,8 +69,18 @@ class Architecture:
         """Rows of the embedding under tensor parallelism: a multiple of 16 a rank, for the loss kernel's wide loads."""
         return -(-self.vocab_size // (16 * tp)) * 16 * tp
 
+    def check_stage(self, stage: TrainerConfig, name: str) -> None:
+        """Raise UserError for the faults of `layout_faults`, with the name of the recipe's section."""
+        if faults := self.layout_faults(stage.parallel, stage.fp8):
+            raise UserError(f"{name}: {'; '.join(faults)}; change {name}.parallel" + (f" or {name}.fp8" if stage.fp8 else ""))
+
     def check_parallel(self, parallel: ParallelConfig) -> None:
-        """Raise UserError naming every size that a parallel group does not divide, and what would fit."""
+        """Raise UserError for the faults of `layout_faults`."""
+        if faults := self.layout_faults(parallel):
+            raise UserError("; ".join(faults))
+
+    def layout_faults(self, parallel: ParallelConfig, fp8: Fp8Config | None = None) -> list[str]:
+        """Every size that a parallel group does not divide, and what would fit; layers kept from FP8 that no pipeline stage has."""
         tp, ep, stages = parallel.tp, parallel.ep, parallel.pp * parallel.vpp
         sizes = {"attention heads": self.num_heads, "key-value heads": self.num_kv_heads}
         if not self.num_experts:  # an expert is never cut
@@ -90,8 +100,13 @@ class Architecture:
             faults.append(f"ep={ep} does not divide the model's {self.num_experts} experts (ep may be {', '.join(map(str, fitting))})")
         if self.num_experts and tp > 1 and not parallel.sequence_parallel:
             faults.append(f"tp={tp} with experts needs sequence_parallel = true: each rank routes its own tokens")
-        if faults:
-            raise UserError("; ".join(faults))
+        return faults + (self.fp8_faults(fp8, parallel) if fp8 else [])
+
+    def fp8_faults(self, fp8: Fp8Config, parallel: ParallelConfig) -> list[str]:
+        """Megatron-Core counts the layers that stay in bfloat16 within one pipeline stage."""
+        most = self.num_layers // parallel.pp
+        kept = {field: getattr(fp8, field) for field in ("bf16_first_layers", "bf16_last_layers")}
+        return [f"fp8.{field} = {count}, but a pipeline stage has {most} layers" for field, count in kept.items() if count > most]
 
     def stage_layers(self, stages: int) -> list[int]:
         """Layers of each pipeline stage, in the order of the layers; those left over go to the middle, as the ends have the vocabulary."""

@@ -103,10 +103,8 @@ def fp8_options(fp8: Fp8Config | None, arch: Architecture, parallel: ParallelCon
 
 def megatron_fp8_fields(fp8: Fp8Config, arch: Architecture, parallel: ParallelConfig) -> dict[str, Any]:
     """The fields alone, whatever the machine. Raises UserError if the layers kept in bfloat16 don't fit one pipeline stage."""
-    most = arch.num_layers // parallel.pp
-    for field in ("bf16_first_layers", "bf16_last_layers"):
-        if getattr(fp8, field) > most:
-            raise UserError(f"fp8.{field} = {getattr(fp8, field)}, but a pipeline stage has {most} layers")
+    if faults := arch.fp8_faults(fp8, parallel):
+        raise UserError("; ".join(faults))
     chosen = fp8.format if fp8.format != "auto" else "hybrid" if fp8.recipe in ("delayed", "tensorwise") else "e4m3"
     return {
         "fp8": chosen,

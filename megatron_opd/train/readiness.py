@@ -33,8 +33,8 @@ def check_inputs(recipe: Recipe) -> list[str]:
     """
     lines = []
     arch = read_architecture(recipe.models.student)
-    for stage in (recipe.sft, recipe.train):
-        arch.check_parallel(stage.parallel)
+    for name, stage in (("sft", recipe.sft), ("train", recipe.train)):
+        arch.check_stage(stage, name)
     for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), ("eval", recipe.eval)):
         if stage is not None:
             prompts, _ = read_prompts(stage.prompts, limit=stage.num_prompts)
@@ -46,7 +46,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
 
 def check_sft(stage: SftStage) -> Readiness:
     """Raises UserError unless the base student can be fine-tuned on this store of teacher answers."""
-    reader, arch, init = _check_common(stage)
+    reader, arch, init = _check_common("sft", stage)
     if reader.manifest.sampler_role != "teacher":
         raise StoreError(f"{stage.store}: rollouts of a student; SFT needs teacher answers (megatron-opd generate)")
     teacher = reader.manifest.sampler
@@ -59,7 +59,7 @@ def check_sft(stage: SftStage) -> Readiness:
 
 def check_train(stage: TrainStage) -> Readiness:
     """Raises UserError unless the student can be distilled on this store: right student, right teacher, every score there."""
-    reader, arch, init = _check_common(stage, teacher=stage.teacher)
+    reader, arch, init = _check_common("train", stage, teacher=stage.teacher)
     manifest = reader.manifest
     if manifest.sampler_role != "student":
         raise StoreError(f"{stage.store}: answers of a teacher; distillation needs rollouts of the student (megatron-opd rollout)")
@@ -101,9 +101,9 @@ def _check_topk(reader: StoreReader, stage: TrainStage) -> None:
         )
 
 
-def _check_common(stage: TrainerConfig, teacher: str | None = None) -> tuple[StoreReader, Architecture, ModelFingerprint]:
+def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -> tuple[StoreReader, Architecture, ModelFingerprint]:
     arch = read_architecture(stage.init)
-    arch.check_parallel(stage.parallel)
+    arch.check_stage(stage, name)
     reader = StoreReader(stage.store, teacher=teacher)
     if not stage.allow_incomplete:
         reader.check_complete()

@@ -92,7 +92,15 @@ def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureF
     ("arguments", "message"),
     [
         (["--gpus", "6"], r"sft: 6 GPUs are not a multiple of tp \* pp \* cp = 4 \* 1 \* 1"),
-        (["--gpus", "8", "train.parallel.tp=3"], r"tp=3 does not divide the model's 32 attention heads.*tp may be 1, 2, 4, 8"),
+        (
+            ["--gpus", "8", "train.parallel.tp=3"],
+            r"error: train: tp=3 does not divide the model's 32 attention heads.*tp may be 1, 2, 4, 8\); change train\.parallel$",
+        ),
+        (
+            ["--gpus", "8", "train.parallel.pp=2", 'train.fp8={recipe="blockwise",bf16_first_layers=19}'],
+            r"error: train: fp8\.bf16_first_layers = 19, but a pipeline stage has 18 layers; change train\.parallel or train\.fp8$",
+        ),
+        (["--gpu-memory", "80"], r"--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N"),
         (["--gpus", "8", "train.global_batch=1"], r"train: global_batch = 1 is smaller than 2 data-parallel ranks"),
         (["--gpus", "8", "train.micro_batch_tokens=4000"], r"train: a rollout may have 4352 tokens .*over micro_batch_tokens = 4000"),
         (
@@ -106,7 +114,19 @@ def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureF
 def test_what_can_t_be_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = check(capsys, "opd_8b", *arguments)
     assert code == 2
-    assert re.search(message, text), text
+    assert re.search(message, text, re.MULTILINE), text
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [("--gpu-memory", value, "a number of GiB above 0") for value in ("nan", "0", "-80", "inf", "much")]
+    + [("--gpus", value, "a whole number above 0") for value in ("0", "-8", "2.5", "many")],
+)
+def test_numbers_that_are_none(option: str, value: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["check", "opd_8b", "--gpus", "8", f"{option}={value}"])
+    assert caught.value.code == 2
+    assert f"argument {option}: {wanted} is expected, got {value!r}" in capsys.readouterr().err
 
 
 def test_the_changes_that_are_proposed_fit(capsys: pytest.CaptureFixture[str]) -> None:
