@@ -1,10 +1,15 @@
-"""What a stage cost: wall time, tokens, GPU hours, energy; one JSON row a run of a stage, appended to run_dir/stages.jsonl."""
+"""What a stage cost: wall time, tokens, GPU hours, energy; JSON rows in run_dir/stages.jsonl, of which a run of a stage has its last.
+
+Rows are only ever appended, as several workers may write at once.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -62,7 +67,8 @@ def open_meter(uuids: Sequence[str] | None = None, *, first: int | None = None) 
 class StageCost:
     """Context manager; `tokens` is counted up by the stage. The row is written also when the stage fails, with its error.
 
-    With `meter` the row has the energy of its GPUs; a stage that knows of more GPUs puts "energy_joules" into `facts` itself.
+    A stage calls `keep` whenever something is safe on disk, so that a run that is killed leaves an account too: until then, unfinished.
+    With `meter` the row has the energy if its GPUs are all; a stage that knows of more puts "energy_joules" into `facts` itself.
     """
 
     run_dir: str | Path
@@ -73,7 +79,8 @@ class StageCost:
     meter: GpuMeter | None = None
 
     def __enter__(self) -> StageCost:
-        self._start = time.time()
+        self._start, self._kept = time.time(), -math.inf
+        self._run = uuid.uuid4().hex[:12]
         self._energy = self.meter.energy_joules() if self.meter else None
         return self
 
@@ -81,11 +88,26 @@ class StageCost:
         """Wall time so far."""
         return time.time() - self._start
 
+    def keep(self, *, every: float = 60.0) -> None:
+        """Write the account so far, but not within `every` seconds of the last time."""
+        if time.monotonic() - self._kept >= every:
+            append_jsonl(Path(self.run_dir) / "stages.jsonl", self._row() | {"unfinished": True})
+            self._kept = time.monotonic()
+
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None and not self.tokens:
+        if error is None and not self.tokens and self._kept == -math.inf:
             return  # nothing was left to do
+        row = self._row() | ({"error": f"{type(error).__name__}: {error}"} if error is not None else {})
+        try:
+            append_jsonl(Path(self.run_dir) / "stages.jsonl", row)
+        except OSError:
+            if error is None:  # on a full disk the stage's own error is the one to show
+                raise
+
+    def _row(self) -> dict[str, Any]:
         seconds = self.seconds()
         row = {
+            "run": self._run,
             "stage": self.stage,
             "started": self._start,
             "seconds": seconds,
@@ -93,14 +115,18 @@ class StageCost:
             "num_gpus": self.num_gpus,
             "gpu_hours": seconds * self.num_gpus / 3600,
         }
-        if self.meter and self._energy is not None and (energy := self.meter.energy_joules()) is not None:
+        measured = self.meter is not None and self.meter.num_gpus == self.num_gpus
+        if self.meter and measured and self._energy is not None and (energy := self.meter.energy_joules()) is not None:
             row["energy_joules"] = energy - self._energy
-        row |= self.facts | ({"error": f"{type(error).__name__}: {error}"} if error is not None else {})
-        try:
-            append_jsonl(Path(self.run_dir) / "stages.jsonl", row)
-        except OSError:
-            if error is None:  # on a full disk the stage's own error is the one to show
-                raise
+        return row | self.facts
+
+
+def read_stages(path: Path) -> list[dict[str, Any]]:
+    """The last row of each run of a stage, in the order in which the runs left their first."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate(read_jsonl(path)):
+        rows[str(row.get("run", number))] = row  # older files have no "run", and a row a run
+    return list(rows.values())
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from megatron_opd.config import Recipe, load_recipe
-from megatron_opd.cost import read_jsonl
+from megatron_opd.cost import read_stages
 from megatron_opd.demo import arithmetic, smollm2
 from megatron_opd.evaluate.report import evaluation_cells, stage_cells, write_report
 from megatron_opd.evaluate.run import describe_difference
@@ -83,7 +83,7 @@ def summary(folder: Path, *, seconds: float) -> str:
     evaluations = [json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("teacher", "sft", "opd")]
     models = [["model", "accuracy (95 % interval)", "reverse KL to the teacher, nat/token", "tokens a response", "ended by itself"]]
     models += [evaluation_cells(evaluation) for evaluation in evaluations]
-    stages = [["stage", "seconds", "tokens", "tokens/s", "GPU hours"], *(stage_cells(row) for row in read_jsonl(folder / "stages.jsonl"))]
+    stages = [["stage", "seconds", "tokens", "tokens/s", "GPU hours"], *(stage_cells(row) for row in read_stages(folder / "stages.jsonl"))]
     return f"\n{_table(models)}\n\n{describe_difference(evaluations[-1])}\n\n{_table(stages)}\n\n{seconds:.0f} s in all"
 
 

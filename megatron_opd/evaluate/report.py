@@ -136,7 +136,7 @@ def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def stage_cells(row: dict[str, Any]) -> list[str]:
     """stage, seconds, tokens, tokens/s, GPU hours."""
-    failed = f" (ended by {row['error'].split(':')[0]})" if "error" in row else ""
+    failed = f" (ended by {row['error'].split(':')[0]})" if "error" in row else " (unfinished)" if row.get("unfinished") else ""
     return [
         row["stage"] + failed,
         f"{row['seconds']:.1f}",

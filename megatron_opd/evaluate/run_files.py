@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.cost import read_jsonl
+from megatron_opd.cost import read_jsonl, read_stages
 from megatron_opd.errors import UserError
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """evaluations (the oldest first), training (rows by stage), stages. Prints what it leaves out; raises UserError if nothing is there."""
     evaluations = [found for path in sorted((folder / "eval").glob("*.json")) if (found := _read_evaluation(path)) is not None]
-    training = {path.parent.name: rows for path in sorted(folder.glob("*/metrics.jsonl")) if (rows := _rows(path, _is_step))}
-    stages = _rows(folder / "stages.jsonl", _is_stage)
+    training = {
+        path.parent.name: rows for path in sorted(folder.glob("*/metrics.jsonl")) if (rows := _rows(path, read_jsonl(path), _is_step))
+    }
+    stages = _rows(folder / "stages.jsonl", read_stages(folder / "stages.jsonl"), _is_stage)
     if not evaluations and not training and not stages:
         raise UserError(
             f"{folder}: no run here (no eval/*.json, */metrics.jsonl or stages.jsonl that can be read); give the run_dir of a recipe"
@@ -35,8 +37,7 @@ def _leave_out(path: Path, why: str) -> None:
     print(f"report: {path} is left out: {why}; run 'megatron-opd eval' with eval.name={path.stem} again, or delete the file")
 
 
-def _rows(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    found = read_jsonl(path)
+def _rows(path: Path, found: list[dict[str, Any]], is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     rows = [row for row in found if is_whole(row)]
     if len(rows) < len(found):
         print(f"report: {path}: {len(found) - len(rows)} of {len(found)} rows are left out: they lack fields, or hold text for numbers")

@@ -109,6 +109,7 @@ def sample_into_store(
                 quarantine(run_dir, name, stage.store, part, excluded)
                 write_part(location, part, rollouts, excluded, settings)
                 cost.tokens += sum(rollout.response_len for rollout in rollouts)
+                cost.keep()
     reader = StoreReader(stage.store)
     _say_result(name, reader)
     return _account(reader, shard, stage, name, run_dir)

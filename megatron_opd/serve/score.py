@@ -89,6 +89,7 @@ def score_store(
                 quarantine(run_dir, name, stage.store, part, work.excluded)
                 write_scores(reader.location, stage.teacher, record, work.rollouts, scores, topk_dtype=stage.topk_dtype)
                 cost.tokens += reader.parts[part].num_response_tokens
+                cost.keep()
     reader.refresh()
     print(
         f"{name}: {cost.tokens} tokens by {fingerprint.short()} as {stage.teacher!r} into {stage.store}; {len(reader.missing_parts())} parts are not sealed"

@@ -179,6 +179,7 @@ def train(
         due = progress.step % config.save_every == 0 or progress.step == job.steps or stopping
         if due and progress.step > progress.skipped:  # an optimizer without a step has no state to save
             checkpoint, saved = writer.save(trainee, progress.state(job)), progress.step
+            cost.keep()
     writer.finish()
     cost.facts |= {"skipped_steps": progress.skipped} if progress.skipped else {}
     if (energy := resources.total_energy()) is not None:
@@ -299,6 +300,9 @@ class _NoCost:
     def __init__(self) -> None:
         self.tokens = 0
         self.facts: dict[str, Any] = {}
+
+    def keep(self) -> None:
+        pass
 
     def __enter__(self) -> _NoCost:
         return self

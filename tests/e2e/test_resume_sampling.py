@@ -14,6 +14,7 @@ import pytest
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
+from megatron_opd.cost import read_stages
 from megatron_opd.data.store import StoreReader
 
 PARTS = 24
@@ -111,6 +112,9 @@ def test_killed_again_and_again(folder: Path, stage: str, seed: int) -> None:
     for shard, more in kills:
         goal = num_sealed(store, stage) + more
         kill_after(start(folder, stage, store.name, shard), store, stage, sealed=goal, delay=rng.uniform(0, 0.3))
+    unfinished = [row for row in read_stages(folder / "run" / "stages.jsonl") if row["stage"] == stage and row.get("unfinished")]
+    assert len(unfinished) >= len(kills), "each leaves an account of what it made"
+    assert all(row["tokens"] for row in unfinished)
     done = checksums(store, stage)
     assert 3 <= len(done) < PARTS
     assert done == {part: wanted[part] for part in done}

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from stores import make_scored_store
 from tiny_models import make_model
 
+from megatron_opd.cost import read_stages
 from megatron_opd.data.order import step_rollouts
 from megatron_opd.data.store import StoreReader
 from megatron_opd.evaluate.report import write_report
@@ -100,7 +101,12 @@ def kill_often(worker: subprocess.Popen[str], folder: Path, output: str, *, oper
 
 
 def test_killed_saves(worker: subprocess.Popen[str], folder: Path, whole: int) -> None:
+    before = len(read_stages(folder / "stages.jsonl"))
     kill_often(worker, folder, "killed", operations=whole, kills=5, seed=0)
+    *killed, last = read_stages(folder / "stages.jsonl")[before:]
+    assert killed, "runs that were killed after their first save leave an account"
+    assert all(row["unfinished"] and row["tokens"] for row in killed)
+    assert "unfinished" not in last
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.config import EngineConfig
-from megatron_opd.cost import StageCost, append_jsonl, git_commit, open_meter, provenance, read_jsonl, write_jsonl
+from megatron_opd.cost import StageCost, append_jsonl, git_commit, open_meter, provenance, read_jsonl, read_stages, write_jsonl
 from megatron_opd.serve.stage import engine_meter
 
 
@@ -27,6 +27,27 @@ def test_a_row_a_run(tmp_path: Path) -> None:
     assert first["gpu_hours"] == pytest.approx(2 * first["seconds"] / 3600)
     assert "error" not in first
     assert (second["tokens"], second["error"]) == (3, "ValueError: broken")
+
+
+def test_a_killed_run_leaves_its_last_account(tmp_path: Path) -> None:
+    """Two workers at once: one ends, the other is killed, which is to say that __exit__ is never called."""
+    path = tmp_path / "stages.jsonl"
+    append_jsonl(path, {"stage": "older", "tokens": 1})
+    append_jsonl(path, {"stage": "older", "tokens": 2})
+    killed = StageCost(tmp_path, "rollout", num_gpus=2).__enter__()
+    with StageCost(tmp_path, "rollout") as ended:
+        for cost in (killed, ended):
+            cost.tokens += 5
+            cost.keep()
+            cost.tokens += 5
+            cost.keep()  # too early
+            cost.keep(every=0)
+        assert [(row["tokens"], row["unfinished"]) for row in read_stages(path)[2:]] == [(10, True), (10, True)]
+        ended.tokens += 1
+    found = read_stages(path)
+    assert [(row["tokens"], row.get("unfinished", False)) for row in found] == [(1, False), (2, False), (10, True), (11, False)]
+    assert found[2]["gpu_hours"] == pytest.approx(2 * found[2]["seconds"] / 3600)
+    assert len(read_jsonl(path)) == 2 + 4 + 1
 
 
 class FakeNvml(types.ModuleType):
@@ -77,7 +98,10 @@ def test_energy_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with StageCost(tmp_path, "train", num_gpus=16, meter=meter) as cost:
         cost.tokens = 5
         cost.facts["energy_joules"] = 80.0  # of all nodes
-    first, second = read_jsonl(tmp_path / "stages.jsonl")
+    with StageCost(tmp_path, "train", num_gpus=16, meter=meter, tokens=5) as cost:
+        cost.keep()  # the meter is that of one rank
+    first, second, third = read_stages(tmp_path / "stages.jsonl")
+    assert "energy_joules" not in third
     assert (first["energy_joules"], first["num_gpus"]) == (2.5, 2)
     assert second["energy_joules"] == 80.0
 

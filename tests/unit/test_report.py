@@ -91,6 +91,16 @@ def test_a_folder_without_anything_to_read(tmp_path: Path, capsys: pytest.Captur
     assert f"{tmp_path}: no run here" in captured.err
 
 
+def test_an_unfinished_run_is_marked_and_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with (run / "stages.jsonl").open("a") as file:
+        for hours in (1.0, 2.5):
+            file.write(json.dumps(STAGE | {"run": "a", "gpu_hours": hours, "unfinished": True}) + "\n")
+    assert main(["report", str(run)]) == 0
+    stages = rows_of(run / "report" / "report.md")["Stages"]
+    assert [(row[1], row[5]) for row in stages] == [("train", "2.00"), ("train (unfinished)", "2.50"), ("all", "4.50")]
+
+
 def test_every_run_has_a_label_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("a/run", "b/run"):
