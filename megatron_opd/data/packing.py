@@ -74,6 +74,7 @@ def pack(lengths: Sequence[int] | np.ndarray, budget: int, *, packing: bool = Tr
         raise ValueError(f"a sequence of {lengths[order[0]]} tokens does not fit {budget}")
     if not packing:
         return [[position] for position in order]
+    budget = min(budget, int(np.sum(lengths)))  # more room than for all of them changes nothing, and there is a list for each room
     bins: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(budget + 1)]  # bins that have exactly so much room
     rooms = 0  # bit r is set where by_room[r] holds a bin: the fullest bin with room for n is the lowest bit from n on

@@ -67,6 +67,16 @@ def test_pack_loses_nothing_and_keeps_to_the_budget(lengths: list[int], slack: i
     assert len(bins) <= max(1, 2 * sum(lengths) // budget + 1)
 
 
+@given(lengths=LENGTHS, slack=st.integers(0, 10**15), ranks=st.integers(1, 3))
+@settings(deadline=None)
+def test_room_for_more_than_all_changes_nothing_and_takes_no_memory(lengths: list[int], slack: int, ranks: int) -> None:
+    total = sum(lengths)
+    assert pack(lengths, total + slack) == pack(lengths, total) == [sorted(range(len(lengths)), key=lambda position: -lengths[position])]
+    if len(lengths) >= ranks:
+        roomy, tight = (plan_micro_batches(np.array(lengths), num_ranks=ranks, budget=budget) for budget in (total + slack, total))
+        assert roomy == tight
+
+
 def test_pack_of_nothing_and_of_too_much() -> None:
     assert pack([], 10) == []
     assert pack([10], 10) == [[0]]
