@@ -81,8 +81,9 @@ class DriftRule:
         if limit is not None and row["off_share"] > limit:
             faults.append(f"{row['off_share']:.1%} of the tokens have pi_S / pi_ref beyond {self.config.ratio:g} (limit {limit:.1%})")
         limit = self.config.min_effective_share
-        if limit is not None and row["effective_sample_share"] < limit:
-            faults.append(f"the effective sample share is {row['effective_sample_share']:.1%} (limit {limit:.1%})")
+        share = row["effective_sample_share"] or 0.0  # None where the ratios are too small or too large for a number
+        if limit is not None and share < limit:
+            faults.append(f"the effective sample share is {share:.1%} (limit {limit:.1%})")
         self.beyond = self.beyond + 1 if faults else 0
         due = self.beyond >= self.config.patience if self.config.stop else self.beyond == self.config.patience
         return f"{' and '.join(faults)} for {self.beyond} steps" if due else None

@@ -202,7 +202,13 @@ class _WandB:
         identity = output / "wandb_run_id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:8])
-        self.run = wandb.init(project=project, id=identity.read_text().strip(), resume="allow", dir=str(output), config=settings)
+        try:
+            self.run = wandb.init(project=project, id=identity.read_text().strip(), resume="allow", dir=str(output), config=settings)
+        except Exception as error:  # no key, no network, a project that is not there: the client's errors have no common ground
+            raise UserError(
+                f"loggers has 'wandb', which could not start: {type(error).__name__}: {error}; log in with `wandb login` (or WANDB_API_KEY), "
+                "set WANDB_MODE=offline to write to files alone, or take it out"
+            ) from error
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         self.run.log(scalars, step=step)

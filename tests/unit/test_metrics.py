@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def test_drift_is_counted_in_a_row() -> None:
     reason = rule.check(thin)
     assert reason == "the effective sample share is 40.0% (limit 50.0%) for 5 steps"
     assert DriftRule(DriftConfig()).check(thin) is None
+    rule = DriftRule(config.model_copy(update={"patience": 1}))
+    assert rule.check(good | {"effective_sample_share": None}) == "the effective sample share is 0.0% (limit 50.0%) for 1 steps"
 
 
 def result(**sums: float) -> StepResult:
@@ -154,6 +157,18 @@ def test_a_logger_that_is_not_installed_is_named(name: str, tmp_path: Path, monk
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(UserError, match=f"'{name}', which is not installed; pip install {name}"):
         write(tmp_path, name, first_step=0, steps=range(1, 2))
+
+
+@pytest.mark.parametrize("error", [ValueError("No API key configured"), ConnectionError("no route to host")])
+def test_wandb_that_does_not_start(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(
+        UserError, match=rf"could not start: {type(error).__name__}: {error}; log in with `wandb login` .*WANDB_MODE=offline"
+    ):
+        write(tmp_path, "wandb", first_step=0, steps=range(1, 2))
 
 
 def test_tensorboard(tmp_path: Path) -> None:
