@@ -135,17 +135,30 @@ def hash_tensors(directory: str | Path) -> dict[str, str]:
 
 
 def _weights_sha256(directory: Path) -> str:
-    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(directory.glob("*.safetensors"))]
-    cache = directory / CACHE_FILE
+    stamp = _stamp(directory)
     try:
-        cached = json.loads(cache.read_text())
+        cached = json.loads((directory / CACHE_FILE).read_text())
         if cached["files"] == stamp:
             return cached["weights_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    digest = _sha256_json(sorted(hash_tensors(directory).items()))
+    return _remember(directory, stamp, hash_tensors(directory))
+
+
+def remember_hashes(directory: Path, hashes: dict[str, str]) -> None:
+    """Cache the weights' hash where those of the tensors (of `hash_tensors`) are known, so that nobody reads the files for it."""
+    _remember(directory, _stamp(directory), hashes)
+
+
+def _stamp(directory: Path) -> list[Any]:
+    """What changes when the weights do: names, sizes and modification times."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(directory.glob("*.safetensors"))]
+
+
+def _remember(directory: Path, stamp: list[Any], hashes: dict[str, str]) -> str:
+    digest = _sha256_json(sorted(hashes.items()))
     with contextlib.suppress(OSError):  # a read-only model directory: the hash is made again next time
-        write_json_atomic(cache, {"files": stamp, "weights_sha256": digest})
+        write_json_atomic(directory / CACHE_FILE, {"files": stamp, "weights_sha256": digest})
     return digest
 
 

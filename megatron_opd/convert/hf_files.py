@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_opd.convert.staging import whole_directory
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import hash_tensors, tensor_index, write_json_atomic
+from megatron_opd.lineage import hash_tensors, remember_hashes, tensor_index, write_json_atomic, write_lineage
+from megatron_opd.records import Lineage
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 # What travels with a model besides its weights.
@@ -65,34 +66,33 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
 
 
 def write_hf_directory(
-    target: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, side_files: Path, dtype: torch.dtype, max_shard_bytes: int = 5 << 30
+    target: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    side_files: Path,
+    dtype: torch.dtype,
+    lineage: Lineage | None = None,
+    max_shard_bytes: int = 5 << 30,
 ) -> None:
     """Write a model directory under a temporary name, read it back, then rename. `tensors` may be a generator: one file at a time is held.
 
     Raises UserError if `target` holds something already, or if a tensor read back is not the one that was given.
     """
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} exists and is not empty; choose another directory, or remove it")
-    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with whole_directory(target) as staging:
         given = _write_weights(staging, tensors, max_shard_bytes)
         wrong = [name for name, digest in hash_tensors(staging).items() if digest != given[name]]
         if wrong:
             raise UserError(
                 f"{target}: {len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?"
             )
+        remember_hashes(staging, given)
         copy_side_files(side_files, staging)
         config = json.loads((staging / "config.json").read_text())
         for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
             config[key] = str(dtype).removeprefix("torch.")
         write_json_atomic(staging / "config.json", config)
-        if target.exists():
-            target.rmdir()
-        staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if lineage is not None:
+            write_lineage(staging, lineage, for_weights=True)
 
 
 def hash_tensor(name: str, tensor: torch.Tensor) -> str:
