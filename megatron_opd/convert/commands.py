@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+from megatron_opd.checksums import record_checksums, sum_files, write_part
 from megatron_opd.config import Recipe, require
 from megatron_opd.convert.hf_files import DTYPE_NAMES, copy_side_files, hash_tensor
 from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoint
+from megatron_opd.convert.staging import whole_directory
 from megatron_opd.convert.to_hf import HF_FOLDER, convert_to_hf, hf_tensors
 from megatron_opd.convert.to_mcore import global_tensor, open_source
 from megatron_opd.cost import provenance
@@ -63,24 +63,16 @@ def to_mcore(model: str, target: str) -> Path:
     Raises UserError, also if what is read back is not bit for bit what was given.
     """
     folder = Path(target)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{target} exists and is not empty; choose another directory, or remove it")
-    arch = read_architecture(model)
+    arch, lineage = read_architecture(model), read_lineage(model)
     source = open_source(model, arch)
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with whole_directory(folder) as staging:
         write_mcore_checkpoint(staging, arch, stored_dtype(model), lambda entry, index: global_tensor(source, entry, arch, index))
         _check_same_tensors(McoreTensors(staging, arch), arch, model)
+        write_part(staging, 0, sum_files(staging.glob("*.distcp")))
+        record_checksums(staging)
         copy_side_files(model, staging / HF_FOLDER)
-        write_lineage(staging, read_lineage(model) or Lineage(), for_weights=False)
+        write_lineage(staging, lineage or Lineage(), for_weights=False)
         write_json_atomic(staging / STATE_FILE, {"step": 0, "position": {}, **provenance()})
-        if folder.exists():
-            folder.rmdir()
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 

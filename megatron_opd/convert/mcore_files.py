@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ class McoreTensors:
         self._reader = FileSystemReader(checkpoint)
         try:
             metadata = self._reader.read_metadata().state_dict_metadata
-        except (OSError, EOFError, AttributeError) as error:
-            raise CheckpointError(f"{checkpoint}: not a whole Megatron checkpoint ({error}); use another step") from None
+        except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+            reason = str(error) or type(error).__name__
+            raise CheckpointError(f"{checkpoint}: not a whole Megatron checkpoint ({reason}); use another step") from None
         self.stored = {key: entry for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
         missing = [entry.mcore for entry in table(arch) if entry.mcore not in self.stored]
         if missing:
@@ -67,12 +69,16 @@ class McoreTensors:
         try:
             load_dcp({}, storage_reader=self._reader, planner=_PieceLoader(wanted), no_dist=True)
         except CheckpointException as error:
-            raise CheckpointError(f"{self._reader.path}: it can't be read ({_cause(error)}); use another step") from error
+            cause = _cause(error)
+            raise CheckpointError(
+                f"{self._reader.path}: it can't be read ({str(cause) or type(cause).__name__}); use another step"
+            ) from error
         inner_zeros = {entry.mcore: (0,) * len(entry.shape) for entry, _ in pieces}
         return [wanted[entry.mcore][(*index, *inner_zeros[entry.mcore])][(0,) * len(index)] for entry, index in pieces]
 
 
 def _cause(error: CheckpointException) -> BaseException:
+    """The first rank's error: the exception itself prints tracebacks."""
     return next(iter(error.failures.values()))[0]
 
 

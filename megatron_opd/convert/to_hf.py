@@ -7,27 +7,34 @@ from pathlib import Path
 
 import torch
 
+from megatron_opd.checksums import NO_CHECKSUMS, check_files
 from megatron_opd.convert.hf_files import write_hf_directory
 from megatron_opd.convert.mcore_files import McoreTensors, pieces_by_layer
-from megatron_opd.lineage import read_lineage, write_lineage
+from megatron_opd.lineage import read_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
 
 HF_FOLDER = "hf"  # inside a checkpoint: config and tokenizer of the model that training started from
 
 
 def convert_to_hf(checkpoint: Path, target: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 << 30) -> Path:
-    """Write `checkpoint` (a step folder) as a Hugging Face directory, in the stored dtype or `dtype`. Raises UserError.
+    """Write `checkpoint` (a step folder) as a Hugging Face directory, in the stored dtype or `dtype`; its files are checked first. Raises UserError.
 
     One layer and one file of the result are held at a time.
     """
     side_files = checkpoint / HF_FOLDER
-    arch = read_architecture(side_files)
+    arch, lineage = read_architecture(side_files), read_lineage(checkpoint)
+    if not check_files(checkpoint):
+        print(f"{checkpoint} {NO_CHECKSUMS}", flush=True)
     source = McoreTensors(checkpoint, arch)
     out_dtype = dtype or source.dtype
-    write_hf_directory(target, hf_tensors(source, arch, out_dtype), side_files=side_files, dtype=out_dtype, max_shard_bytes=max_shard_bytes)
-    lineage = read_lineage(checkpoint)
-    if lineage is not None:
-        write_lineage(target, lineage, for_weights=True)
+    write_hf_directory(
+        target,
+        hf_tensors(source, arch, out_dtype),
+        side_files=side_files,
+        dtype=out_dtype,
+        lineage=lineage,
+        max_shard_bytes=max_shard_bytes,
+    )
     return target
 
 

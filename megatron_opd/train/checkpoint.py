@@ -8,12 +8,14 @@ next save. docs/training.md has the layout.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -32,6 +34,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_opd.checksums import NO_CHECKSUMS, check_files, record_checksums, sum_files, write_part
 from megatron_opd.convert.hf_files import copy_side_files
 from megatron_opd.convert.to_hf import HF_FOLDER
 from megatron_opd.errors import CheckpointError
@@ -108,6 +111,8 @@ class CheckpointWriter:
             content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
             **_ASYNC_STRATEGY,
         )
+        if request.async_fn is not None:  # a rank with nothing to write has none
+            request = request._replace(async_fn=partial(_write_and_sum, request.async_fn, staging))
         request.add_finalize_fn(partial(self._publish, staging, state))
         self._calls.schedule_async_request(request)
         self._saving = step
@@ -152,21 +157,40 @@ class CheckpointWriter:
         return folder / name[0]
 
     def _publish(self, staging: Path, state: dict[str, Any]) -> None:
+        """Rank 0 publishes; its error is everybody's."""
+        error: list[str | None] = [None]
         if dist.get_rank() == 0:
-            folder, step = staging.parent, int(state["step"])
-            copy_side_files(self.init, staging / HF_FOLDER)
-            write_lineage(staging, self.lineage, for_weights=False)
-            write_json_atomic(staging / STATE_FILE, state)
-            _remove(folder / step_name(step))
-            staging.rename(folder / step_name(step))
-            pointer = folder / LATEST
-            pointer.with_suffix(".tmp").write_text(step_name(step) + "\n")
-            pointer.with_suffix(".tmp").replace(pointer)
-            for old in outdated(
-                [int(path.name.removeprefix(_STEP)) for path in folder.glob(f"{_STEP}*")], step, self.keep_last, self.keep_every
-            ):
-                _remove(folder / step_name(old))
-        dist.barrier()
+            try:
+                self._publish_alone(staging, state)
+            except (OSError, CheckpointError) as failure:
+                error[0] = str(failure)
+        dist.broadcast_object_list(error, src=0)
+        if error[0] is not None:
+            raise dist_checkpointing.core.CheckpointingException(error[0])
+
+    def _publish_alone(self, staging: Path, state: dict[str, Any]) -> None:
+        folder, step = staging.parent, int(state["step"])
+        record_checksums(staging)
+        copy_side_files(self.init, staging / HF_FOLDER)
+        write_lineage(staging, self.lineage, for_weights=False)
+        write_json_atomic(staging / STATE_FILE, state)
+        _remove(folder / step_name(step))
+        staging.rename(folder / step_name(step))
+        pointer = folder / LATEST
+        pointer.with_suffix(".tmp").write_text(step_name(step) + "\n")
+        pointer.with_suffix(".tmp").replace(pointer)
+        for old in outdated(
+            [int(path.name.removeprefix(_STEP)) for path in folder.glob(f"{_STEP}*")], step, self.keep_last, self.keep_every
+        ):
+            _remove(folder / step_name(old))
+
+
+def _write_and_sum(write: Callable[..., None], staging: Path, rank: int, *args: Any) -> None:
+    """In a rank's writer process: write the rank's files, then read them back for their checksums; training goes on meanwhile."""
+    gc.disable()  # as Megatron-Core does: the parent's CUDA tensors must not be freed here
+    write(rank, *args)
+    with contextlib.suppress(OSError):  # a full disk: publishing finds what is lacking
+        write_part(staging, rank, sum_files(staging.glob(f"__{rank}_*")))
 
 
 def step_name(step: int) -> str:
@@ -226,11 +250,12 @@ _keep_step()
 
 
 def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
-    """Fill model and optimizer, whatever layout the checkpoint was saved with. Raises CheckpointError.
+    """Fill model and optimizer, whatever layout the checkpoint was saved with; its files are checked first. Raises CheckpointError.
 
     Settings of the optimizer (rates, betas, ...) stay those of `trainee`, not those of the run that saved it.
     """
     settings = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in trainee.optimizer.param_groups]
+    _check_files(checkpoint)
     _prime_optimizer(trainee.optimizer)
     _allow_optimizer_classes(trainee.optimizer)
     try:
@@ -240,9 +265,9 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
         loaded, _, absent = cast(Any, dist_checkpointing.load)(state, str(checkpoint), strict=StrictHandling.RETURN_ALL)
         _check_absent(absent)
     except (
-        OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError, CheckpointException, dist_checkpointing.core.CheckpointingException,
+        OSError, EOFError, AttributeError, KeyError, RuntimeError, pickle.UnpicklingError, CheckpointException, dist_checkpointing.core.CheckpointingException,
     ) as error:  # fmt: skip
-        raise CheckpointError(f"{checkpoint} can't be loaded: {error}; point {LATEST} to another step folder") from error
+        raise CheckpointError(f"{checkpoint} can't be loaded: {_reason(error)}; point {LATEST} to another step folder") from error
     for number, student in enumerate(trainee.students):
         _check_absent(student.load_state_dict(loaded["model"][str(number)], strict=False).missing_keys)
     with torch.no_grad():
@@ -252,6 +277,28 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     _unshare_steps(trainee.optimizer)
     _move_steps_inside(trainee.optimizer)
     trainee.remake_weights()
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Every rank reads a share of the files; the first error is everybody's. Raises CheckpointError."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        found: str | bool = check_files(checkpoint, share=rank, shares=world)
+    except CheckpointError as error:
+        found = str(error)
+    answers: list[Any] = [None] * world
+    dist.all_gather_object(answers, found)
+    if errors := [answer for answer in answers if isinstance(answer, str)]:
+        raise CheckpointError(errors[0])
+    if rank == 0 and not found:
+        print(f"{checkpoint} {NO_CHECKSUMS}", flush=True)
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; the text of torch's collected failures is a traceback of each rank."""
+    failures = getattr(error, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else error
+    return str(cause) or type(cause).__name__
 
 
 def _check_absent(keys: Iterable[str]) -> None:

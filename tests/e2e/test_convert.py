@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +14,13 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, make_model
 
+from megatron_opd import lineage
+from megatron_opd.checksums import CHECKSUM_FILE
 from megatron_opd.cli import main
 from megatron_opd.convert import hf_files
 from megatron_opd.convert.hf_files import HfTensors, hash_tensor, write_hf_directory
-from megatron_opd.lineage import fingerprint_model, hash_tensors, tensor_index
+from megatron_opd.lineage import fingerprint_model, hash_tensors, read_lineage, tensor_index, write_lineage
+from megatron_opd.records import Lineage
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -90,8 +96,56 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path: Path, capsys: 
     (weights,) = (tmp_path / "mcore").glob("*.distcp")
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 2
-    assert f"{tmp_path / 'mcore'}: it can't be read" in capsys.readouterr().err
+    assert f"{weights} has {weights.stat().st_size} bytes, but" in capsys.readouterr().err
+    (tmp_path / "mcore" / CHECKSUM_FILE).unlink()
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 2
+    printed = capsys.readouterr()
+    assert f"{tmp_path / 'mcore'} has no checksums" in printed.out
+    assert f"{tmp_path / 'mcore'}: it can't be read (" in printed.err
     assert not (tmp_path / "back").exists()
+
+
+_KILLED = """
+import os, signal, sys
+from megatron_opd.cli import main
+
+def hook(event, arguments):  # kill -9 before the rename that gives the result its name, or right after it
+    if event == "os.rename" and str(arguments[1]) == target and moments:
+        if moments.pop() == "after":
+            os.rename(*arguments[:2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+source, target, *moments = sys.argv[1:]
+sys.addaudithook(hook)
+main(["convert", "to-hf", source, target])
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_killed_conversion_loses_nothing(tmp_path: Path, moment: str) -> None:
+    """Killed right after the result has its name, the lineage is there; right before, the next run removes what was left."""
+    model, target = make_model(tmp_path / "model"), tmp_path / "back"
+    write_lineage(model, Lineage(base=fingerprint_model(model)), for_weights=True)
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    run = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path / "mcore"), str(target), moment])
+    assert run.returncode == -signal.SIGKILL
+    assert target.exists() == (moment == "after")
+    if moment == "before":
+        (living := tmp_path / f".back.{socket.gethostname()}-{os.getppid()}.tmp").mkdir()
+        assert len(list(tmp_path.glob(".back.*.tmp"))) == 2
+        assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(target)]) == 0
+        assert list(tmp_path.glob(".back.*.tmp")) == [living]
+    assert read_lineage(model) is not None
+    assert read_lineage(target) == read_lineage(model)
+
+
+def test_the_fingerprint_is_known_without_another_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path / "model")
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    wanted = fingerprint_model(model, name="x")
+    monkeypatch.setattr(lineage, "hash_tensors", lambda directory: pytest.fail("the weights were read once more"))
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert fingerprint_model(tmp_path / "back", name="x") == wanted
 
 
 _MEASURE = """

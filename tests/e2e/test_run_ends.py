@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from stores import make_scored_store
 from tiny_models import make_model
 
+from megatron_opd.checksums import CHECKSUM_FILE
 from megatron_opd.cost import read_stages
 from megatron_opd.data.order import step_rollouts
 from megatron_opd.data.store import StoreReader
@@ -192,6 +193,50 @@ def test_a_full_disk(worker: subprocess.Popen[str], folder: Path, whole: int) ->
         assert losses(folder, "small") == losses(folder, "whole")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+DAMAGES = {
+    "changed bytes": (".distcp", lambda path: change_bytes(path), " is damaged: its checksum is not that of what was written"),
+    "cut": (".distcp", lambda path: os.truncate(path, 1000), " has 1000 bytes, but "),
+    "lost": ("common.pt", lambda path: path.unlink(), " is missing"),
+    "lost index": (".metadata", lambda path: path.unlink(), " is missing"),
+}
+
+
+def change_bytes(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = bytes(byte ^ 0x55 for byte in content[middle : middle + 40])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(worker: subprocess.Popen[str], folder: Path, whole: int, damage: str, checksums: bool) -> None:
+    """It is refused with the file's name, in training and in conversion; without checksums as far as reading it fails."""
+    output = folder / f"{damage}-{checksums}".replace(" ", "-")
+    shutil.copytree(folder / "whole", output)
+    suffix, spoil, said = DAMAGES[damage]
+    checkpoint = checkpoint_folder(output) / f"step_{STEPS:06d}"
+    file = max((path for path in checkpoint.iterdir() if path.name.endswith(suffix)), key=lambda path: path.stat().st_size)
+    spoil(file)
+    if not checksums:
+        (checkpoint / CHECKSUM_FILE).unlink()
+    unseen = damage == "changed bytes" and not checksums
+    converted = subprocess.run(
+        [sys.executable, "-m", "megatron_opd", "convert", "to-hf", str(checkpoint), str(folder / f"{output.name}-hf")],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    needless = not checksums and suffix == "common.pt"  # conversion reads the tensors alone
+    assert converted.returncode == (0 if unseen or needless else 2)
+    run(worker, folder, output.name, steps=STEPS + 1, code=0 if unseen else 2)
+    for text in ((folder / f"{output.name}.log").read_text(), converted.stdout + converted.stderr):
+        assert "Traceback" not in text
+        if checksums:
+            assert f"error: {file}{said}" in text
+            assert "use another step folder" in text
+        else:
+            assert f"{checkpoint} has no checksums" in text
 
 
 def test_a_run_whose_loss_is_not_a_number(worker: subprocess.Popen[str], folder: Path) -> None:
