@@ -71,13 +71,12 @@ def _trained(stage: str, config: TrainerConfig) -> Progress:
     from megatron_opd.train.checkpoint import latest_checkpoint, read_state  # Megatron's import takes seconds
 
     checkpoint = latest_checkpoint(Path(config.output))
+    state = read_state(checkpoint) if checkpoint else {}
     steps = config.steps
     if steps is None:
-        reader = _open(config.store)
-        steps = num_steps(len(reader), global_batch=config.global_batch, epochs=config.epochs) if reader else 0
-    if checkpoint is None:
-        return Progress(stage, 0, steps, "steps", config.output)
-    return Progress(stage, int(read_state(checkpoint)["step"]), steps, "steps", str(checkpoint))
+        reader = _open(config.store)  # may be gone when the run is finished
+        steps = num_steps(len(reader), global_batch=config.global_batch, epochs=config.epochs) if reader else int(state.get("steps", 0))
+    return Progress(stage, int(state.get("step", 0)), steps, "steps", str(checkpoint or config.output))
 
 
 def _evaluated(recipe: Recipe) -> Progress:

@@ -47,6 +47,11 @@ def test_progress_counts_parts_and_steps(inputs: list[str], tmp_path: Path, caps
     assert main(["progress", *recipe, "--stage", "train"]) == 0
     assert main(["progress", *recipe, "--stage", "train", "train.steps=5"]) == NOT_FINISHED
 
+    state = tmp_path / "opd/checkpoints/step_000004/opd_state.json"
+    state.write_text(json.dumps({"step": 4, "steps": 4}))
+    assert main(["progress", *recipe, "--stage", "train", "train.store=/nowhere"]) == 0, "a finished run needs its store no more"
+    assert "4 of 4 steps" in capsys.readouterr().out.splitlines()[-1]
+
     assert store.score_manifest(2, "teacher") is not None
     (tmp_path / "rollouts.opd.zarr/parts/000002/teacher/teacher/zarr.json").unlink()
     assert main(["progress", *recipe, "--stage", "score"]) == NOT_FINISHED
