@@ -15,6 +15,7 @@ from megatron_opd.records import Lineage, ModelFingerprint, TokenizerFingerprint
 
 LINEAGE_FILE = "opd_lineage.json"
 CACHE_FILE = ".opd_fingerprint.json"
+SHARD_INDEX, WHOLE_MODEL = "model.safetensors.index.json", "model.safetensors"
 _BLOCK = 16 << 20
 
 
@@ -91,6 +92,7 @@ def tensor_index(directory: str | Path) -> dict[str, tuple[Path, int, int, str, 
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: no *.safetensors files; pickled weights (.bin, .pt) are not read")
+    _check_shards(directory, {path.name for path in files})
     index: dict[str, tuple[Path, int, int, str, list[int]]] = {}
     for path in files:
         try:
@@ -107,11 +109,32 @@ def tensor_index(directory: str | Path) -> dict[str, tuple[Path, int, int, str, 
                 if end > size:
                     raise ValueError(f"tensor {name} ends at byte {end} of {size}")
                 if name in index:
-                    raise ValueError(f"tensor {name} is also in {index[name][0].name}")
+                    both = f"{path} and {index[name][0].name} both hold tensor {name}"
+                    raise UserError(
+                        f"{both}: two copies of weights lie side by side (shards with their index, and a whole file?); move one away"
+                    )
                 index[name] = (path, start, end, entry["dtype"], entry["shape"])
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a whole safetensors file ({error}); copy or convert it again") from None
     return index
+
+
+def _check_shards(directory: Path, files: set[str]) -> None:
+    """Raise UserError if the index of the shards, where there is one, names a file that is not there."""
+    path = directory / SHARD_INDEX
+    if not path.exists():
+        return
+    try:
+        named = set(json.loads(path.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not an index of shards ({error}); copy it again") from None
+    if missing := sorted(named - files):
+        stale = " (or remove the index, if model.safetensors is the whole model)" if WHOLE_MODEL in files else ""
+        raise UserError(
+            f"{directory}: {', '.join(missing[:5])} ({len(missing)} of {len(named)} files that {path.name} names) missing; copy again{stale}"
+        )
 
 
 def hash_tensors(directory: str | Path) -> dict[str, str]:

@@ -181,8 +181,27 @@ def test_a_broken_header_is_named(tmp_path: Path, header: bytes) -> None:
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model-1.safetensors: .*tensor b is also in model-0.safetensors"):
+    with pytest.raises(UserError, match=r"model-1.safetensors and model-0.safetensors both hold tensor b: .* move one away"):
         hash_tensors(save(tmp_path / "m", {"a": TENSORS["a"], "b": TENSORS["b"]}, {"b": TENSORS["b"]}))
+
+
+def test_a_shard_that_the_index_names_is_missing(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", {"a": TENSORS["a"]}, {"b": TENSORS["b"]})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}))
+    assert set(tensor_index(folder)) == {"a", "b"}
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"model-1.safetensors \(1 of 2 files that model.safetensors.index.json names\) missing; copy again$"
+    ):
+        tensor_index(folder)
+    save_file(TENSORS, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"copy again \(or remove the index, if model.safetensors is the whole model\)"):
+        tensor_index(folder)
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": []}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match="not an index of shards"):
+            tensor_index(folder)
 
 
 def test_what_is_not_a_model(copied: Path, tmp_path: Path) -> None:
