@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_opd.convert.staging import whole_directory
+from megatron_opd.convert.staging import not_written, whole_directory
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import hash_tensors, remember_hashes, tensor_index, write_json_atomic, write_lineage
 from megatron_opd.records import Lineage
@@ -80,7 +80,8 @@ def write_hf_directory(
     """
     with whole_directory(target) as staging:
         given = _write_weights(staging, tensors, max_shard_bytes)
-        wrong = [name for name, digest in hash_tensors(staging).items() if digest != given[name]]
+        found = hash_tensors(staging)
+        wrong = sorted(name for name in given | found if given.get(name) != found.get(name))
         if wrong:
             raise UserError(
                 f"{target}: {len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?"
@@ -111,7 +112,11 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], ma
 
     def flush() -> None:
         if held:
-            save_file(held, folder / f"shard-{len(files):05d}.safetensors", metadata={"format": "pt"})
+            path = folder / f"shard-{len(files):05d}.safetensors"
+            try:
+                save_file(held, path, metadata={"format": "pt"})
+            except (SafetensorError, OSError) as error:  # a full disk
+                raise not_written(path, error) from None
             files.append(list(held))
             held.clear()
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from megatron_opd.convert.mapping import Entry, Index, table
+from megatron_opd.convert.staging import not_written
 from megatron_opd.errors import CheckpointError
 from megatron_opd.model.architecture import Architecture
 
@@ -115,10 +116,13 @@ def write_mcore_checkpoint(folder: Path, arch: Architecture, dtype: torch.dtype,
     """
     try:
         save_dcp({}, storage_writer=FileSystemWriter(folder), planner=_PieceSaver(arch, dtype, make), no_dist=True)
-    except CheckpointException as error:  # a full disk, say, wrapped for many ranks
-        raise _cause(error) from error
-    torch.save({"content_metadata": {"singleton_local_shards": False}}, folder / COMMON_STATE_FNAME)
-    save_config(CheckpointingConfig("torch_dist"), str(folder))
+        torch.save({"content_metadata": {"singleton_local_shards": False}}, folder / COMMON_STATE_FNAME)
+        save_config(CheckpointingConfig("torch_dist"), str(folder))
+    except CheckpointException as error:  # wrapped for many ranks
+        cause = _cause(error)
+        raise not_written(folder, cause) if isinstance(cause, OSError | RuntimeError) else cause from error
+    except (OSError, RuntimeError) as error:  # a full disk; torch.save has no class of its own for it
+        raise not_written(folder, error) from error
 
 
 class _PieceSaver(DefaultSavePlanner):

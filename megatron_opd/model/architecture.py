@@ -124,7 +124,8 @@ def read_architecture(directory: str | Path) -> Architecture:
 
 def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     """See `read_architecture`; `where` names the file in errors."""
-    name = (config.get("architectures") or ["(none)"])[0]
+    names = config.get("architectures") or ["(none)"]
+    name = names[0] if isinstance(names, list) else names
     if name not in SUPPORTED:
         raise UserError(f"{where}: architecture {name} is not supported; supported: {', '.join(SUPPORTED)}")
     wanted = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1}
@@ -137,42 +138,62 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
         if config.get(key, value) not in (value, None):
             raise UserError(f"{where}: {key} = {config[key]!r} is not supported (only {value!r})")
     theta, factor = _rope(config, where)
-    try:
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        return Architecture(
-            name=name,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            ffn_size=int(config["moe_intermediate_size" if mixture else "intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            max_positions=int(config["max_position_embeddings"]),
-            norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=theta,
-            rope_scaling_factor=factor,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qk_norm=name in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-            qkv_bias=name == "Qwen2ForCausalLM",
-            num_experts=int(config.get("num_local_experts") or config["num_experts"]) if mixture else 0,  # transformers 5 and 4
-            experts_per_token=int(config["num_experts_per_tok"]) if mixture else 0,
-            renormalized_router=bool(config.get("norm_topk_prob", False)),
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: no {error} in it") from None
+    heads, hidden = _size(config, "num_attention_heads", where), _size(config, "hidden_size", where)
+    has_head_dim, has_groups = config.get("head_dim") is not None, config.get("num_key_value_heads") is not None
+    experts = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"  # transformers 4 and 5
+    return Architecture(
+        name=name,
+        num_layers=_size(config, "num_hidden_layers", where),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=_size(config, "num_key_value_heads", where) if has_groups else heads,
+        head_dim=_size(config, "head_dim", where) if has_head_dim else hidden // heads,
+        ffn_size=_size(config, "moe_intermediate_size" if mixture else "intermediate_size", where),
+        vocab_size=_size(config, "vocab_size", where),
+        max_positions=_size(config, "max_position_embeddings", where),
+        norm_eps=_number(config, "rms_norm_eps", where),
+        rope_theta=theta,
+        rope_scaling_factor=factor,
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qk_norm=name in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        qkv_bias=name == "Qwen2ForCausalLM",
+        num_experts=_size(config, experts, where) if mixture else 0,
+        experts_per_token=_size(config, "num_experts_per_tok", where) if mixture else 0,
+        renormalized_router=bool(config.get("norm_topk_prob", False)),
+    )
+
+
+def _size(config: dict[str, Any], key: str, where: str) -> int:
+    value = _number(config, key, where)
+    if value != int(value):
+        raise UserError(f"{where}: {key} = {config[key]!r}, but a whole number is expected")
+    return int(value)
+
+
+def _number(config: dict[str, Any], key: str, where: str) -> float:
+    """A finite number above zero. Raises UserError naming file, field and value."""
+    if key not in config:
+        raise UserError(f"{where}: no {key!r} in it")
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{where}: {key} = {value!r}, but a number above 0 is expected; copy the file again from where the model is from")
+    return value
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, float | None]:
     """(theta, llama3 scaling factor or None); transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    scaling = config.get(key) or {}
+    if not isinstance(scaling, dict):
+        raise UserError(f"{where}: {key} = {scaling!r}, but a table is expected")
+    theta_from = next((table for table in (scaling, config) if table.get("rope_theta") is not None), {"rope_theta": 10000.0})
+    theta = float(_number(theta_from, "rope_theta", where))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise UserError(f"{where}: RoPE type {kind!r} is not supported; supported: default, llama3")
-    for key, value in _LLAMA3_ROPE.items():
-        if float(scaling.get(key, value)) != value:
-            raise UserError(f"{where}: llama3 RoPE with {key} = {scaling[key]} is not supported (only {value})")
-    return theta, float(scaling["factor"])
+    for name, value in _LLAMA3_ROPE.items():
+        if scaling.get(name, value) != value:
+            raise UserError(f"{where}: llama3 RoPE with {name} = {scaling[name]!r} is not supported (only {value})")
+    return theta, float(_number(scaling, "factor", f"{where}, {key}"))

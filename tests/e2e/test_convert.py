@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -103,6 +105,65 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path: Path, capsys: 
     assert f"{tmp_path / 'mcore'} has no checksums" in printed.out
     assert f"{tmp_path / 'mcore'}: it can't be read (" in printed.err
     assert not (tmp_path / "back").exists()
+
+
+def test_a_tensor_that_is_lost_on_the_way_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model")
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    save = hf_files.save_file
+    monkeypatch.setattr(
+        hf_files,
+        "save_file",
+        lambda tensors, path, **options: save({name: t for name, t in tensors.items() if name != "lm_head.weight"}, path, **options),
+    )
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 2
+    assert "1 tensors read back from disk are not what was written (lm_head.weight)" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both directions end with the file and the room, at whatever byte the disk is full, and leave nothing behind."""
+    model, disk = make_model(tmp_path / "model"), tmp_path / "disk"
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small file system needs root and mount")
+    try:
+        for kib in (16, 120, 190, 212, 240):
+            (disk / "filler").write_bytes(bytes((600 - kib) << 10))
+            for direction, source in (("to-hf", tmp_path / "mcore"), ("to-mcore", model)):
+                capsys.readouterr()
+                code = main(["convert", direction, str(source), str(disk / "result")])
+                error = capsys.readouterr().err
+                assert code == (2 if kib < 212 else code), (kib, direction, error)
+                if code:
+                    assert re.search(r"could not be written: .* \(\d\.\d MiB are free there\)|: No space left", error), error
+                    assert "Traceback" not in error
+                assert [path.name for path in disk.iterdir() if path.name != "filler"] == ([] if code else ["result"])
+                shutil.rmtree(disk / "result", ignore_errors=True)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", None), ("hidden_size", "big"), ("num_hidden_layers", 0), ("num_attention_heads", 2.5), ("head_dim", -8), ("rms_norm_eps", []),
+     ("rope_theta", "x"), ("rope_scaling", 3), ("rope_scaling", {"rope_type": "llama3"}), ("rope_scaling", {"rope_type": "llama3", "factor": None}),
+     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": None}), ("architectures", 3)],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str, value: object) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    config = json.loads((model / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (model / "config.json").write_text(json.dumps(config | {field: value}))
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 2
+    error = capsys.readouterr().err
+    assert f"{model}/config.json" in error
+    assert {"rope_scaling": "rope_scaling" if value == 3 else "factor", "architectures": "architecture 3"}.get(
+        field, f"{field} = {value!r}"
+    ) in error
 
 
 _KILLED = """
