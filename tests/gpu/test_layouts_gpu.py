@@ -64,6 +64,22 @@ def test_every_layout_trains_as_one_rank_does(machine: Machine, folder: Path, ki
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_a_checkpoint_of_one_layout_goes_on_in_others(machine: Machine, folder: Path, kind: str) -> None:
+    gpus = torch.cuda.device_count()
+    fitting = [sizes for sizes in LAYOUTS if gpus % ParallelConfig(**sizes).min_ranks == 0 and (kind == "mixture" or "ep" not in sizes)]
+    if not fitting:
+        pytest.skip(f"{gpus} GPU(s) for layouts of 2 and more ranks")
+    saved, *others = fitting
+    options = {"deterministic": True}
+    results = run_ranks("reshard", gpus, folder, on_gpus=True, kind=kind, saved=saved, loaded=[saved, *others], options=options)
+    assert results.pop("weights") == [0.0]
+    continued, same, *moved = results.values()
+    assert same == continued
+    for values in moved:
+        assert values == pytest.approx(continued, rel=5e-2), results
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_fp8_trains_as_bfloat16_does(machine: Machine, folder: Path, recipe: Any, kind: str) -> None:
     try:
