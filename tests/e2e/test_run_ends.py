@@ -218,7 +218,10 @@ def test_a_damaged_checkpoint(worker: subprocess.Popen[str], folder: Path, whole
     shutil.copytree(folder / "whole", output)
     suffix, spoil, said = DAMAGES[damage]
     checkpoint = checkpoint_folder(output) / f"step_{STEPS:06d}"
-    file = max((path for path in checkpoint.iterdir() if path.name.endswith(suffix)), key=lambda path: path.stat().st_size)
+    files = [path for path in checkpoint.iterdir() if path.name.endswith(suffix)]
+    if not files:
+        pytest.skip(f"this version of Megatron-Core writes no {suffix}")
+    file = max(files, key=lambda path: path.stat().st_size)
     spoil(file)
     if not checksums:
         (checkpoint / CHECKSUM_FILE).unlink()
