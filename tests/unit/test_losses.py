@@ -212,7 +212,8 @@ def test_a_store_without_candidates_is_refused(tmp_path: Path) -> None:
         make_scored_store(tmp_path / name, sampler=tmp_path / "student", teacher=tmp_path / "teacher", prompts=5, top_k=top_k)
 
     def stage(store: str, loss: str) -> TrainStage:
-        return TrainStage(init=str(tmp_path / "student"), store=str(tmp_path / store), loss=LossConfig.model_validate({"name": loss}))
+        config = LossConfig.model_validate({"name": loss})
+        return TrainStage(init=str(tmp_path / "student"), store=str(tmp_path / store), global_batch=10, loss=config)
 
     check_train(stage("plain", "exopd"))
     check_train(stage("topk", "jsd"))
