@@ -44,6 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def fitting_layouts(kind: str) -> tuple[int, list[dict[str, Any]]]:
+    """How many GPUs there are, and the layouts that they hold."""
+    gpus = torch.cuda.device_count()
+    fitting = [sizes for sizes in LAYOUTS if gpus % ParallelConfig(**sizes).min_ranks == 0 and (kind == "mixture" or "ep" not in sizes)]
+    if not fitting:
+        pytest.skip(f"{gpus} GPU(s) for layouts of 2 and more ranks")
+    return gpus, fitting
+
+
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_a_gpu_trains_as_a_cpu_does(gpu: None, folder: Path, kind: str) -> None:
     """With or without Transformer Engine."""
@@ -54,10 +63,7 @@ def test_a_gpu_trains_as_a_cpu_does(gpu: None, folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_every_layout_trains_as_one_rank_does(machine: Machine, folder: Path, kind: str) -> None:
-    gpus = torch.cuda.device_count()
-    fitting = [sizes for sizes in LAYOUTS if gpus % ParallelConfig(**sizes).min_ranks == 0 and (kind == "mixture" or "ep" not in sizes)]
-    if not fitting:
-        pytest.skip(f"{gpus} GPU(s) for layouts of 2 and more ranks")
+    gpus, fitting = fitting_layouts(kind)
     single = run_ranks("losses", 1, folder, on_gpus=True, kind=kind, layouts=[{}])["dp"]
     for name, values in run_ranks("losses", gpus, folder, on_gpus=True, kind=kind, layouts=fitting).items():
         assert values == pytest.approx(single, rel=5e-2), (name, values, single)
@@ -65,10 +71,7 @@ def test_every_layout_trains_as_one_rank_does(machine: Machine, folder: Path, ki
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_a_checkpoint_of_one_layout_goes_on_in_others(machine: Machine, folder: Path, kind: str) -> None:
-    gpus = torch.cuda.device_count()
-    fitting = [sizes for sizes in LAYOUTS if gpus % ParallelConfig(**sizes).min_ranks == 0 and (kind == "mixture" or "ep" not in sizes)]
-    if not fitting:
-        pytest.skip(f"{gpus} GPU(s) for layouts of 2 and more ranks")
+    gpus, fitting = fitting_layouts(kind)
     saved, *others = fitting
     options = {"deterministic": True}
     results = run_ranks("reshard", gpus, folder, on_gpus=True, kind=kind, saved=saved, loaded=[saved, *others], options=options)
