@@ -259,12 +259,16 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
         return
     if args.gpu_memory is not None:
         raise UserError("--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N")
-    from megatron_opd.train.readiness import check_inputs, check_sft, check_train
-
     if args.stage == "inputs":
-        for line in check_inputs(recipe):
+        from megatron_opd.inputs import check_inputs, raise_faults
+
+        found = check_inputs(recipe)
+        for line in found.lines:
             print(line)
+        raise_faults(found.faults)
         return
+    from megatron_opd.train.readiness import check_sft, check_train
+
     ready = check_sft(recipe.sft) if args.stage == "sft" else check_train(recipe.train)
     for note in ready.notes:
         print(note)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_opd.config import Recipe, SftStage, TrainerConfig, TrainStage
+from megatron_opd.config import SftStage, TrainerConfig, TrainStage
 from megatron_opd.data.calibration import check_calibration
 from megatron_opd.data.order import cut_lengths
-from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, StoreError, UserError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, read_lineage, same_model
@@ -24,24 +23,6 @@ class Readiness:
     init: ModelFingerprint
     lineage: Lineage
     notes: list[str]
-
-
-def check_inputs(recipe: Recipe) -> list[str]:
-    """What a run starts from: both models (their weights are hashed, which later stages remember) and the prompt files.
-
-    Returns a line for each. Raises UserError for the first that is missing or does not fit.
-    """
-    lines = []
-    arch = read_architecture(recipe.models.student)
-    for name, stage in (("sft", recipe.sft), ("train", recipe.train)):
-        arch.check_stage(stage, name)
-    for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), ("eval", recipe.eval)):
-        if stage is not None:
-            prompts, _ = read_prompts(stage.prompts, limit=stage.num_prompts)
-            lines.append(f"{name}: {prompts.num_prompts} prompts in {stage.prompts}")
-    student, teacher = fingerprint_model(recipe.models.student), fingerprint_model(recipe.models.teacher)
-    check_same_tokenizer(student, teacher)
-    return [*lines, f"student: {student.short()}, {arch.num_parameters / 1e9:.2f} billion parameters", f"teacher: {teacher.short()}"]
 
 
 def check_sft(stage: SftStage) -> Readiness:
