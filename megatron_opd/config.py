@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # Text for the model may hold braces of its own.
 _FREE_TEXT = {"system"}
+DATE_FORMAT = "%d %b %Y"
 # Adam divides the rate by 1 - beta1 at its first step, and the result must be a float32 number.
 _LARGEST_RATE = 1e30
 
@@ -75,9 +77,22 @@ class EncodingConfig(_Section):
         default="auto", description="'auto': chat messages by the template, text as it is"
     )
     system: str | None = None
-    enable_thinking: bool | None = None
+    enable_thinking: bool | None = Field(default=None, description="for templates that know it")
+    date_string: str | None = Field(
+        default=None, description="the date that a template prints, as '26 Jul 2024' (the default); never that of the day"
+    )
     overlong_prompt: Literal["error", "skip"] = Field(default="error", description="a prompt that leaves no room for a response")
     max_prompt_tokens: int | None = Field(default=None, gt=0)
+
+    @field_validator("date_string")
+    @classmethod
+    def _check_date(cls, date: str | None) -> str | None:
+        if date is not None:
+            try:
+                datetime.strptime(date, DATE_FORMAT)
+            except ValueError:
+                raise ValueError("a date such as '26 Jul 2024' is expected") from None
+        return date
 
 
 class SampleStage(_Section):
@@ -106,6 +121,7 @@ class RolloutStage(SampleStage):
 
     model: str = "{run_dir}/sft-hf"
     store: str = "{run_dir}/rollouts.opd.zarr"
+    allow_template_mismatch: bool = Field(default=False, description="prompts written otherwise than those of the SFT answers; recorded")
     sft_teacher: str | None = Field(default=None, description="declare the SFT teacher of a checkpoint made elsewhere (its directory)")
 
 
@@ -164,6 +180,9 @@ class TrainerConfig(_Section):
     )
     loggers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="besides metrics.jsonl")
     wandb_project: str = "megatron-opd"
+    allow_stop_mismatch: bool = Field(
+        default=False, description="responses that end otherwise than the SFT answers did, or go on behind a stop id; recorded"
+    )
     allow_incomplete: bool = Field(default=False, description="train on the sealed parts of a store that is not complete")
     distributed_optimizer: bool = True
     precision_aware_optimizer: bool = Field(
@@ -278,6 +297,7 @@ class EvalStage(_Section):
     num_prompts: int | None = Field(default=None, gt=0)
     sampling: SamplingParams = SamplingParams()
     encoding: EncodingConfig = EncodingConfig()
+    allow_template_mismatch: bool = Field(default=False, description="prompts written otherwise than those of the SFT answers; recorded")
 
     @field_validator("teacher")
     @classmethod

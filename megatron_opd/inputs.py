@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_opd.config import Recipe
+from megatron_opd.config import EncodingConfig, Recipe
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import check_same_tokenizer, fingerprint_model
+from megatron_opd.lineage import check_same_tokenizer, fingerprint_model, load_tokenizer
 from megatron_opd.model.architecture import read_architecture
+from megatron_opd.records import Prompt
+from megatron_opd.serve.encode import encode_prompt, uses_template
+from megatron_opd.turns import chat_templates, describe_tokens, own_stop_ids, read_turns, turn_end, visible
 
 T = TypeVar("T")
 
@@ -38,6 +42,7 @@ def check_inputs(recipe: Recipe) -> Findings:
     """Look at both models (their weights are hashed, which later stages remember) and the prompt files."""
     found = Findings()
     _check_models(recipe, found)
+    _check_turns(recipe, found)
     _check_prompts(recipe, found)
     return found
 
@@ -58,9 +63,49 @@ def _check_models(recipe: Recipe, found: Findings) -> None:
 
 
 def _check_prompts(recipe: Recipe, found: Findings) -> None:
-    for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), ("eval", recipe.eval)):
-        if stage is not None and (read := found.attempt(read_prompts, stage.prompts, limit=stage.num_prompts)) is not None:
-            found.lines.append(f"{name}: {read[0].num_prompts} prompts in {stage.prompts}")
+    """Prompt files, and how each stage will write its first prompt; `generate` comes first, as its format is the student's after SFT."""
+    teacher = found.attempt(load_tokenizer, recipe.models.teacher)
+    stages = [("generate", recipe.generate, recipe.models.teacher)]
+    after_sft = recipe.models.student if recipe.generate is None else recipe.models.teacher
+    stages += [(name, stage, after_sft) for name, stage in (("rollout", recipe.rollout), ("eval", recipe.eval)) if stage is not None]
+    for name, stage, otherwise in stages:
+        if stage is None or (read := found.attempt(read_prompts, stage.prompts, limit=stage.num_prompts)) is None:
+            continue
+        found.lines.append(f"{name}: {read[0].num_prompts} prompts in {stage.prompts}")
+        # A model that SFT or distillation will make writes prompts as the teacher does, with the same ids.
+        model = stage.model if Path(stage.model).is_dir() else otherwise
+        tokenizer = teacher if model == recipe.models.teacher else found.attempt(load_tokenizer, model)
+        if tokenizer is not None and (text := found.attempt(_first_prompt, model, tokenizer, stage.encoding, read[1])) is not None:
+            found.lines.append(f"{name}: its first prompt: {text}")
+
+
+def _first_prompt(model: str, tokenizer: Any, encoding: EncodingConfig, prompts: list[Prompt]) -> str:
+    turns = read_turns(model, tokenizer, encoding, templated=[uses_template(prompt, encoding) for prompt in prompts])
+    return visible(tokenizer, encode_prompt(tokenizer, prompts[0], turns.encoding).tolist())
+
+
+def _check_turns(recipe: Recipe, found: Findings) -> None:
+    """Where turns end, and by which template prompts are written."""
+    tokenizers: dict[str, Any] = {}
+    for role, directory in (("student", recipe.models.student), ("teacher", recipe.models.teacher)):
+        tokenizers[role] = tokenizer = found.attempt(load_tokenizer, directory)
+        if tokenizer is None or (own := found.attempt(own_stop_ids, directory, tokenizer)) is None:
+            continue
+        end = turn_end(tokenizer)
+        closing = (
+            "no chat template"
+            if tokenizer.chat_template is None
+            else f"its chat template closes a turn with {describe_tokens(tokenizer, [end] if end is not None else [])}"
+        )
+        found.lines.append(f"{role}: stop ids {describe_tokens(tokenizer, own, own)}; {closing}")
+    student, teacher = tokenizers["student"], tokenizers["teacher"]
+    if student is None or teacher is None or recipe.generate is None:
+        return
+    if chat_templates(student) != chat_templates(teacher):
+        found.lines.append("the chat templates differ: after SFT the student has the teacher's, by which 'generate' writes its prompts")
+    end = turn_end(teacher)
+    if end is not None and end not in own_stop_ids(recipe.models.student, student):
+        found.lines.append(f"after SFT the student stops at {describe_tokens(teacher, [end])} too, which ends the teacher's turns")
 
 
 def raise_faults(faults: list[str]) -> None:

@@ -6,9 +6,10 @@ One alignment rule: `logp[t]` is log p(tokens[t] | tokens[:t]), natural logarith
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -77,6 +78,15 @@ class Rollout:
     def response_len(self) -> int:
         return len(self.tokens) - self.prompt_len
 
+    def check_ending(self, stop_ids: Sequence[int]) -> None:
+        """Raise ValueError unless the response ends at its first stop id, if it has one, and has one if it stopped by itself."""
+        found = np.flatnonzero(np.isin(self.tokens[self.prompt_len :], stop_ids))
+        if found.size and int(found[0]) != self.response_len - 1:
+            token = int(self.tokens[self.prompt_len + int(found[0])])
+            raise ValueError(f"{self.response_len - 1 - int(found[0])} tokens stand behind the stop id {token} in the response")
+        if (self.finish is Finish.STOP) != bool(found.size):
+            raise ValueError(f"it ended by {self.finish.name.lower()} at token {int(self.tokens[-1])}; the stop ids are {list(stop_ids)}")
+
     def cut(self, max_tokens: int | None) -> Rollout:
         """This rollout, or its first `max_tokens` tokens (finish LENGTH). Raises ValueError if no token of the response is left."""
         if max_tokens is None or len(self.tokens) <= max_tokens:
@@ -139,6 +149,24 @@ class ModelFingerprint(_Record):
         return f"{self.name} ({self.weights_sha256[:12]})"
 
 
+class SftFacts(_Record):
+    """How the SFT answers of a student were asked for and how they ended, as their store says.
+
+    `stop_ids`: ids that ended answers, the most frequent first. `chat_templates`: by name, what wrote the prompts; empty: plain text.
+    `prompt_suffix`: ids behind the last message. `stopped_within`: share of answers that ended by themselves in so many tokens.
+    """
+
+    stop_ids: list[int] = Field(default_factory=list)
+    chat_templates: dict[str, str] = Field(default_factory=dict)
+    prompt_suffix: list[int] = Field(default_factory=list)
+    num_answers: int = 0
+    stopped_within: dict[int, float] = Field(default_factory=dict)
+
+    def expected_stop_share(self, max_tokens: int) -> float:
+        """Share of answers that ended by themselves within `max_tokens` tokens, rounded down to what was counted."""
+        return max((share for tokens, share in self.stopped_within.items() if tokens <= max_tokens), default=0.0)
+
+
 class Lineage(_Record):
     """Where a model's behaviour comes from; travels with checkpoints, HF directories and stores."""
 
@@ -146,6 +174,7 @@ class Lineage(_Record):
     sft_teacher: ModelFingerprint | None = None
     sft_teacher_declared: bool = False
     opd_teacher: ModelFingerprint | None = None
+    sft: SftFacts | None = None
     overrides: list[str] = Field(default_factory=list)
 
 
@@ -166,10 +195,17 @@ class SamplingParams(_Record):
     max_new_tokens: int = Field(default=4096, gt=0)
     samples_per_prompt: int = Field(default=1, gt=0)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list, description="ids that end a response besides those that the model's files, template and SFT answers name"
+    )
 
 
 class StoreManifest(_Record):
-    """Attributes of a store's root group."""
+    """Attributes of a store's root group.
+
+    `stop_ids`: every id that ends a response (empty in a store of an older version). `turn_end`: the one with which the chat template
+    closes a turn. `chat_templates` and `prompt_suffix`: what wrote the prompts, and its ids behind the last message.
+    """
 
     format_version: int = 1
     sampler_role: str
@@ -179,6 +215,11 @@ class StoreManifest(_Record):
     prompts_per_part: int = Field(gt=0)
     sampling: SamplingParams
     encoding: dict[str, Any] = Field(default_factory=dict)
+    stop_ids: list[int] = Field(default_factory=list)
+    turn_end: int | None = None
+    chat_templates: dict[str, str] = Field(default_factory=dict)
+    prompt_suffix: list[int] = Field(default_factory=list)
+    allow_template_mismatch: bool = False
     engine: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -206,13 +247,17 @@ class Excluded(_Record):
 
 
 class PartManifest(_Record):
-    """Attributes of a sealed part; written last. `crc32c` is of each array's raw bytes."""
+    """Attributes of a sealed part; written last. `crc32c` is of each array's raw bytes.
+
+    `endings`: how many responses each stop id ended; None in a part of an older version.
+    """
 
     part: int
     num_rollouts: int
     num_tokens: int
     num_response_tokens: int
     excluded: list[Excluded] = Field(default_factory=list)
+    endings: dict[int, int] | None = None
     crc32c: dict[str, int]
     provenance: dict[str, Any] = Field(default_factory=dict)
 

@@ -50,15 +50,17 @@ class Model:
         hashes_T = mix(self.prefix_hashes(tokens_T) ^ (tokens_T.astype(np.uint64) << np.uint64(40)))
         return (-((hashes_T >> np.uint64(44)).astype(np.float64)) / 2**17).astype(np.float32)
 
-    def respond(self, prompt: list[int], max_new: int, seed: int) -> list[int]:
+    def respond(self, prompt: list[int], max_new: int, seed: int, stop_ids: list[int]) -> list[int]:
+        """Ends at the first of `stop_ids`, which are not there if the server is to go on behind them."""
         draws = mix(self.prefix_hashes(np.array([*prompt, seed], np.int64))[-1] + np.arange(max_new, dtype=np.uint64) + np.uint64(seed))
         tokens = (draws % np.uint64(self.vocab)).astype(np.int64)
         tokens[tokens == self.eos] = (self.eos + 1) % self.vocab
         stops = np.flatnonzero((draws >> np.uint64(33)) % np.uint64(STOP_SHARE) == 0)
-        if stops.size:
+        if stops.size and stop_ids:
             tokens = tokens[: stops[0] + 1]
             tokens[-1] = self.eos
-        return tokens.tolist()
+        ends = np.flatnonzero(np.isin(tokens, stop_ids))
+        return (tokens[: ends[0] + 1] if ends.size else tokens).tolist()
 
     def topk(self, tokens_T: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """int32 and float32 [T,K], ids of a row all different, values falling."""
@@ -152,11 +154,10 @@ class Stub:
     def _answer(self, request: dict[str, Any], kind: str | None) -> dict[str, Any]:
         ids, sampling = request["input_ids"], request["sampling_params"]
         max_new = sampling["max_new_tokens"]
-        output = self.model.respond(ids, max_new, sampling.get("sampling_seed") or 0) if max_new else []
+        stop_ids = [] if sampling.get("ignore_eos") else [self.model.eos, *(sampling.get("stop_token_ids") or [])]
+        output = self.model.respond(ids, max_new, sampling.get("sampling_seed") or 0, stop_ids) if max_new else []
         meta: dict[str, Any] = {"weight_version": self.args.weight_version}
-        meta["finish_reason"] = (
-            {"type": "stop", "matched": self.model.eos} if output and output[-1] == self.model.eos else {"type": "length"}
-        )
+        meta["finish_reason"] = {"type": "stop", "matched": output[-1]} if output and output[-1] in stop_ids else {"type": "length"}
         if kind == "abort":
             meta["finish_reason"] = {"type": "abort", "message": "made to abort"}
         if request.get("return_logprob"):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_opd.convert.staging import not_written, whole_directory
+from megatron_opd.convert.turn_files import write_turns
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import hash_tensors, remember_hashes, tensor_index, write_json_atomic, write_lineage
 from megatron_opd.records import Lineage
@@ -93,6 +94,8 @@ def write_hf_directory(
             config[key] = str(dtype).removeprefix("torch.")
         write_json_atomic(staging / "config.json", config)
         if lineage is not None:
+            if lineage.sft is not None:
+                write_turns(staging, lineage.sft)
             write_lineage(staging, lineage, for_weights=True)
 
 

@@ -5,6 +5,7 @@ Legend: n rollouts of a part, T tokens of a part (or a rollout), K teacher candi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -94,10 +95,14 @@ def write_part(
             f"{location.show(part_group(part))}: {len(given)} rollouts and exclusions for {len(expected)} expected; at odds: {odd}"
         )
     for rollout in rollouts:
+        where = f"prompt {rollout.prompt_index}, sample {rollout.sample_index}"
         if int(rollout.tokens.max()) >= manifest.vocab_size:
-            raise StoreError(
-                f"prompt {rollout.prompt_index}: token id {int(rollout.tokens.max())} in a vocabulary of {manifest.vocab_size}"
-            )
+            raise StoreError(f"{where}: token id {int(rollout.tokens.max())} in a vocabulary of {manifest.vocab_size}")
+        if manifest.stop_ids:
+            try:
+                rollout.check_ending(manifest.stop_ids)
+            except ValueError as error:
+                raise StoreError(f"{where}: {error}") from None
     rollouts = sorted(rollouts, key=lambda r: (r.prompt_index, r.sample_index))
     arrays = {
         "tokens": _concat([r.tokens for r in rollouts], np.int32),
@@ -114,6 +119,7 @@ def write_part(
         num_tokens=len(arrays["tokens"]),
         num_response_tokens=sum(r.response_len for r in rollouts),
         excluded=list(excluded),
+        endings=Counter(int(r.tokens[-1]) for r in rollouts if r.finish is Finish.STOP),
         crc32c={name: checksum(array) for name, array in arrays.items()},
         provenance=provenance,
     )

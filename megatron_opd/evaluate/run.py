@@ -38,7 +38,13 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
     )
     name = f"eval {stage.name}"
     reader = sample_into_store(
-        sampled, recipe.engine, role="evaluation", run_dir=recipe.run_dir, name=name, lineage=read_lineage(stage.model)
+        sampled,
+        recipe.engine,
+        role="evaluation",
+        run_dir=recipe.run_dir,
+        name=name,
+        lineage=read_lineage(stage.model),
+        allow_template_mismatch=stage.allow_template_mismatch,
     )
     reader.check_complete()
     result: dict[str, Any] = {

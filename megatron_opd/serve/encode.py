@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from megatron_opd.config import EncodingConfig
 from megatron_opd.errors import UserError
 from megatron_opd.records import Prompt
+from megatron_opd.turns import render
+
+
+def uses_template(prompt: Prompt, config: EncodingConfig) -> bool:
+    """Whether the prompt is rendered by the chat template."""
+    return config.chat_template == "always" or (config.chat_template == "auto" and not isinstance(prompt.content, str))
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> np.ndarray:
     """Token ids int32 [P] of a prompt, ready for the model's answer. Raises UserError."""
-    use_template = config.chat_template == "always" or (config.chat_template == "auto" and not isinstance(prompt.content, str))
-    if not use_template:
+    if not uses_template(prompt, config):
         if not isinstance(prompt.content, str):
             raise UserError(f"prompt {prompt.index} is a list of messages, but encoding.chat_template is 'never'")
         if config.system is not None or config.enable_thinking is not None:
@@ -30,11 +34,10 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> np.
         messages = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
         if config.system is not None:
             messages = [{"role": "system", "content": config.system}, *messages]
-        options = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        except TemplateError as error:
-            raise UserError(f"prompt {prompt.index}: the chat template of {tokenizer.name_or_path} refuses it: {error}") from None
+            text = render(tokenizer, messages, config)
+        except UserError as error:
+            raise UserError(f"prompt {prompt.index}: {error}") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(f"prompt {prompt.index} has no tokens: {prompt.content!r}")

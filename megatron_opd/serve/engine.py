@@ -94,6 +94,11 @@ class Engine(ABC):
         """Free what the engine holds; servers that it started end."""
 
 
+def all_stop_ids(sampling: SamplingParams, own: Iterable[int]) -> list[int]:
+    """Ids that end a response: those asked for, and those of the model's own files, which a server obeys unasked."""
+    return list(dict.fromkeys([*sampling.stop_token_ids, *own]))
+
+
 def check_requests(requests: Sequence[GenerateRequest] | Sequence[ScoreRequest], *, vocab_size: int, context_length: int) -> None:
     """Refuse, before anything is sent, what an engine would choke on. Raises EngineError naming the request."""
     for number, request in enumerate(requests):

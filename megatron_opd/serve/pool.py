@@ -330,7 +330,7 @@ class Pool:
         sampling = {"temperature": 100.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 8, "ignore_eos": True}
         body = {"input_ids": tokens, "return_logprob": True, "sampling_params": sampling}
         answer = await self.http.ask("POST", f"{server.url}/generate", body, seconds=seconds)
-        sampled, logp, _ = read_generated(answer, vocab_size=self.vocab_size, max_new_tokens=8, with_logp=True)
+        sampled, logp, _ = read_generated(answer, vocab_size=self.vocab_size, max_new_tokens=8, stop_ids=None, with_logp=True)
         assert logp is not None
         whole = ScoreRequest(np.concatenate([tokens, sampled]).astype(np.int32), len(tokens))
         answer = await self.http.ask("POST", f"{server.url}/generate", score_body(whole, 0), seconds=seconds)

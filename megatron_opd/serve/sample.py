@@ -13,11 +13,12 @@ from megatron_opd.data.location import Location
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader, create_store, part_group, write_part
 from megatron_opd.errors import LineageError
-from megatron_opd.lineage import fingerprint_model, load_tokenizer, read_lineage
+from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
-from megatron_opd.serve.encode import encode_prompts
+from megatron_opd.serve.encode import encode_prompts, uses_template
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
+from megatron_opd.turns import check_prompt_format, describe_tokens, read_turns, with_override
 
 Stage = TypeVar("Stage", bound=SampleStage)
 
@@ -39,7 +40,16 @@ def rollout(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
                 f"rollout.sft_teacher declares {declared.short()}, but {stage.model} records {lineage.sft_teacher.short()}; drop the declaration"
             )
         lineage = lineage.model_copy(update={"sft_teacher": declared, "sft_teacher_declared": lineage.sft_teacher is None})
-    return sample_into_store(stage, recipe.engine, role="student", run_dir=recipe.run_dir, name="rollout", shard=shard, lineage=lineage)
+    return sample_into_store(
+        stage,
+        recipe.engine,
+        role="student",
+        run_dir=recipe.run_dir,
+        name="rollout",
+        shard=shard,
+        lineage=lineage,
+        allow_template_mismatch=stage.allow_template_mismatch,
+    )
 
 
 def sample_into_store(
@@ -51,20 +61,37 @@ def sample_into_store(
     name: str,
     shard: Shard = Shard(),
     lineage: Lineage | None = None,
+    allow_template_mismatch: bool = False,
 ) -> StoreReader:
-    """Fill the store's missing parts that belong to `shard`. Goes on where an earlier run stopped. Raises UserError."""
+    """Fill the store's missing parts that belong to `shard`. Goes on where an earlier run stopped.
+
+    A model that was fine-tuned is asked as in its SFT store; another chat template is refused unless allowed, and then recorded in the
+    lineage. Raises UserError.
+    """
     prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts, unique=stage.unique_prompts)
-    fingerprint = fingerprint_model(stage.model)
+    fingerprint, tokenizer, lineage = fingerprint_model(stage.model), load_tokenizer(stage.model), lineage or Lineage()
+    templated = [uses_template(prompt, stage.encoding) for prompt in prompts]
+    turns = read_turns(stage.model, tokenizer, stage.encoding, templated=templated, sft=lineage.sft)
+    if lineage.sft is not None:
+        problem = check_prompt_format(lineage.sft, turns.chat_templates, turns.prompt_suffix, stage.model, tokenizer)
+        lineage = with_override(
+            lineage,
+            problem,
+            allowed=allow_template_mismatch,
+            remedy=f"the SFT answers' format is in {stage.model}/{LINEAGE_FILE}; write prompts so, or go on with {name.split()[0]}.allow_template_mismatch=true (recorded)",
+        )
     manifest = StoreManifest(
         sampler_role=role,
         sampler=fingerprint,
-        lineage=lineage or Lineage(),
+        lineage=lineage,
         prompts=prompt_file,
         prompts_per_part=stage.prompts_per_part,
         sampling=stage.sampling,
-        encoding=stage.encoding.model_dump(exclude_none=True),
+        allow_template_mismatch=allow_template_mismatch,
         provenance=provenance(),
+        **turns.manifest_fields(),
     )
+    sampling = stage.sampling.model_copy(update={"stop_token_ids": manifest.stop_ids})
     location = Location(stage.store)
     if location.read_attributes("") is not None:
         create_store(stage.store, manifest)  # other settings are refused now, before a model is loaded
@@ -81,7 +108,8 @@ def sample_into_store(
         max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)
         if stage.sampling.max_new_tokens >= engine.context_length:
             max_prompt = engine.context_length - 1
-        encoded, overlong = encode_prompts(load_tokenizer(stage.model), prompts, stage.encoding, max_tokens=max_prompt)
+        encoded, overlong = encode_prompts(tokenizer, prompts, turns.encoding, max_tokens=max_prompt)
+        print(f"{name}: responses end at {describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)}", flush=True)
         create_store(stage.store, manifest)  # a new one only now: what is refused until here leaves nothing behind
         settings = {"engine": engine.describe(), **provenance()}
         samples = stage.sampling.samples_per_prompt
@@ -95,7 +123,7 @@ def sample_into_store(
             return [GenerateRequest(encoded[row], row, sample) for row in rows for sample in range(samples)]
 
         with Bar(name, cost, total=total, initial=total - left, unit="rollout") as bar:
-            outcomes = engine.generate_parts(map(requests_of, todo), stage.sampling, lambda tokens: bar.update(1, tokens=tokens))
+            outcomes = engine.generate_parts(map(requests_of, todo), sampling, lambda tokens: bar.update(1, tokens=tokens))
             for number, generated in outcomes:
                 part = todo[number]
                 rollouts, excluded = _sort_out(requests_of(part), generated)

@@ -8,10 +8,11 @@ from megatron_opd.config import EngineConfig, Recipe, ScoreStage
 from megatron_opd.cost import StageCost, provenance
 from megatron_opd.data.store import StoreReader, write_scores
 from megatron_opd.errors import StoreError
-from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, same_model
+from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, load_tokenizer, same_model
 from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
 from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
+from megatron_opd.turns import check_stored_format, teacher_writes_otherwise
 
 
 def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
@@ -39,6 +40,9 @@ def score_store(
     check_same_tokenizer(reader.manifest.sampler, fingerprint)
     override = None
     if check_lineage:
+        check_stored_format(reader)
+        if reader.manifest.lineage.sft is None and (problem := teacher_writes_otherwise(reader, load_tokenizer(stage.model))) is not None:
+            print(f"WARNING: {problem}")
         override = check_teacher(reader.manifest.lineage, fingerprint, allow_mismatch=stage.allow_teacher_mismatch)
         if override is not None:
             print(f"WARNING: {override}")

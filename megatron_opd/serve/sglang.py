@@ -21,11 +21,12 @@ from megatron_opd.config import EngineConfig
 from megatron_opd.errors import EngineError, UserError
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import SamplingParams, TeacherScores
-from megatron_opd.serve.engine import Engine, Failed, Generated, GenerateRequest, Progress, ScoreRequest, check_requests
+from megatron_opd.serve.engine import Engine, Failed, Generated, GenerateRequest, Progress, ScoreRequest, all_stop_ids, check_requests
 from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused, checked_url
 from megatron_opd.serve.launch import ServerProcess
 from megatron_opd.serve.pool import Balancer, Pool, Server, weights_changed
 from megatron_opd.serve.sglang_answers import WrongAnswer, read_generated, read_scores, score_body
+from megatron_opd.turns import own_stop_ids
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -51,6 +52,7 @@ class SglangEngine(Engine):
             )
             servers = [Server("", child) for child in children]
         self.fingerprint = fingerprint_model(model)
+        self.stop_ids = list(own_stop_ids(model))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang client", daemon=True)
         self._thread.start()
@@ -163,6 +165,7 @@ class SglangEngine(Engine):
         max_new = self._max_new(request, sampling)
         # Servers divide logits by the temperature before they take log-probs of sampled tokens (greedy counts as 1), unless told not to;
         # top-p and top-k don't touch them. Where a server does, a scoring pass gives them.
+        stop_ids = all_stop_ids(sampling, self.stop_ids)
         with_logp = sampling.temperature in (0.0, 1.0) or all(s.identity is None or s.identity.unscaled_logp for s in self.pool.servers)
         body = {
             "input_ids": np.ascontiguousarray(request.prompt),
@@ -172,6 +175,7 @@ class SglangEngine(Engine):
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k or -1,
                 "max_new_tokens": max_new,
+                "stop_token_ids": stop_ids,
                 # Counts only with --enable-deterministic-inference.
                 "sampling_seed": sampling_seed(sampling.seed, request),
             },
@@ -181,7 +185,9 @@ class SglangEngine(Engine):
             prompt=request.prompt.tobytes(),
             tokens=len(request.prompt),
             new_tokens=max_new,
-            read=lambda answer: read_generated(answer, vocab_size=self.vocab_size, max_new_tokens=max_new, with_logp=with_logp),
+            read=lambda answer: read_generated(
+                answer, vocab_size=self.vocab_size, max_new_tokens=max_new, stop_ids=stop_ids, with_logp=with_logp
+            ),
         )
         if isinstance(outcome, Failed):
             return outcome, server

@@ -5,6 +5,7 @@ Legend: R response tokens, T tokens of a sequence, K candidates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,12 @@ def score_body(request: ScoreRequest, top_k: int) -> dict[str, Any]:
 
 
 def read_generated(
-    answer: dict[str, Any], *, vocab_size: int, max_new_tokens: int, with_logp: bool
+    answer: dict[str, Any], *, vocab_size: int, max_new_tokens: int, stop_ids: Sequence[int] | None, with_logp: bool
 ) -> tuple[np.ndarray, np.ndarray | None, Finish]:
-    """Tokens int32 [R], log-probs float32 [R] if `with_logp`, and finish of a generate answer. Raises WrongAnswer."""
+    """Tokens int32 [R], log-probs float32 [R] if `with_logp`, and finish of a generate answer. Raises WrongAnswer.
+
+    `stop_ids`: where the response must end; None if the server was told to go on behind them.
+    """
     try:
         meta = answer["meta_info"]
         reason = meta["finish_reason"]
@@ -60,6 +64,8 @@ def read_generated(
                 )
         else:
             raise WrongAnswer(f"unknown finish reason {reason['type']!r}")
+        if stop_ids is not None:
+            _check_ending(tokens, finish, stop_ids)
         if not with_logp:
             return tokens, None, finish
         logp, echoed = _read_entries(meta["output_token_logprobs"])
@@ -69,6 +75,15 @@ def read_generated(
         raise WrongAnswer(f"log-probabilities of {len(echoed)} tokens that are not the {len(tokens)} sampled ones")
     _check_logp(logp, 0)
     return tokens, logp, finish
+
+
+def _check_ending(tokens: np.ndarray, finish: Finish, stop_ids: Sequence[int]) -> None:
+    """Raise WrongAnswer unless the response ends at its first stop id, and has one if the server says that it stopped."""
+    stops = np.flatnonzero(np.isin(tokens, stop_ids))
+    first = int(stops[0]) if stops.size else len(tokens)
+    if first != (len(tokens) - 1 if finish is Finish.STOP else len(tokens)):
+        where = f"token {first + 1} of {len(tokens)} is one" if stops.size else "it holds none"
+        raise WrongAnswer(f"the server ended the response by {finish.name.lower()}, but of the stop ids {list(stop_ids)} {where}")
 
 
 def read_scores(answer: dict[str, Any], request: ScoreRequest, *, vocab_size: int, top_k: int) -> TeacherScores:

@@ -5,7 +5,6 @@ Legend: B sequences of a batch, P prompt tokens (left-padded), R response tokens
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 from megatron_opd.config import EngineConfig
 from megatron_opd.errors import EngineError, UserError
-from megatron_opd.lineage import fingerprint_model, load_tokenizer, read_config
+from megatron_opd.lineage import fingerprint_model, read_config
 from megatron_opd.records import Finish, SamplingParams, TeacherScores
-from megatron_opd.serve.engine import Engine, Generated, GenerateRequest, ScoreRequest, check_requests
+from megatron_opd.serve.engine import Engine, Generated, GenerateRequest, ScoreRequest, all_stop_ids, check_requests
+from megatron_opd.turns import own_stop_ids
 
 
 class TransformersEngine(Engine):
@@ -37,7 +37,7 @@ class TransformersEngine(Engine):
         hf_config = read_config(model)
         self.context_length = config.context_length or int(hf_config.get("max_position_embeddings", 1 << 20))
         self.vocab_size = int(hf_config["vocab_size"])
-        self.stop_ids = _stop_ids(model, hf_config)
+        self.stop_ids = list(own_stop_ids(model))
         transformers.utils.logging.disable_progress_bar()  # the stage has its own
         try:
             load: Any = AutoModelForCausalLM.from_pretrained
@@ -99,7 +99,8 @@ class TransformersEngine(Engine):
     def _generate_batch(self, requests: list[GenerateRequest], sampling: SamplingParams) -> list[Generated]:
         longest = max(len(request.prompt) for request in requests)
         max_new = self._max_new(requests[0], sampling)
-        pad_id = self.stop_ids[0] if self.stop_ids else 0
+        stop_ids = all_stop_ids(sampling, self.stop_ids)
+        pad_id = stop_ids[0] if stop_ids else 0
         ids_BP = torch.full((len(requests), longest), pad_id, dtype=torch.long)
         mask_BP = torch.zeros_like(ids_BP)
         for row, request in enumerate(requests):
@@ -111,7 +112,7 @@ class TransformersEngine(Engine):
             attention_mask=mask_BP.to(self.device),
             # A config of our own: the model's generation_config.json may hold top-k or penalties that would change the distribution.
             generation_config=GenerationConfig(
-                max_new_tokens=max_new, do_sample=False, eos_token_id=self.stop_ids or None, pad_token_id=pad_id, use_cache=True
+                max_new_tokens=max_new, do_sample=False, eos_token_id=stop_ids or None, pad_token_id=pad_id, use_cache=True
             ),
             logits_processor=LogitsProcessorList([sampler]),
         )
@@ -119,7 +120,7 @@ class TransformersEngine(Engine):
         logp_BR = sampler.finish(output).cpu().numpy()
         results = []
         for row in range(len(requests)):
-            stops = np.flatnonzero(np.isin(response_BR[row], self.stop_ids))
+            stops = np.flatnonzero(np.isin(response_BR[row], stop_ids))
             length = int(stops[0]) + 1 if stops.size else response_BR.shape[1]
             finish = Finish.STOP if stops.size else Finish.LENGTH
             results.append(Generated(response_BR[row, :length].copy(), logp_BR[row, :length].copy(), finish))
@@ -222,20 +223,6 @@ def _open_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # the second from a torch built without CUDA
         raise UserError(f"engine.device is {name!r}: {str(error).splitlines()[0]}; 'auto' takes what is there") from None
     return device
-
-
-def _stop_ids(model: str | Path, hf_config: dict[str, Any]) -> list[int]:
-    """End-of-turn ids from generation_config.json, config.json and the tokenizer, each once."""
-    path = Path(model) / "generation_config.json"
-    try:
-        settings = json.loads(path.read_text()) if path.exists() else {}
-        sources = [settings.get("eos_token_id"), hf_config.get("eos_token_id"), load_tokenizer(model).eos_token_id]
-        ids = [token_id for source in sources for token_id in (source if isinstance(source, list) else [source])]
-        return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
-    except UserError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} or config.json: no valid end-of-turn ids (eos_token_id): {error}") from None
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:

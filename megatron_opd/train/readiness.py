@@ -11,8 +11,10 @@ from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, StoreError, UserError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
-from megatron_opd.records import Lineage, ModelFingerprint
+from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
 from megatron_opd.train.batches import check_lengths
+from megatron_opd.train.endings import check_endings, sft_facts
+from megatron_opd.turns import check_stored_format, own_stop_ids
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ def check_sft(stage: SftStage) -> Readiness:
     overrides = list(earlier.overrides)
     if earlier.sft_teacher is not None and not same_model(earlier.sft_teacher, teacher):
         overrides.append(f"SFT on answers of {teacher.short()} after SFT on answers of {earlier.sft_teacher.short()}")
-    return Readiness(arch, init, Lineage(base=init, sft_teacher=teacher, overrides=overrides), _notes(reader, overrides))
+    overrides += check_endings(reader, set(own_stop_ids(stage.init)), None, allow=stage.allow_stop_mismatch)
+    facts = sft_facts(reader)
+    lineage = Lineage(base=init, sft_teacher=teacher, sft=facts, overrides=overrides)
+    return Readiness(arch, init, lineage, [*_notes(reader, overrides), _describe_endings(facts)])
 
 
 def check_train(stage: TrainStage) -> Readiness:
@@ -49,11 +54,14 @@ def check_train(stage: TrainStage) -> Readiness:
             f"{stage.store} holds rollouts of {manifest.sampler.short()}, but training starts from {init.short()} (train.init={stage.init}); "
             "train the student that was sampled, or collect rollouts of this one"
         )
+    check_stored_format(reader)
+    lineage = manifest.lineage
+    stop_ids = set(own_stop_ids(stage.init)) | set(lineage.sft.stop_ids if lineage.sft is not None else [])
+    endings = check_endings(reader, stop_ids, lineage.sft, allow=stage.allow_stop_mismatch)
     reader.check_scored(stage.teacher)
     if stage.loss.needs_topk:
         _check_topk(reader, stage)
-    lineage = manifest.lineage
-    overrides = list(lineage.overrides)
+    overrides = [*lineage.overrides, *(text for text in endings if text not in lineage.overrides)]
     records = [record for part in reader.parts if (record := reader.score_manifest(part, stage.teacher))]
     teacher = records[0].teacher
     check_same_tokenizer(manifest.sampler, teacher)
@@ -64,6 +72,13 @@ def check_train(stage: TrainStage) -> Readiness:
     lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
     noise = check_calibration(reader.location, teacher.weights_sha256, stage.max_engine_gap)
     return Readiness(arch, init, lineage, [*_notes(reader, overrides), noise])
+
+
+def _describe_endings(facts: SftFacts) -> str:
+    share = max(facts.stopped_within.values(), default=0.0)
+    return (
+        f"{share:.1%} of {facts.num_answers} answers ended by themselves, at the ids {facts.stop_ids or 'none'}: the student's from now on"
+    )
 
 
 def _check_topk(reader: StoreReader, stage: TrainStage) -> None:

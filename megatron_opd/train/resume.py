@@ -20,7 +20,7 @@ LOCK_FILE = ".lock"
 _LOCK_SECONDS = 60.0  # a run that was asked to stop may still be saving when its successor starts
 # Settings that decide which rollouts are in which step, and the one that decides how the optimizer's state is laid out.
 _FIXED = ("seed", "global_batch", "max_response_tokens", "teacher", "distributed_optimizer")
-_PATHS = {"init", "store", "output", "allow_incomplete", "allow_teacher_mismatch"}
+_PATHS = {"init", "store", "output", "allow_incomplete", "allow_teacher_mismatch", "allow_stop_mismatch"}
 
 
 def fixed_settings(config: TrainerConfig, source: BatchSource) -> dict[str, Any]:

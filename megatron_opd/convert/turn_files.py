@@ -1,0 +1,57 @@
+"""Stop ids and chat template of the SFT answers, written into a model directory where every serving engine looks for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_opd.errors import UserError
+from megatron_opd.lineage import load_tokenizer, write_json_atomic
+from megatron_opd.records import SftFacts
+from megatron_opd.turns import GENERATION_CONFIG, chat_templates, own_stop_ids, read_json
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Names and layout of transformers since 4.50, which SGLang and vLLM read through it.
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+_OLD_TEMPLATE_FILE = "chat_template.json"
+
+
+def write_turns(directory: Path, sft: SftFacts) -> None:
+    """Make the directory's files say how its turns begin and end; files that say so already stay as they are. Raises UserError."""
+    _write_stop_ids(directory, sft.stop_ids)
+    if sft.chat_templates and chat_templates(load_tokenizer(directory)) != sft.chat_templates:
+        _write_templates(directory, sft.chat_templates)
+        if chat_templates(load_tokenizer(directory)) != sft.chat_templates:
+            raise UserError(f"{directory}: the tokenizer does not take the chat template of the SFT answers from {TEMPLATE_FILE}")
+
+
+def _write_stop_ids(directory: Path, stop_ids: list[int]) -> None:
+    """generation_config.json gets all ids, config.json and the tokenizer, which have room for one, that of most answers."""
+    own = own_stop_ids(directory)
+    if set(stop_ids) <= set(own):
+        return
+    settings = read_json(directory / GENERATION_CONFIG)
+    write_json_atomic(directory / GENERATION_CONFIG, settings | {"eos_token_id": list(dict.fromkeys([*stop_ids, *own]))})
+    _set(directory / "config.json", eos_token_id=stop_ids[0])
+    token = load_tokenizer(directory).convert_ids_to_tokens(stop_ids[0])
+    _set(directory / TOKENIZER_CONFIG, eos_token=token)
+    special = directory / "special_tokens_map.json"  # of transformers 4
+    if special.exists():
+        _set(special, eos_token=token)
+
+
+def _write_templates(directory: Path, templates: dict[str, str]) -> None:
+    config = read_json(directory / TOKENIZER_CONFIG)
+    if config.pop("chat_template", None) is not None:
+        write_json_atomic(directory / TOKENIZER_CONFIG, config)
+    folder = directory / TEMPLATE_FOLDER
+    for old in (directory / _OLD_TEMPLATE_FILE, directory / TEMPLATE_FILE, *folder.glob("*.jinja")):
+        old.unlink(missing_ok=True)
+    for name, text in templates.items():
+        path = directory / TEMPLATE_FILE if name == "default" else folder / f"{Path(name).name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+
+
+def _set(path: Path, **fields: Any) -> None:
+    write_json_atomic(path, read_json(path) | fields)

@@ -1,0 +1,284 @@
+"""How turns begin and end: the stop ids and the chat template of a model directory, and what of both belongs to a student after SFT.
+
+Rules (docs/facts.md): a response ends at any id that generation_config.json, config.json or the tokenizer name, at the token with which the
+chat template closes an assistant's turn where the prompt was rendered by it, and at those that ended the answers of the SFT store. The
+template of the SFT store is the student's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_opd.config import DATE_FORMAT, EncodingConfig
+from megatron_opd.data.store import StoreReader
+from megatron_opd.errors import LineageError, UserError
+from megatron_opd.lineage import load_tokenizer, read_config
+from megatron_opd.records import Lineage, SftFacts
+
+GENERATION_CONFIG = "generation_config.json"
+# The date that Llama 3's template falls back to where there is no clock.
+DEFAULT_DATE = "26 Jul 2024"
+# SGLang stops at this token whatever the files say, if the tokenizer has it.
+_SGLANG_STOPS = "<|eom_id|>"
+_CONTENT = "opdprobe"
+_NOW_CALL = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model directory, empty where there is no file. Raises UserError."""
+    try:
+        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {str(error) or type(error).__name__}; copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {type(content).__name__}, not an object; copy it again")
+    return content
+
+
+def own_stop_ids(directory: str | Path, tokenizer: Any = None) -> dict[int, list[str]]:
+    """Ids that end a response by the directory's own files, each with the files that name it.
+
+    Files that disagree add up: published models name some of their ids in one file and some in another. Raises UserError.
+    """
+    folder = Path(directory)
+    config, tokenizer = read_config(folder), load_tokenizer(folder) if tokenizer is None else tokenizer
+    named = {GENERATION_CONFIG: read_json(folder / GENERATION_CONFIG).get("eos_token_id"), "config.json": config.get("eos_token_id")}
+    found: dict[int, list[str]] = {}
+    for source, value in {**named, "the tokenizer": tokenizer.eos_token_id}.items():
+        for token in value if isinstance(value, list) else [value]:
+            if token is None:
+                continue
+            if type(token) is not int or not 0 <= token < config["vocab_size"]:
+                raise UserError(
+                    f"{folder}/{source}: no valid end-of-turn ids: eos_token_id is {value!r}, but whole numbers below {config['vocab_size']} are expected"
+                )
+            found.setdefault(token, []).append(source)
+    extra = tokenizer.get_added_vocab().get(_SGLANG_STOPS)
+    if extra is not None:
+        found.setdefault(extra, []).append("the tokenizer")
+    return found
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How the prompts of a stage are written and its responses end; what a store's manifest keeps of it."""
+
+    encoding: EncodingConfig
+    stop_ids: dict[int, list[str]]  # each with who says so
+    turn_end: int | None
+    chat_templates: dict[str, str]  # empty: prompts are plain text
+    prompt_suffix: list[int]
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """Of a StoreManifest."""
+        fields = {name: getattr(self, name) for name in ("turn_end", "chat_templates", "prompt_suffix")}
+        return {**fields, "encoding": self.encoding.model_dump(exclude_none=True), "stop_ids": list(self.stop_ids)}
+
+
+def read_turns(
+    directory: str | Path, tokenizer: Any, encoding: EncodingConfig, *, templated: Sequence[bool], sft: SftFacts | None = None
+) -> Turns:
+    """See `Turns`. `templated`: for each prompt, whether the chat template renders it. Raises UserError."""
+    some = any(templated)
+    ends = {token: ["the SFT answers"] for token in (sft.stop_ids if sft is not None else [])}
+    end = turn_end(tokenizer) if some else None
+    if end is not None:
+        ends.setdefault(end, []).append("the chat template")
+    for token, sources in own_stop_ids(directory, tokenizer).items():
+        ends.setdefault(token, []).extend(sources)
+    encoding = resolve_encoding(tokenizer, encoding, templated=some)
+    suffix = generation_prompt(tokenizer, encoding) if templated and all(templated) else []
+    return Turns(encoding, ends, end, chat_templates(tokenizer) if some else {}, suffix)
+
+
+def describe_tokens(tokenizer: Any, tokens: Iterable[int], sources: Mapping[int, Sequence[str]] | None = None) -> str:
+    """'151645 <|im_end|> (config.json), ...', the sources only where they are given; 'none' of none."""
+    texts = []
+    for token in tokens:
+        origin = f" ({', '.join(sources[token])})" if sources is not None else ""
+        texts.append(f"{token} {tokenizer.convert_ids_to_tokens(token)}{origin}")
+    return ", ".join(texts) or "none"
+
+
+def chat_templates(tokenizer: Any) -> dict[str, str]:
+    """The tokenizer's chat templates by name; a single one is 'default'; empty without any."""
+    template = tokenizer.chat_template
+    if template is None:
+        return {}
+    return {"default": template} if isinstance(template, str) else dict(template)
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    config: EncodingConfig,
+    *,
+    tools: list[Any] | None = None,
+    add_generation_prompt: bool = True,
+    **how: Any,
+) -> str:
+    """The text of a conversation by the chat template, which is told nothing of today's date. Raises UserError for what it refuses.
+
+    `how` goes to the tokenizer's `apply_chat_template`.
+    """
+    options: dict[str, Any] = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+    try:
+        text = tokenizer.get_chat_template(None, tools)
+        if "strftime_now" in text or "date_string" in text:
+            options |= {"chat_template": _with_fixed_clock(text), **_fixed_dates(text, config.date_string or DEFAULT_DATE)}
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **options, **how
+        )
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program: it may raise what it likes, divide by zero, recurse
+        reason = str(error) or type(error).__name__
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses it: {reason.splitlines()[0]}") from None
+
+
+def _with_fixed_clock(template: str) -> str:
+    """The template with `strftime_now` looked up in the variable `opd_dates`; its other output stays to the letter."""
+    return "{% macro strftime_now(format) %}{{ opd_dates[format] }}{% endmacro +%}" + template
+
+
+def _fixed_dates(template: str, date: str) -> dict[str, Any]:
+    day = datetime.strptime(date, DATE_FORMAT)
+    formats = {match[2] for match in _NOW_CALL.finditer(template)}
+    return {"date_string": date, "opd_dates": {text: day.strftime(text) for text in formats}}
+
+
+def resolve_encoding(tokenizer: Any, config: EncodingConfig, *, templated: bool) -> EncodingConfig:
+    """`config` with the date that the template will be told, if it prints one. Raises UserError for settings that the template ignores."""
+    if not templated:
+        return config
+    probe = [{"role": "user", "content": _CONTENT}]
+
+    def rendered(**changes: Any) -> str:
+        return render(tokenizer, probe, config.model_copy(update=changes))
+
+    where = f"the chat template of {tokenizer.name_or_path}"
+    if config.enable_thinking is not None and rendered(enable_thinking=True) == rendered(enable_thinking=False):
+        raise UserError(f"encoding.enable_thinking = {str(config.enable_thinking).lower()}, but {where} ignores it; leave it out")
+    dated = rendered(date_string="01 Jan 2001") != rendered(date_string="02 Feb 2002")
+    if config.date_string is not None and not dated:
+        raise UserError(f"encoding.date_string = {config.date_string!r}, but {where} prints no date; leave it out")
+    return config.model_copy(update={"date_string": config.date_string or DEFAULT_DATE}) if dated else config
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Id of the special token with which the chat template closes an assistant's turn; None where it has none, or closes it by text."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _CONTENT}]
+    try:
+        text = render(tokenizer, messages, EncodingConfig(), add_generation_prompt=False)
+    except UserError:
+        return None
+    _, found, rest = text.rpartition(_CONTENT)
+    rest = rest.lstrip()
+    ends = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if found and rest.startswith(str(token))}
+    return ends[max(ends, key=len)] if ends else None
+
+
+def generation_prompt(tokenizer: Any, config: EncodingConfig) -> list[int]:
+    """Ids that the template writes behind the last message to ask for an answer; empty where it writes nothing there.
+
+    Without those that merge with the text before them.
+    """
+    probe = [{"role": "user", "content": _CONTENT}]
+    whole = render(tokenizer, probe, config)
+    before = render(tokenizer, probe, config, add_generation_prompt=False)
+    if not whole.startswith(before):
+        return []
+    ids, alone = (tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (whole, whole[len(before) :]))
+    same = 0
+    while same < min(len(ids), len(alone)) and ids[-1 - same] == alone[-1 - same]:
+        same += 1
+    return ids[len(ids) - same :]
+
+
+def check_prompt_format(
+    sft: SftFacts, templates: Mapping[str, str], prompt_suffix: Sequence[int], where: str, tokenizer: Any
+) -> str | None:
+    """None if prompts are written as those of the SFT store were, else what differs, in a sentence."""
+    if dict(templates) != sft.chat_templates:
+        if not sft.chat_templates or not templates:
+            ours, theirs = ("by a chat template" if found else "as plain text" for found in (templates, sft.chat_templates))
+            return f"{where}: prompts are written {ours}, those of the SFT answers were written {theirs}"
+        return (
+            f"{where}: its chat template is not the one that wrote the prompts of the SFT answers (they ended with "
+            f"{_text(tokenizer, sft.prompt_suffix)}, these end with {_text(tokenizer, prompt_suffix)})"
+        )
+    if list(prompt_suffix) != sft.prompt_suffix:
+        return (
+            f"{where}: prompts end with {_text(tokenizer, prompt_suffix)}, those of the SFT answers ended with "
+            f"{_text(tokenizer, sft.prompt_suffix)} (encoding.enable_thinking?)"
+        )
+    return None
+
+
+def check_stored_format(reader: StoreReader) -> None:
+    """Raise LineageError unless a store's prompts are written as those of its sampler's SFT answers, by their encoded ends.
+
+    Nothing is compared where the SFT answers are not known, or where another format was allowed when the store was made.
+    """
+    manifest, sft = reader.manifest, reader.manifest.lineage.sft
+    if sft is None or manifest.allow_template_mismatch:
+        return
+    problem = check_prompt_format(sft, manifest.chat_templates, manifest.prompt_suffix, reader.location.url, None)
+    if problem is None and sft.prompt_suffix and manifest.encoding.get("assistant_last", "refuse") == "refuse":
+        for part in reader.parts:
+            rollout = next(iter(np.flatnonzero(reader.part_ids == part)), None)
+            if rollout is None:
+                continue
+            tokens, end = reader.rollout(int(rollout)).tokens, int(reader.prompt_lens[rollout])
+            found = tokens[max(0, end - len(sft.prompt_suffix)) : end].tolist()
+            if found != sft.prompt_suffix:
+                problem = (
+                    f"{reader.location.url}, part {part}: prompts end with {found}, those of the SFT answers ended with {sft.prompt_suffix}"
+                )
+                break
+    if problem is not None:
+        raise LineageError(
+            f"{problem}; sample again in the format of the SFT answers, or with rollout.allow_template_mismatch=true (recorded)"
+        )
+
+
+def teacher_writes_otherwise(reader: StoreReader, tokenizer: Any) -> str | None:
+    """What differs, in a sentence, if the teacher's own chat template would end the store's prompts in another way."""
+    manifest = reader.manifest
+    if not manifest.prompt_suffix or tokenizer.chat_template is None:
+        return None
+    own = generation_prompt(tokenizer, EncodingConfig(**manifest.encoding))
+    if own == manifest.prompt_suffix:
+        return None
+    stored = _text(tokenizer, manifest.prompt_suffix)
+    return (
+        f"{reader.location.url}: prompts end with {stored}; by the teacher's own chat template they would end with {_text(tokenizer, own)}"
+    )
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return repr(tokenizer.decode(tokens)) if tokenizer is not None and tokens else str(list(tokens))
+
+
+def visible(tokenizer: Any, tokens: Sequence[int], *, most: int = 400) -> str:
+    """Token ids as text with special tokens and line ends visible, the middle left out where it is long."""
+    text = repr(tokenizer.decode(tokens, skip_special_tokens=False))
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def with_override(lineage: Lineage, problem: str | None, *, allowed: bool, remedy: str) -> Lineage:
+    """The lineage, in which an allowed problem is recorded. Raises LineageError for one that is not allowed."""
+    if problem is None:
+        return lineage
+    if not allowed:
+        raise LineageError(f"{problem}; {remedy}")
+    override = f"prompt format mismatch allowed: {problem}"
+    return lineage if override in lineage.overrides else lineage.model_copy(update={"overrides": [*lineage.overrides, override]})
