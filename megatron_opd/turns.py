@@ -49,10 +49,10 @@ def own_stop_ids(directory: str | Path, tokenizer: Any = None) -> dict[int, list
     Files that disagree add up: published models name some of their ids in one file and some in another. Raises UserError.
     """
     folder = Path(directory)
-    config, tokenizer = read_config(folder), load_tokenizer(folder) if tokenizer is None else tokenizer
-    named = {GENERATION_CONFIG: read_json(folder / GENERATION_CONFIG).get("eos_token_id"), "config.json": config.get("eos_token_id")}
+    config = read_config(folder)
     found: dict[int, list[str]] = {}
-    for source, value in {**named, "the tokenizer": tokenizer.eos_token_id}.items():
+
+    def add(source: str, value: Any) -> None:
         for token in value if isinstance(value, list) else [value]:
             if token is None:
                 continue
@@ -60,10 +60,15 @@ def own_stop_ids(directory: str | Path, tokenizer: Any = None) -> dict[int, list
                 raise UserError(
                     f"{folder}/{source}: no valid end-of-turn ids: eos_token_id is {value!r}, but whole numbers below {config['vocab_size']} are expected"
                 )
-            found.setdefault(token, []).append(source)
+            if source not in (sources := found.setdefault(token, [])):
+                sources.append(source)
+
+    add(GENERATION_CONFIG, read_json(folder / GENERATION_CONFIG).get("eos_token_id"))
+    add("config.json", config.get("eos_token_id"))
+    tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer  # after config.json, whose faults it would report in its own way
+    add("the tokenizer", tokenizer.eos_token_id)
     extra = tokenizer.get_added_vocab().get(_SGLANG_STOPS)
-    if extra is not None:
-        found.setdefault(extra, []).append("the tokenizer")
+    add("the tokenizer", extra)
     return found
 
 
@@ -129,6 +134,10 @@ def render(
 
     `how` goes to the tokenizer's `apply_chat_template`.
     """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; give prompts as text and set encoding.chat_template='never'"
+        )
     options: dict[str, Any] = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
     try:
         text = tokenizer.get_chat_template(None, tools)

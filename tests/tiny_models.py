@@ -113,6 +113,7 @@ def make_chat_tokenizer(directory: Path, *, eos: str, template: str | None = CHA
     tokenizer.add_special_tokens(list(CHAT_TOKENS))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token=eos)
     fast.chat_template = template
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
     fast.save_pretrained(str(directory))
 
 

@@ -27,10 +27,6 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> np.
             raise UserError("encoding.system and encoding.enable_thinking need the chat template (encoding.chat_template='always')")
         ids = tokenizer(prompt.content)["input_ids"]
     else:
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template; give prompts as text and set encoding.chat_template='never'"
-            )
         messages = [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else list(prompt.content)
         if config.system is not None:
             messages = [{"role": "system", "content": config.system}, *messages]

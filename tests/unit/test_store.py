@@ -232,7 +232,7 @@ def test_wrong_rollouts_are_refused(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=f"part {part} of 3"):
             write_part(location, part, [], [], {})
     wide = Rollout(rollouts[0].tokens + 64, rollouts[0].prompt_len, 4, 0, rollouts[0].finish, rollouts[0].student_logp)
-    with pytest.raises(StoreError, match=r"prompt 4: token id .* in a vocabulary of 64"):
+    with pytest.raises(StoreError, match=r"prompt 4, sample 0: token id .* in a vocabulary of 64"):
         write_part(location, 1, [wide, *rollouts[1:]], [], {})
     assert StoreReader(str(tmp_path)).parts == {}
 
