@@ -175,6 +175,19 @@ def stop_token_is_kept_and_length_is_exact(engine: Engine, reference: Reference)
     assert set(finishes) == {Finish.STOP, Finish.LENGTH}, f"the check needs both: {finishes}"
 
 
+def stop_ids_that_are_asked_for_count(engine: Engine, reference: Reference) -> None:
+    """Those of the SFT answers, which the model's own files do not name."""
+    asked = list(range(300, 340))
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=40, stop_token_ids=asked)
+    ended = Counter[bool]()
+    for _, generated in _generate(engine, random_prompts(24, seed=7), sampling):
+        stops = np.isin(generated.tokens, [*asked, *STOP_IDS])
+        assert not stops[:-1].any()
+        assert generated.finish is (Finish.STOP if stops[-1] else Finish.LENGTH)
+        ended[bool(np.isin(generated.tokens[-1], asked))] += 1
+    assert ended[True], "the check needs a response that ends at one of them"
+
+
 def samples_of_a_prompt_differ(engine: Engine, reference: Reference) -> None:
     prompt = random_prompts(1, seed=5)[0]
     generated = engine.generate([GenerateRequest(prompt, 0, sample) for sample in range(16)], SamplingParams(max_new_tokens=16))
@@ -249,6 +262,7 @@ CHECKS: tuple[Callable[[Engine, Reference], None], ...] = (
     samples_keep_to_top_p_and_top_k,
     first_tokens_follow_the_distribution,
     stop_token_is_kept_and_length_is_exact,
+    stop_ids_that_are_asked_for_count,
     samples_of_a_prompt_differ,
     bad_requests_are_refused,
     context_length_is_what_it_says,

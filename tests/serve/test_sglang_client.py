@@ -164,7 +164,7 @@ def test_wrong_scores_are_refused(meta: dict[str, Any], message: str) -> None:
 
 
 def test_responses_are_read() -> None:
-    tokens, logp, finish = read_generated(GENERATED, vocab_size=512, max_new_tokens=8, with_logp=True)
+    tokens, logp, finish = read_generated(GENERATED, vocab_size=512, max_new_tokens=8, stop_ids=[1], with_logp=True)
     assert tokens.tolist() == [5, 1]
     assert tokens.dtype == np.int32
     assert finish is Finish.STOP
@@ -172,7 +172,7 @@ def test_responses_are_read() -> None:
     assert logp.tolist() == [-2.0, -0.5]
     assert logp.dtype == np.float32
     at_limit = _changed(GENERATED, finish_reason={"type": "length", "length": 2})
-    tokens, logp, finish = read_generated(at_limit, vocab_size=512, max_new_tokens=2, with_logp=False)
+    tokens, logp, finish = read_generated(at_limit, vocab_size=512, max_new_tokens=2, stop_ids=[9], with_logp=False)
     assert finish is Finish.LENGTH
     assert logp is None
 
@@ -190,17 +190,31 @@ def test_responses_are_read() -> None:
 )
 def test_wrong_responses_are_refused(meta: dict[str, Any], message: str) -> None:
     with pytest.raises(WrongAnswer) as caught:
-        read_generated(_changed(GENERATED, **meta), vocab_size=512, max_new_tokens=8, with_logp=True)
+        read_generated(_changed(GENERATED, **meta), vocab_size=512, max_new_tokens=8, stop_ids=[1], with_logp=True)
     assert re.search(message, str(caught.value))
     with pytest.raises(WrongAnswer, match="vocabulary of 5"):
-        read_generated(GENERATED, vocab_size=5, max_new_tokens=8, with_logp=True)
+        read_generated(GENERATED, vocab_size=5, max_new_tokens=8, stop_ids=[1], with_logp=True)
+
+
+@pytest.mark.parametrize(
+    ("stop_ids", "finish", "message"),
+    [
+        ([9], "stop", r"ended the response by stop, but of the stop ids \[9\] it holds none"),
+        ([5, 1], "stop", r"by stop, but of the stop ids \[5, 1\] token 1 of 2 is one"),
+        ([1], "length", r"by length, but of the stop ids \[1\] token 2 of 2 is one"),
+    ],
+)
+def test_a_response_ends_at_its_first_stop_id(stop_ids: list[int], finish: str, message: str) -> None:
+    answer = _changed(GENERATED, finish_reason={"type": finish, "matched": 1})
+    with pytest.raises(WrongAnswer, match=message):
+        read_generated(answer, vocab_size=512, max_new_tokens=2, stop_ids=stop_ids, with_logp=True)
 
 
 def test_aborted_and_empty_answers_are_refused() -> None:
     aborted = {"finish_reason": {"type": "abort", "message": "out of memory"}}
     with pytest.raises(WrongAnswer, match="out of memory"):
-        read_generated(_changed(GENERATED, **aborted), vocab_size=512, max_new_tokens=8, with_logp=True)
+        read_generated(_changed(GENERATED, **aborted), vocab_size=512, max_new_tokens=8, stop_ids=[1], with_logp=True)
     with pytest.raises(WrongAnswer, match="out of memory"):
         read_scores(_changed(SCORED, **aborted), REQUEST, vocab_size=512, top_k=0)
     with pytest.raises(WrongAnswer, match="empty"):
-        read_generated(GENERATED | {"output_ids": []}, vocab_size=512, max_new_tokens=8, with_logp=True)
+        read_generated(GENERATED | {"output_ids": []}, vocab_size=512, max_new_tokens=8, stop_ids=[1], with_logp=True)
