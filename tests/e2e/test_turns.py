@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
-from megatron_opd.lineage import read_lineage
+from megatron_opd.lineage import LINEAGE_FILE, read_lineage
 from megatron_opd.records import Finish
 
 THINKING = CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n")
@@ -154,3 +154,19 @@ def test_another_template_is_refused_or_recorded(run: Run, tmp_path: Path, capsy
     capsys.readouterr()
     run.here("check", "tiny", *changes)
     assert "WARNING: prompt format mismatch allowed" in capsys.readouterr().out
+
+
+def test_eos_fields_that_were_edited_change_nothing(run: Run, tmp_path: Path) -> None:
+    """The same weights with a Base model's files: the lineage, and without it the chat template, still say where turns end."""
+    for name, forget in (("edited", False), ("forgotten", True)):
+        student, store = tmp_path / name, tmp_path / f"{name}.opd.zarr"
+        shutil.copytree(run.folder / "run" / "sft-hf", student)
+        for path in ("config.json", "generation_config.json"):
+            fields = json.loads((student / path).read_text()) | {"eos_token_id": ENDOFTEXT}
+            (student / path).write_text(json.dumps(fields))
+        if forget:
+            (student / LINEAGE_FILE).unlink()
+        run.here("rollout", "tiny", f"rollout.model={str(student)!r}", f"rollout.store={str(store)!r}", "rollout.num_prompts=12")
+        reader = StoreReader(str(store))
+        assert reader.manifest.stop_ids[0] == IM_END
+        assert (reader.finishes == Finish.STOP).mean() > 0.8
