@@ -153,12 +153,13 @@ class SftFacts(_Record):
     """How the SFT answers of a student were asked for and how they ended, as their store says.
 
     `stop_ids`: ids that ended answers, the most frequent first. `chat_templates`: by name, what wrote the prompts; empty: plain text.
-    `prompt_suffix`: ids behind the last message. `stopped_within`: share of answers that ended by themselves in so many tokens.
+    `prompt_suffix`: ids behind the last message; `prompt_probe`: ids of a fixed conversation. `stopped_within`: share of answers that ended by themselves in so many tokens.
     """
 
     stop_ids: list[int] = Field(default_factory=list)
     chat_templates: dict[str, str] = Field(default_factory=dict)
     prompt_suffix: list[int] = Field(default_factory=list)
+    prompt_probe: list[int] = Field(default_factory=list)
     num_answers: int = 0
     stopped_within: dict[int, float] = Field(default_factory=dict)
 
@@ -204,7 +205,8 @@ class StoreManifest(_Record):
     """Attributes of a store's root group.
 
     `stop_ids`: every id that ends a response (empty in a store of an older version). `turn_end`: the one with which the chat template
-    closes a turn. `chat_templates` and `prompt_suffix`: what wrote the prompts, and its ids behind the last message.
+    closes a turn. `chat_templates`: what wrote the prompts; `prompt_suffix`: its ids behind the last message; `prompt_probe`: its ids for a
+    fixed conversation.
     """
 
     format_version: int = 1
@@ -219,6 +221,7 @@ class StoreManifest(_Record):
     turn_end: int | None = None
     chat_templates: dict[str, str] = Field(default_factory=dict)
     prompt_suffix: list[int] = Field(default_factory=list)
+    prompt_probe: list[int] = Field(default_factory=list)
     allow_template_mismatch: bool = False
     engine: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)

@@ -7,6 +7,7 @@ template of the SFT store is the student's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from megatron_opd.config import DATE_FORMAT, EncodingConfig
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
 from megatron_opd.lineage import load_tokenizer, read_config
-from megatron_opd.records import Lineage, SftFacts
+from megatron_opd.records import Lineage, SftFacts, StoreManifest
 
 GENERATION_CONFIG = "generation_config.json"
 # The date that Llama 3's template falls back to where there is no clock.
@@ -57,8 +58,9 @@ def own_stop_ids(directory: str | Path, tokenizer: Any = None) -> dict[int, list
             if token is None:
                 continue
             if type(token) is not int or not 0 <= token < config["vocab_size"]:
+                where = folder / source if source.endswith(".json") else f"{folder}, {source}"
                 raise UserError(
-                    f"{folder}/{source}: no valid end-of-turn ids: eos_token_id is {value!r}, but whole numbers below {config['vocab_size']} are expected"
+                    f"{where}: no valid end-of-turn ids: eos_token_id is {value!r}, but whole numbers below {config['vocab_size']} are expected"
                 )
             if source not in (sources := found.setdefault(token, [])):
                 sources.append(source)
@@ -81,10 +83,11 @@ class Turns:
     turn_end: int | None
     chat_templates: dict[str, str]  # empty: prompts are plain text
     prompt_suffix: list[int]
+    prompt_probe: list[int]
 
     def manifest_fields(self) -> dict[str, Any]:
         """Of a StoreManifest."""
-        fields = {name: getattr(self, name) for name in ("turn_end", "chat_templates", "prompt_suffix")}
+        fields = {name: getattr(self, name) for name in ("turn_end", "chat_templates", "prompt_suffix", "prompt_probe")}
         return {**fields, "encoding": self.encoding.model_dump(exclude_none=True), "stop_ids": list(self.stop_ids)}
 
 
@@ -101,7 +104,8 @@ def read_turns(
         ends.setdefault(token, []).extend(sources)
     encoding = resolve_encoding(tokenizer, encoding, templated=some)
     suffix = generation_prompt(tokenizer, encoding) if templated and all(templated) else []
-    return Turns(encoding, ends, end, chat_templates(tokenizer) if some else {}, suffix)
+    probe = _encoded_probe(tokenizer, encoding) if some else []
+    return Turns(encoding, ends, end, chat_templates(tokenizer) if some else {}, suffix, probe)
 
 
 def describe_tokens(tokenizer: Any, tokens: Iterable[int], sources: Mapping[int, Sequence[str]] | None = None) -> str:
@@ -212,22 +216,34 @@ def generation_prompt(tokenizer: Any, config: EncodingConfig) -> list[int]:
     return ids[len(ids) - same :]
 
 
-def check_prompt_format(
-    sft: SftFacts, templates: Mapping[str, str], prompt_suffix: Sequence[int], where: str, tokenizer: Any
-) -> str | None:
+def _encoded_probe(tokenizer: Any, config: EncodingConfig) -> list[int]:
+    """Ids of a fixed conversation; of a question alone, where the template takes no more."""
+    for chat in ([("user", "a"), ("assistant", "b"), ("user", "c")], [("user", "a")]):
+        with contextlib.suppress(UserError):
+            text = render(tokenizer, [{"role": role, "content": content} for role, content in chat], config)
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return []
+
+
+def check_prompt_format(sft: SftFacts, written: Turns | StoreManifest, where: str, tokenizer: Any = None) -> str | None:
     """None if prompts are written as those of the SFT store were, else what differs, in a sentence."""
-    if dict(templates) != sft.chat_templates:
-        if not sft.chat_templates or not templates:
-            ours, theirs = ("by a chat template" if found else "as plain text" for found in (templates, sft.chat_templates))
+    if written.chat_templates != sft.chat_templates:
+        if not sft.chat_templates or not written.chat_templates:
+            ours, theirs = ("by a chat template" if found else "as plain text" for found in (written.chat_templates, sft.chat_templates))
             return f"{where}: prompts are written {ours}, those of the SFT answers were written {theirs}"
         return (
             f"{where}: its chat template is not the one that wrote the prompts of the SFT answers (they ended with "
-            f"{_text(tokenizer, sft.prompt_suffix)}, these end with {_text(tokenizer, prompt_suffix)})"
+            f"{_text(tokenizer, sft.prompt_suffix)}, these end with {_text(tokenizer, written.prompt_suffix)})"
         )
-    if list(prompt_suffix) != sft.prompt_suffix:
+    if written.prompt_suffix != sft.prompt_suffix:
         return (
-            f"{where}: prompts end with {_text(tokenizer, prompt_suffix)}, those of the SFT answers ended with "
+            f"{where}: prompts end with {_text(tokenizer, written.prompt_suffix)}, those of the SFT answers ended with "
             f"{_text(tokenizer, sft.prompt_suffix)} (encoding.enable_thinking?)"
+        )
+    if written.prompt_probe != sft.prompt_probe:
+        return (
+            f"{where}: the chat template is that of the SFT answers but writes {_text(tokenizer, written.prompt_probe)} where it wrote "
+            f"{_text(tokenizer, sft.prompt_probe)} (bos or eos token, encoding.date_string?)"
         )
     return None
 
@@ -240,7 +256,7 @@ def check_stored_format(reader: StoreReader) -> None:
     manifest, sft = reader.manifest, reader.manifest.lineage.sft
     if sft is None or manifest.allow_template_mismatch:
         return
-    problem = check_prompt_format(sft, manifest.chat_templates, manifest.prompt_suffix, reader.location.url, None)
+    problem = check_prompt_format(sft, manifest, reader.location.url)
     if problem is None and sft.prompt_suffix and manifest.encoding.get("assistant_last", "refuse") == "refuse":
         for part in reader.parts:
             rollout = next(iter(np.flatnonzero(reader.part_ids == part)), None)

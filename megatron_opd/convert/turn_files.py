@@ -27,17 +27,20 @@ def write_turns(directory: Path, sft: SftFacts) -> None:
 
 def _write_stop_ids(directory: Path, stop_ids: list[int]) -> None:
     """generation_config.json gets all ids, config.json and the tokenizer, which have room for one, that of most answers."""
-    own = own_stop_ids(directory)
-    if set(stop_ids) <= set(own):
+    if not stop_ids:
         return
-    settings = read_json(directory / GENERATION_CONFIG)
-    write_json_atomic(directory / GENERATION_CONFIG, settings | {"eos_token_id": list(dict.fromkeys([*stop_ids, *own]))})
-    _set(directory / "config.json", eos_token_id=stop_ids[0])
-    token = load_tokenizer(directory).convert_ids_to_tokens(stop_ids[0])
-    _set(directory / TOKENIZER_CONFIG, eos_token=token)
-    special = directory / "special_tokens_map.json"  # of transformers 4
-    if special.exists():
-        _set(special, eos_token=token)
+    tokenizer, own = load_tokenizer(directory), own_stop_ids(directory)
+    named = {source: [token for token in own if source in own[token]] for source in (GENERATION_CONFIG, "config.json")}
+    if not set(stop_ids) <= set(named[GENERATION_CONFIG]):
+        _set(directory / GENERATION_CONFIG, eos_token_id=list(dict.fromkeys([*stop_ids, *own])))
+    if stop_ids[0] not in named["config.json"]:
+        _set(directory / "config.json", eos_token_id=stop_ids[0])
+    if tokenizer.eos_token_id != stop_ids[0]:
+        token = tokenizer.convert_ids_to_tokens(stop_ids[0])
+        _set(directory / TOKENIZER_CONFIG, eos_token=token)
+        special = directory / "special_tokens_map.json"  # of transformers 4
+        if special.exists():
+            _set(special, eos_token=token)
 
 
 def _write_templates(directory: Path, templates: dict[str, str]) -> None:

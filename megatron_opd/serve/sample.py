@@ -73,7 +73,7 @@ def sample_into_store(
     templated = [uses_template(prompt, stage.encoding) for prompt in prompts]
     turns = read_turns(stage.model, tokenizer, stage.encoding, templated=templated, sft=lineage.sft)
     if lineage.sft is not None:
-        problem = check_prompt_format(lineage.sft, turns.chat_templates, turns.prompt_suffix, stage.model, tokenizer)
+        problem = check_prompt_format(lineage.sft, turns, stage.model, tokenizer)
         lineage = with_override(
             lineage,
             problem,

@@ -26,6 +26,7 @@ def sft_facts(reader: StoreReader) -> SftFacts:
         stop_ids=ended,
         chat_templates=manifest.chat_templates,
         prompt_suffix=manifest.prompt_suffix,
+        prompt_probe=manifest.prompt_probe,
         num_answers=len(reader),
         stopped_within=_stopped_within(reader),
     )

@@ -22,6 +22,7 @@ from megatron_opd.records import Finish, Lineage, Rollout, SamplingParams, SftFa
 from megatron_opd.train.endings import check_endings, sft_facts
 from megatron_opd.turns import (
     chat_templates,
+    check_prompt_format,
     check_stored_format,
     generation_prompt,
     own_stop_ids,
@@ -102,7 +103,7 @@ def test_a_templates_turn_end_is_a_stop_id_where_the_template_is_used(pair: Path
     used = read_turns(pair / "student", tokenizer, EncodingConfig(), templated=[True])
     assert list(used.stop_ids) == [IM_END, ENDOFTEXT]
     plain = read_turns(pair / "student", tokenizer, EncodingConfig(), templated=[False])
-    assert (list(plain.stop_ids), plain.chat_templates, plain.prompt_suffix) == ([ENDOFTEXT], {}, [])
+    assert (list(plain.stop_ids), plain.chat_templates, plain.prompt_suffix, plain.prompt_probe) == ([ENDOFTEXT], {}, [], [])
     after_sft = read_turns(pair / "student", tokenizer, EncodingConfig(), templated=[False], sft=SftFacts(stop_ids=[65]))
     assert after_sft.stop_ids[65] == ["the SFT answers"]
 
@@ -205,6 +206,18 @@ def test_a_student_without_a_template(pair: Path, tmp_path: Path, capsys: pytest
     assert "the tokenizer has no chat template" in capsys.readouterr().err
 
 
+def test_a_template_that_writes_the_eos_token_writes_the_tokenizers_own(student: Path) -> None:
+    """The text of two templates is the same, their tokens are not."""
+    tokenizer = load_tokenizer(student)
+    tokenizer.chat_template = CHATML.replace("'<|im_end|>\\n'", "eos_token")
+    here = read_turns(student, tokenizer, EncodingConfig(), templated=[True])
+    tokenizer.eos_token = "<|im_end|>"
+    there = read_turns(student, tokenizer, EncodingConfig(), templated=[True])
+    facts = SftFacts(chat_templates=there.chat_templates, prompt_suffix=there.prompt_suffix, prompt_probe=there.prompt_probe)
+    assert check_prompt_format(facts, there, "x", tokenizer) is None
+    assert "where it wrote '<|im_start|>user\\na<|im_end|>" in str(check_prompt_format(facts, here, "x", tokenizer))
+
+
 # How a store's responses end.
 
 
@@ -287,7 +300,7 @@ def test_short_responses_are_compared_with_short_answers(tmp_path: Path) -> None
 def test_a_stores_prompts_are_compared_with_those_of_the_sft_answers(tmp_path: Path) -> None:
     facts = SftFacts(chat_templates={"default": "x"}, prompt_suffix=[5, 6])
     lineage = Lineage(base=fake_fingerprint(), sft=facts)
-    same = {"lineage": lineage, "chat_templates": {"default": "x"}, "prompt_suffix": [5, 6]}
+    same: dict[str, Any] = {"lineage": lineage, "chat_templates": {"default": "x"}, "prompt_suffix": [5, 6]}
     check_stored_format(responses(str(tmp_path / "same"), ENDED, **same))
     for name, change, message in (
         ("template", {"chat_templates": {"default": "y"}}, "its chat template is not the one that wrote the prompts"),
@@ -296,6 +309,7 @@ def test_a_stores_prompts_are_compared_with_those_of_the_sft_answers(tmp_path: P
             {"chat_templates": {}, "prompt_suffix": []},
             "written as plain text, those of the SFT answers were written by a chat template",
         ),
+        ("probe", {"prompt_probe": [3, 4]}, r"writes \[3, 4\] where it wrote \[\] \(bos or eos token"),
         ("suffix", {"prompt_suffix": [6]}, r"prompts end with \[6\], those of the SFT answers ended with \[5, 6\]"),
     ):
         reader = responses(str(tmp_path / name), ENDED, **(same | change))
