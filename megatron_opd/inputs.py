@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from megatron_opd.config import Recipe
+from megatron_opd.config import EvalStage, Recipe
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
+from megatron_opd.evaluate.grading_pool import check_answers
 from megatron_opd.lineage import check_same_tokenizer, fingerprint_model
 from megatron_opd.model.architecture import read_architecture
 
@@ -61,6 +62,8 @@ def _check_prompts(recipe: Recipe, found: Findings) -> None:
     for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), ("eval", recipe.eval)):
         if stage is not None and (read := found.attempt(read_prompts, stage.prompts, limit=stage.num_prompts)) is not None:
             found.lines.append(f"{name}: {read[0].num_prompts} prompts in {stage.prompts}")
+            if isinstance(stage, EvalStage) and stage.grader != "none":
+                found.attempt(check_answers, stage.grader, read[1], stage.prompts, seconds=stage.grading_seconds)
 
 
 def raise_faults(faults: list[str]) -> None:
