@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 from megatron_opd.config import EvalStage, Recipe
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
+from megatron_opd.evaluate.grade import check_package
 from megatron_opd.evaluate.grading_pool import check_answers
 from megatron_opd.lineage import check_same_tokenizer, fingerprint_model
 from megatron_opd.model.architecture import read_architecture
+from megatron_opd.records import Prompt
 
 T = TypeVar("T")
 
@@ -62,8 +64,19 @@ def _check_prompts(recipe: Recipe, found: Findings) -> None:
     for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), ("eval", recipe.eval)):
         if stage is not None and (read := found.attempt(read_prompts, stage.prompts, limit=stage.num_prompts)) is not None:
             found.lines.append(f"{name}: {read[0].num_prompts} prompts in {stage.prompts}")
-            if isinstance(stage, EvalStage) and stage.grader != "none":
-                found.attempt(check_answers, stage.grader, read[1], stage.prompts, seconds=stage.grading_seconds)
+            if isinstance(stage, EvalStage):
+                _check_answers(stage, read[1], found)
+
+
+def _check_answers(stage: EvalStage, prompts: list[Prompt], found: Findings) -> None:
+    """Can the grader read them all? Where the grader is not installed that is only noted: eval may run in another image, and looks again."""
+    try:
+        check_package(stage.grader)
+    except UserError as error:
+        found.lines.append(f"eval: the answers in {stage.prompts} are not looked at here: {error}")
+        return
+    if stage.grader != "none":
+        found.attempt(check_answers, stage.grader, prompts, stage.prompts, seconds=stage.grading_seconds)
 
 
 def raise_faults(faults: list[str]) -> None:

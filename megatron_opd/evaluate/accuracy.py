@@ -27,6 +27,7 @@ def grade_store(stage: EvalStage, reader: StoreReader, prompts: Sequence[Prompt]
     tokenizer = load_tokenizer(stage.model)
     counts = {"responses": len(reader), "cut": 0, "unclosed": 0, "timeouts": 0, "errors": 0}
     totals: dict[int, tuple[float, float]] = {}
+    order: list[int] = []  # prompts of the responses that are graded
     first_fault = ""
 
     def add(prompt_index: int, score: float) -> None:
@@ -49,7 +50,6 @@ def grade_store(stage: EvalStage, reader: StoreReader, prompts: Sequence[Prompt]
                 order.append(prompt_index)
                 yield prompts[prompt_index], text
 
-    order: list[int] = []
     with GradingPool(stage.grader, seconds=stage.grading_seconds) as pool:
         for number, verdict in enumerate(pool.grade(to_grade())):
             add(order[number], verdict.score)

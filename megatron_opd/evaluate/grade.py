@@ -35,7 +35,7 @@ _BARE_INEQUALITY = re.compile(r"(?!.*(?<![\\A-Za-z])[A-Za-z]{2})[^$\n]*(?:[<>≤
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: ord("-")}  # full-width forms, the minus sign
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[!,;: ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _FRACTION = re.compile(r" ?\\[dt]?frac ?(?:\{ ?(\d+) ?\}|(\d)) ?(?:\{ ?(\d+) ?\}|(\d))")
-_POWER_OF_TEN = re.compile(r" ?(?:\\times|\\cdot|×|\*) ?10 ?\^ ?(?:\{ ?([-+]?\d+) ?\}|([-+]?\d+))")
+_POWER_OF_TEN = re.compile(r"(?<=\d) ?(?:\\times|\\cdot|×|\*|x) ?10 ?\^ ?(?:\{ ?([-+]?\d+) ?\}|([-+]?\d+))")
 # A number is looked at from its first digit alone, or a long one would cost the square of its length.
 _POWER = re.compile(r"(?:(?<![\d,.])\d[\d,.]*+ ?)?\^ ?(?:\{[^{}]*\}|[-+]?\d+)|(?<![\d,.])\d[\d,.]*+\*\*[-+]?\d+")
 _BARE_LENGTH = 200  # characters of a response that is a formula without delimiters
@@ -208,12 +208,12 @@ def _math(prompt: Prompt, response: str) -> float:
 
 def _gold(answer: str) -> list[Any]:
     """What math-verify reads in an answer; it finds LaTeX by its delimiters, and a bare "\\frac{1}{2}" has none."""
-    answer = _latex(answer).strip()
+    answer = _one_line(_latex(answer))
     return _parse(answer if "$" in answer or re.search(r"\\boxed|\\\(|\\\[", answer) else f"${answer}$")
 
 
 def _undelimited(answer: str) -> str:
-    text = _latex(answer).strip()
+    text = _one_line(_latex(answer))
     box = _last_box(text)
     return text.strip("$ ") if box is None else box
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ def test_unreadable_answers_are_found_before_anything_is_sampled(run: Run) -> No
         assert "prompt 1: answer 'seven' is not a number" in error
         assert "prompt 2: no field 'answer'" in error
     assert not (run.folder / "eval").exists()
+
+
+def test_a_check_where_the_grader_is_not_installed_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    code, output, _ = run("eval.grader=math", "rollout=null", "generate=null", command=("check", "--stage", "inputs"))
+    assert code == 0
+    assert "are not looked at here: the grader 'math' needs the package math-verify" in output
+    assert run("eval.grader=math")[0] == 2
 
 
 def test_a_baseline_that_is_not_there_is_found_before_anything_is_sampled(run: Run) -> None:

@@ -216,6 +216,7 @@ def test_exact_answers_with_something_around_them(gold, response, score):
         ("12", "12 cm^2", 1),
         ("10", "2^{10}", 0),
         ("300000", r"3 \times 10^5", 1),
+        ("300000", "3 x 10^{5}", 1),
         ("1", "1/0", 0),
         ("12", "**12**", 1),
     ],
