@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import contextlib
 import ctypes
 import json
 import logging
@@ -41,6 +40,16 @@ _ALLOWED = (
     ast.operator, ast.unaryop, ast.cmpop, ast.expr_context,
 )  # fmt: skip
 _PLAIN_CALLS = {"abs", "min", "max", "round", "sqrt", "cbrt", "root"}
+
+
+@dataclass
+class _Evaluation:
+    """What `checked_eval` saw that a scorer may hide by catching every exception."""
+
+    out_of_memory: bool = False
+
+
+_evaluation = _Evaluation()
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,13 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
     prompt: Any = _Item(request["index"], request["answer"], request["meta"])
     # Ends the process. The clock is the CPU's, so that a busy machine grades as an idle one.
     signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+    _evaluation.out_of_memory = False
     try:
         if request["task"] == "check":
             check_gold(request["grader"], prompt)
             return {"score": 1.0}
-        return {"score": grade(request["grader"], prompt, request["text"])}
+        score = grade(request["grader"], prompt, request["text"])
+        return {"memory": True} if _evaluation.out_of_memory else {"score": score}
     except UserError as error:
         return {"refused": str(error)}
     except MemoryError:
@@ -120,7 +131,11 @@ def checked_eval(source: Any, global_names: dict[str, Any] | None = None, local_
                 raise ValueError(f"{type(node).__name__} in an answer is not evaluated")
             if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and _may_call(node.func.id, names)):
                 raise ValueError("such a call in an answer is not evaluated")
-    return builtins.eval(source, {} if global_names is None else global_names, local_names)
+    try:
+        return builtins.eval(source, {} if global_names is None else global_names, local_names)
+    except MemoryError:
+        _evaluation.out_of_memory = True
+        raise
 
 
 def _may_call(name: str, names: dict[str, Any]) -> bool:
@@ -156,8 +171,3 @@ def _forbid(event: str, arguments: tuple[Any, ...]) -> None:
             raise PermissionError("an answer may not write files")
     elif event.startswith(_FORBIDDEN) and event not in _HARMLESS:
         raise PermissionError(f"an answer may not use {event}")
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        main()
