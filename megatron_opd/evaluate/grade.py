@@ -25,9 +25,11 @@ _SIGN = r"(?:(?<![\w.)\]}])[-+])?"
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 _NUMBER = re.compile(_SIGN + _UNSIGNED)
 _VALUE = re.compile(rf"({_SIGN})(?:(\d+) (?=\d+/\d))?({_UNSIGNED})(?:/(\d+(?:\.\d+)?))?")  # a number, a/b, or a b/c
-# A number that opens a line and is not the first term of something longer.
+# A number that opens a line and is no part of something longer: a term of a sum, a coefficient, a time, the whole of 3 1/2, one of several.
 _OPENING = re.compile(
-    rf"[\s*:]*(?:\\?\$|€|£)?((?>[-+]?{_UNSIGNED}))(?!\s*(?:[-+*/×÷^<>]|\\[a-z]+|or|and|to|[,;])\s*[\d(.\\$])", re.IGNORECASE
+    rf"[\s*:]*(?:\\?\$|€|£)?((?>[-+]?{_UNSIGNED}))"
+    r"(?![\w({^]|\s+\d|\s*\\(?!text|mathrm|[$%,;!])|\s*(?:[-+*/×÷^<>:,;]|or\b|and\b|to\b)\s*[\d(.\\$])",
+    re.IGNORECASE,
 )
 _BOX = re.compile(r"\\boxed\s*\{")
 _BARE_INEQUALITY = re.compile(r"(?!.*(?<![\\A-Za-z])[A-Za-z]{2})[^$\n]*(?:[<>≤≥]|\\[lg]eq?\b|\\[lg]t\b)[^$\n]*")

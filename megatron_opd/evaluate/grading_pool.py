@@ -133,7 +133,9 @@ def check_answers(grader: str, prompts: Sequence[Prompt], where: str, *, seconds
     if found:
         more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
         shown = "".join(f"\n  {reason}" for reason in found[:5])
-        raise UserError(f"{where}: {len(found)} of {len(prompts)} answers can't be used by the grader {grader!r}; mend them:{shown}{more}")
+        raise UserError(
+            f"{where}: {len(found)} of {len(prompts)} answers can't be used by the grader {grader!r}; mend them (prompts count from 0):{shown}{more}"
+        )
 
 
 def _verdict(reply: dict[str, Any]) -> Verdict:

@@ -151,7 +151,9 @@ def _lock() -> None:
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             taken = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        limit = taken + _MEMORY if most == resource.RLIM_INFINITY else min(most, taken + _MEMORY)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         libc = ctypes.CDLL(None)
         libc.unshare(_NEW_USER | _NEW_NET)  # a network of its own, with nobody in it
         libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
