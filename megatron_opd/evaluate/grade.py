@@ -52,8 +52,8 @@ def grade(name: str, prompt: Prompt, response_text: str) -> float:
                    of the response; runs of white space count as one space
     number         the last number in the response, or the one behind "####", equals the answer as a number ("1,200.0" equals "1200")
     math           math-verify finds the response's last expression equal to the answer (LaTeX or plain)
-    reasoning_gym  reasoning_gym's own score of the text in <answer> tags (the last such), or else of `final_answer`,
-                   for a prompt with the field {"reasoning_gym": {"dataset": name, "entry": {...}}}
+    reasoning_gym  reasoning_gym's own score of the text in <answer> tags (the last such), else of what stands behind the last marker,
+                   else of the whole response, for a prompt with the field {"reasoning_gym": {"dataset": name, "entry": {...}}}
     """
     score = _grader(name)[1]
     text = answer_part(response_text)
@@ -79,12 +79,12 @@ def answer_part(response_text: str) -> str | None:
     return None if THINK in text else text
 
 
-def final_answer(text: str, *, after_equals: bool = True) -> str:
-    """The text after the last marker ("####" or "answer:"), else after the last "=" (if `after_equals`), else all of it; white space normalised."""
+def final_answer(text: str) -> str:
+    """The text after the last marker ("####" or "answer:"), else after the last "=", else all of it; white space normalised."""
     marked = _after_marker(text)
-    if marked is None and after_equals:
-        text = text[max((match.end() for match in _EQUALS.finditer(text)), default=0) :]
-    return _one_line(text if marked is None else marked)
+    if marked is None:
+        marked = text[max((match.end() for match in _EQUALS.finditer(text)), default=0) :]
+    return _one_line(marked)
 
 
 def last_number(text: str) -> Decimal | None:

@@ -70,14 +70,15 @@ def _is_evaluation(record: Any) -> bool:
         return False
     against = record.get("against", {"name": "", "num_prompts": 0})
     paired = isinstance(against, dict) and isinstance(against.get("name"), str) and "num_prompts" in against and _are_intervals(against)
-    # Absent in what older versions wrote.
-    known = all(_are_numbers(record.get(key, {})) for key in ("sampling", "grading"))
+    # What older versions wrote lacks these.
+    known = _has_numbers(record.get("sampling", {}), ("temperature", "top_p", "top_k"))
+    known = known and _has_numbers(record.get("grading", {}), ("timeouts", "errors"))
     return paired and known and all(_is_number(record.get(key)) for key in ("response_length", "stopped_share"))
 
 
-def _are_numbers(record: Any) -> bool:
-    """Whether it is a section whose fields are numbers, but for texts that say more."""
-    return isinstance(record, dict) and all(value is None or isinstance(value, int | float | str) for value in record.values())
+def _has_numbers(section: Any, names: tuple[str, ...]) -> bool:
+    """Whether `section` is one, in which those of the fields that are there are numbers."""
+    return isinstance(section, dict) and all(_is_number(section[name]) for name in names if name in section)
 
 
 def _is_step(row: dict[str, Any]) -> bool:

@@ -52,6 +52,8 @@ def rows_of(report: Path) -> dict[str, list[list[str]]]:
         ("eval/opd.json", json.dumps(EVALUATION | {"accuracy": {"mean": 0.5}}), "Results"),
         ("eval/opd.json", json.dumps(EVALUATION | {"accuracy": None}), "Results"),
         ("eval/opd.json", json.dumps(EVALUATION | {"against": {"name": "sft"}}), "Results"),
+        ("eval/opd.json", json.dumps(EVALUATION | {"sampling": {"temperature": "hot"}}), "Results"),
+        ("eval/opd.json", json.dumps(EVALUATION | {"grading": [1]}), "Results"),
         ("opd/metrics.jsonl", '{"loss": 1.0}\n', "Training"),
         ("opd/metrics.jsonl", '{"step": 1, "loss": "high"}\n', "Training"),
         ("opd/metrics.jsonl", '{"step": 1, "reverse_kl_by_position": {"a": 1}}\n', "Training"),
