@@ -292,6 +292,9 @@ class EvalStage(_Section):
     prompts: str
     output: str = "{run_dir}/eval"
     grader: Literal["exact", "number", "math", "reasoning_gym", "none"] = "exact"
+    grading_seconds: float = Field(
+        default=5.0, gt=0, le=3600, description="CPU time to grade a response; one that takes more scores 0 and is counted"
+    )
     teacher: str | None = Field(default="{teacher}", description="score samples with this model for the reverse KL; 'none' does not")
     baseline: str | None = Field(default=None, description="name of an earlier evaluation in `output` to give the paired difference to")
     num_prompts: int | None = Field(default=None, gt=0)
@@ -303,6 +306,15 @@ class EvalStage(_Section):
     @classmethod
     def _none_is_off(cls, teacher: str | None) -> str | None:
         return None if teacher == "none" else teacher
+
+    @model_validator(mode="after")
+    def _check_baseline(self) -> EvalStage:
+        if self.baseline == self.name:
+            raise ValueError(
+                f"eval.baseline = {self.baseline!r} is this evaluation's own name (eval.name); an evaluation is compared with another: "
+                "give this one another name, or, to make the baseline itself, add eval.baseline=null"
+            )
+        return self
 
 
 class Recipe(_Section):

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_opd.config import EncodingConfig, Recipe
+from megatron_opd.config import EncodingConfig, EvalStage, Recipe
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
+from megatron_opd.evaluate.grade import check_package
+from megatron_opd.evaluate.grading_pool import check_answers
 from megatron_opd.lineage import check_same_tokenizer, fingerprint_model, load_tokenizer
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.records import Prompt
@@ -77,6 +79,8 @@ def _check_prompts(recipe: Recipe, found: Findings) -> None:
         tokenizer = teacher if model == recipe.models.teacher else found.attempt(load_tokenizer, model)
         if tokenizer is not None and (text := found.attempt(_first_prompt, model, tokenizer, stage.encoding, read[1])) is not None:
             found.lines.append(f"{name}: its first prompt: {text}")
+        if isinstance(stage, EvalStage):
+            _check_answers(stage, read[1], found)
 
 
 def _first_prompt(model: str, tokenizer: Any, encoding: EncodingConfig, prompts: list[Prompt]) -> str:
@@ -106,6 +110,17 @@ def _check_turns(recipe: Recipe, found: Findings) -> None:
     end = turn_end(teacher)
     if end is not None and end not in own_stop_ids(recipe.models.student, student):
         found.lines.append(f"after SFT the student stops at {describe_tokens(teacher, [end])} too, which ends the teacher's turns")
+
+
+def _check_answers(stage: EvalStage, prompts: list[Prompt], found: Findings) -> None:
+    """Can the grader read them all? Where the grader is not installed that is only noted: eval may run in another image, and looks again."""
+    try:
+        check_package(stage.grader)
+    except UserError as error:
+        found.lines.append(f"eval: the answers in {stage.prompts} are not looked at here: {error}")
+        return
+    if stage.grader != "none":
+        found.attempt(check_answers, stage.grader, prompts, stage.prompts, seconds=stage.grading_seconds)
 
 
 def raise_faults(faults: list[str]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megatron_opd.evaluate.wording import kl_caveat, shown
 
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
 _CURVES = (
@@ -32,6 +35,7 @@ def draw(data: dict[str, dict[str, Any]], target: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9})
+    plt.rcParams["text.parse_math"] = False  # labels are people's names of things: "$\\frac$" is no formula
     evaluations = [
         (f"{run}: {e['name']}" if len(data) > 1 else e["name"], e) for run, content in data.items() for e in content["evaluations"]
     ]
@@ -77,27 +81,40 @@ def _results(evaluations: list[tuple[str, dict[str, Any]]], plt: Any) -> Any:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
     for axis, (key, title) in zip(axes[0], panels, strict=True):
-        shown = [(name, e[key]) for name, e in evaluations if key in e]
-        for x, (_, value) in enumerate(shown):
-            error = [[max(0.0, value["mean"] - value["low"])], [max(0.0, value["high"] - value["mean"])]]
-            axis.bar(x, value["mean"], yerr=error, color=_COLOURS[x % len(_COLOURS)], capsize=4, width=0.6)
-            label = f"{value['mean']:.1%}" if key == "accuracy" else f"{value['mean']:.3f}"
-            axis.annotate(label, (x, value["high"]), ha="center", va="bottom", xytext=(0, 3), textcoords="offset points")
-        axis.set_xticks(range(len(shown)), [name for name, _ in shown])
+        bars = [(name if key == "accuracy" else _with_caveat(name, e), e[key]) for name, e in evaluations if key in e]
+        for x, (_, value) in enumerate(bars):
+            mean, low, high = (value["mean"], *_bounds(value))
+            axis.bar(
+                x, mean, yerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]], color=_COLOURS[x % len(_COLOURS)], capsize=4, width=0.6
+            )
+            label = shown(mean, ".1%" if key == "accuracy" else ".3f")
+            axis.annotate(label, (x, high), ha="center", va="bottom", xytext=(0, 3), textcoords="offset points")
+        axis.set_xticks(range(len(bars)), [name for name, _ in bars])
         axis.set_title(title)
         axis.margins(y=0.15)
     return figure
 
 
+def _with_caveat(name: str, evaluation: dict[str, Any]) -> str:
+    caveat = kl_caveat(evaluation.get("sampling"))
+    return f"{name}\n({caveat})" if caveat else name
+
+
+def _bounds(figure: dict[str, Any]) -> tuple[float, float]:
+    """Those of the interval; the mean itself where there is none."""
+    low, high = (figure["mean"] if figure[key] is None or not math.isfinite(figure[key]) else figure[key] for key in ("low", "high"))
+    return low, high
+
+
 def _training(curves: list[tuple[str, list[dict[str, Any]]]], plt: Any) -> Any:
-    shown = [(key, title) for key, title in _CURVES if any(row.get(key) is not None for _, rows in curves for row in rows)]
-    if not shown:
+    panels = [(key, title) for key, title in _CURVES if any(row.get(key) is not None for _, rows in curves for row in rows)]
+    if not panels:
         return None
-    height = -(-len(shown) // 3)
+    height = -(-len(panels) // 3)
     figure, axes = plt.subplots(height, 3, figsize=(12, 3 * height), squeeze=False)
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (key, title) in zip(axes.flat, shown, strict=False):
+    for axis, (key, title) in zip(axes.flat, panels, strict=False):
         for number, (label, rows) in enumerate(curves):
             if key in _DISTILLATION and not distils(rows):
                 continue
@@ -112,11 +129,11 @@ def _training(curves: list[tuple[str, list[dict[str, Any]]]], plt: Any) -> Any:
 
 def _positions(curves: list[tuple[str, list[dict[str, Any]]]], plt: Any) -> Any:
     """Reverse KL against the position in the response, at the start and at the end of each distillation."""
-    shown = [(label, rows) for label, rows in curves if any(row.get("reverse_kl_by_position") for row in rows)]
-    if not shown:
+    with_positions = [(label, rows) for label, rows in curves if any(row.get("reverse_kl_by_position") for row in rows)]
+    if not with_positions:
         return None
     figure, axis = plt.subplots(figsize=(6.5, 3.6))
-    for number, (label, rows) in enumerate(shown):
+    for number, (label, rows) in enumerate(with_positions):
         for end in (False, True):
             means = kl_by_position(window(rows, end=end))
             centres = [1.5 * 2**p - 1 for p in range(len(means))]  # of 2^p - 1 ... 2^(p+1) - 2

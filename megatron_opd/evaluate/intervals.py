@@ -24,6 +24,10 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def record(self) -> dict[str, float | None]:
+        """For JSON, which has no infinities: None for the bounds of one prompt alone."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+
 
 def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22). For independent trials."""

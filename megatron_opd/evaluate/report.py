@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import math
+import re
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.evaluate.figures import distils, draw, kl_by_position, window
 from megatron_opd.evaluate.run_files import read_run
+from megatron_opd.evaluate.wording import interval, kl_caveat, shown
 
 
 def write_report(runs: list[str], output: str | None = None) -> Path:
@@ -27,9 +28,9 @@ def write_report(runs: list[str], output: str | None = None) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     figures = draw(data, target)
     tables = _tables(data)
-    (target / "report.md").write_text("\n\n".join(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables) + "\n")
+    (target / "report.md").write_text("\n\n".join(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables) + "\n", "utf-8")
     page = target / "report.html"
-    page.write_text(_page(data, tables, figures))
+    page.write_text(_page(data, tables, figures), "utf-8")
     print(f"report: {page}")
     return page
 
@@ -52,36 +53,45 @@ def _tables(data: dict[str, dict[str, Any]]) -> list[tuple[str, list[list[str]]]
         results += [[run, *evaluation_cells(evaluation)] for evaluation in content["evaluations"]]
         differences += [[run, *difference_cells(evaluation)] for evaluation in content["evaluations"] if "against" in evaluation]
         training += [[run, stage, *training_cells(rows)] for stage, rows in content["training"].items()]
-        stages += [[run, *stage_cells(row), _number(_kwh(row), ".2f")] for row in content["stages"]]
+        stages += [[run, *stage_cells(row), shown(_kwh(row), ".2f")] for row in content["stages"]]
         if len(content["stages"]) > 1:
-            stages.append([run, *stage_cells(_total(content["stages"])), _number(_kwh(_total(content["stages"])), ".2f")])
+            stages.append([run, *stage_cells(_total(content["stages"])), shown(_kwh(_total(content["stages"])), ".2f")])
     tables = (("Results", results), ("Differences, paired by prompt", differences), ("Training", training), ("Stages", stages))
     return [(title, rows) for title, rows in tables if len(rows) > 1]
 
 
 def evaluation_cells(evaluation: dict[str, Any]) -> list[str]:
     """name, accuracy, reverse KL, response length, stopped share."""
-    accuracy, kl = evaluation.get("accuracy"), evaluation.get("reverse_kl")
+    accuracy = interval(evaluation["accuracy"], ".1%") if "accuracy" in evaluation else ""
+    grading = evaluation.get("grading")
+    if accuracy and isinstance(grading, dict):
+        accuracy += "".join(
+            f", {grading[key]} {text}" for key, text in (("timeouts", "timed out"), ("errors", "failed")) if grading.get(key)
+        )
     return [
         evaluation["name"],
-        f"{accuracy['mean']:.1%} ({accuracy['low']:.1%} to {accuracy['high']:.1%})" if accuracy else "",
-        f"{kl['mean']:.4f} ({kl['low']:.4f} to {kl['high']:.4f})" if kl else "",
-        f"{evaluation['response_length']:.0f}",
-        f"{evaluation['stopped_share']:.1%}",
+        accuracy,
+        _with_caveat(interval(evaluation["reverse_kl"], ".4f"), evaluation) if "reverse_kl" in evaluation else "",
+        shown(evaluation["response_length"], ".0f"),
+        shown(evaluation["stopped_share"], ".1%"),
     ]
 
 
 def difference_cells(evaluation: dict[str, Any]) -> list[str]:
     """name, baseline, change of accuracy and of reverse KL, number of prompts."""
     against = evaluation["against"]
-    accuracy, kl = against.get("accuracy"), against.get("reverse_kl")
     return [
         evaluation["name"],
         against["name"],
-        f"{100 * accuracy['mean']:+.1f} ({100 * accuracy['low']:+.1f} to {100 * accuracy['high']:+.1f})" if accuracy else "",
-        f"{kl['mean']:+.4f} ({kl['low']:+.4f} to {kl['high']:+.4f})" if kl else "",
+        interval(against["accuracy"], ".1f", factor=100, signed=True) if "accuracy" in against else "",
+        _with_caveat(interval(against["reverse_kl"], ".4f", signed=True), evaluation) if "reverse_kl" in against else "",
         str(against["num_prompts"]),
     ]
+
+
+def _with_caveat(cell: str, evaluation: dict[str, Any]) -> str:
+    caveat = kl_caveat(evaluation.get("sampling"))
+    return f"{cell}, {caveat}" if caveat else cell
 
 
 TRAINING_COLUMNS = (
@@ -96,20 +106,20 @@ def training_cells(rows: list[dict[str, Any]]) -> list[str]:
     distilled = distils(rows)
 
     def change(key: str, form: str) -> str:
-        return f"{_number(_mean(start, key), form)} -> {_number(_mean(end, key), form)}"
+        return f"{shown(_mean(start, key), form)} -> {shown(_mean(end, key), form)}"
 
     positions = kl_by_position(end)
     return [
         f"{rows[-1]['step']} ({sum(bool(row.get('skipped')) for row in rows)})",
         change("loss", ".4f"),
         change("reverse_kl", ".4f") if distilled else "",
-        ", ".join(_number(positions[p], ".3f") if p < len(positions) else "-" for p in (0, 4, 8, 12)) if distilled else "",
+        ", ".join(shown(positions[p], ".3f") if p < len(positions) else "-" for p in (0, 4, 8, 12)) if distilled else "",
         change("entropy", ".3f"),
-        _number(_mean(rows, "response_length"), ".0f"),
+        shown(_mean(rows, "response_length"), ".0f"),
         change("effective_sample_share", ".0%") if distilled else "",
-        _number(_mean(rows, "tokens_per_second"), ",.0f"),
-        _number(_mean(rows, "model_flops_utilisation"), ".1%"),
-        _number(max((row["memory_gib"] for row in rows if row.get("memory_gib") is not None), default=None), ".1f"),
+        shown(_mean(rows, "tokens_per_second"), ",.0f"),
+        shown(_mean(rows, "model_flops_utilisation"), ".1%"),
+        shown(max((row["memory_gib"] for row in rows if row.get("memory_gib") is not None), default=None), ".1f"),
     ]
 
 
@@ -117,10 +127,6 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float | None:
     """Mean of the rows that have a value (a skipped step has none)."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return sum(values) / len(values) if values else None
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None or math.isnan(value) else format(value, form)
 
 
 def _kwh(row: dict[str, Any]) -> float | None:
@@ -139,16 +145,21 @@ def stage_cells(row: dict[str, Any]) -> list[str]:
     failed = f" (ended by {row['error'].split(':')[0]})" if "error" in row else " (unfinished)" if row.get("unfinished") else ""
     return [
         row["stage"] + failed,
-        f"{row['seconds']:.1f}",
-        f"{row['tokens']:,}",
-        f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f}",
-        f"{row['gpu_hours']:.2f}",
+        shown(row["seconds"], ".1f"),
+        shown(row["tokens"], ",.0f"),
+        shown(row["tokens"] / max(row["seconds"], 1e-9), ",.0f"),
+        shown(row["gpu_hours"], ".2f"),
     ]
 
 
 def _markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _escape(text: str) -> str:
+    """A cell whose characters stand for themselves in Markdown: no tags, formulas, links, or further cells."""
+    return re.sub(r"[\\`*$\[\]|]", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False).replace("-&gt;", "->"))
 
 
 def _page(data: dict[str, dict[str, Any]], tables: list[tuple[str, list[list[str]]]], figures: list[Path]) -> str:

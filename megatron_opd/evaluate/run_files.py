@@ -55,9 +55,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _are_intervals(record: dict[str, Any]) -> bool:
-    """Whether those of accuracy and reverse KL that are there have a mean and its interval."""
+    """Whether those of accuracy and reverse KL that are there have a mean and its interval, whose bounds one prompt alone has as null."""
     found = [record[key] for key in ("accuracy", "reverse_kl") if key in record]
-    return all(isinstance(value, dict) and all(_is_number(value.get(key)) for key in ("mean", "low", "high")) for value in found)
+    return all(isinstance(value, dict) and _is_number(value.get("mean")) and _has_bounds(value) for value in found)
+
+
+def _has_bounds(figure: dict[str, Any]) -> bool:
+    bounds = [figure.get(key, "") for key in ("low", "high")]
+    return all(_is_number(value) for value in bounds) or bounds == [None, None]
 
 
 def _is_evaluation(record: Any) -> bool:
@@ -65,7 +70,15 @@ def _is_evaluation(record: Any) -> bool:
         return False
     against = record.get("against", {"name": "", "num_prompts": 0})
     paired = isinstance(against, dict) and isinstance(against.get("name"), str) and "num_prompts" in against and _are_intervals(against)
-    return paired and all(_is_number(record.get(key)) for key in ("response_length", "stopped_share"))
+    # What older versions wrote lacks these.
+    known = _has_numbers(record.get("sampling", {}), ("temperature", "top_p", "top_k"))
+    known = known and _has_numbers(record.get("grading", {}), ("timeouts", "errors"))
+    return paired and known and all(_is_number(record.get(key)) for key in ("response_length", "stopped_share"))
+
+
+def _has_numbers(section: Any, names: tuple[str, ...]) -> bool:
+    """Whether `section` is one, in which those of the fields that are there are numbers."""
+    return isinstance(section, dict) and all(_is_number(section[name]) for name in names if name in section)
 
 
 def _is_step(row: dict[str, Any]) -> bool:

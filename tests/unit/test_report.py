@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ def rows_of(report: Path) -> dict[str, list[list[str]]]:
         ("eval/opd.json", json.dumps(EVALUATION | {"accuracy": {"mean": 0.5}}), "Results"),
         ("eval/opd.json", json.dumps(EVALUATION | {"accuracy": None}), "Results"),
         ("eval/opd.json", json.dumps(EVALUATION | {"against": {"name": "sft"}}), "Results"),
+        ("eval/opd.json", json.dumps(EVALUATION | {"sampling": {"temperature": "hot"}}), "Results"),
+        ("eval/opd.json", json.dumps(EVALUATION | {"grading": [1]}), "Results"),
         ("opd/metrics.jsonl", '{"loss": 1.0}\n', "Training"),
         ("opd/metrics.jsonl", '{"step": 1, "loss": "high"}\n', "Training"),
         ("opd/metrics.jsonl", '{"step": 1, "reverse_kl_by_position": {"a": 1}}\n', "Training"),
@@ -111,3 +115,50 @@ def test_every_run_has_a_label_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     assert main(["report", "a/run", "b/run", "a/../a/run", "--output", "twice"]) == 0
     assert [row[0] for row in rows_of(Path("twice/report.md"))["Stages"]] == ["a/run", "b/run"]
     assert "report: 3 folders were given, but only 2 different ones; each is shown once" in capsys.readouterr().out
+
+
+NAMES = ["$\\frac$", "<script>alert(1)</script>", "a|b", "_under", "50% of `x` [y](http://z)", "two\nlines", "&amp;", "für 学生"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_stand_for_themselves(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A run's and a stage's name reach figures, Markdown and HTML: no formula, no tag, no further cell."""
+    run = make_run(tmp_path / name.replace("/", "")) if "/" not in name else make_run(tmp_path / "run")
+    (run / "eval" / "opd.json").write_text(json.dumps(EVALUATION | {"name": name, "against": EVALUATION["against"] | {"name": name}}))
+    with (run / "stages.jsonl").open("a") as file:
+        file.write(json.dumps(STAGE | {"stage": name, "error": f"{name}: it broke"}) + "\n")
+    (run / "opd").rename(run / name.replace("/", "").replace("\n", " "))
+    assert main(["report", str(run), "--output", str(tmp_path / "report")]) == 0
+    page, text = ((tmp_path / "report" / f"report.{kind}").read_text("utf-8") for kind in ("html", "md"))
+    for found in (page, text):
+        assert "<script" not in found
+    assert not any("&amp;amp;" in found for found in (page, text)) or name == "&amp;"
+    for section in text.split("## ")[1:]:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in section.splitlines() if line.startswith("|")}
+        assert len(widths) == 1, section
+    assert not [warning for warning in recwarn if "arse" in str(warning.message)]
+
+
+def test_zero_is_never_negative_and_says_where_it_has_no_interval(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    nothing = {"mean": -1e-9, "low": -2e-9, "high": 1e-9}
+    against = {"name": "sft", "num_prompts": 20, "accuracy": {"mean": -0.0, "low": -0.0, "high": 0.0}, "reverse_kl": nothing}
+    rows = {
+        "zero": {"reverse_kl": nothing, "against": against},
+        "same": {"reverse_kl": {"mean": 0.25, "low": 0.25, "high": 0.25}},
+        "one": {"reverse_kl": {"mean": 0.25, "low": None, "high": None}},
+        "old": {"reverse_kl": {"mean": 0.25, "low": -math.inf, "high": math.inf}},
+        "warm": {"sampling": {"temperature": 0.6, "top_p": 0.95, "top_k": 0}, "grading": {"timeouts": 2, "errors": 0}},
+    }
+    for name, changes in rows.items():
+        (run / "eval" / f"{name}.json").write_text(json.dumps(EVALUATION | {"name": name} | changes))
+    assert main(["report", str(run)]) == 0
+    tables = rows_of(run / "report" / "report.md")
+    results = {row[1]: row[2:4] for row in tables["Results"]}
+    assert results["zero"][1] == "0.0000 (0.0000 to 0.0000)"
+    assert results["same"][1] == "0.2500 (no interval: the same for every prompt)"
+    assert results["one"][1] == results["old"][1] == "0.2500 (no interval: one prompt alone)"
+    assert results["warm"] == ["50.0% (40.0% to 60.0%), 2 timed out", "0.1000 (0.0500 to 0.1500), sampled at temperature 0.6, top-p 0.95"]
+    differences = {row[1]: row[3:5] for row in tables["Differences, paired by prompt"]}
+    assert differences["zero"] == ["+0.0 (no interval: the same for every prompt)", "+0.0000 (+0.0000 to +0.0000)"]
+    assert "-0.0000" not in (run / "report" / "report.html").read_text("utf-8")
