@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_opd.config import Recipe
+from megatron_opd.config import EncodingConfig, EvalStage, Recipe
+from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import check_same_tokenizer, fingerprint_model
+from megatron_opd.lineage import check_same_tokenizer, fingerprint_model, load_tokenizer
 from megatron_opd.model.architecture import read_architecture
+from megatron_opd.records import Prompt
+from megatron_opd.serve.encode import describe_encoding, encode_prompts
 
 T = TypeVar("T")
 
@@ -59,8 +63,27 @@ def _check_models(recipe: Recipe, found: Findings) -> None:
 
 def _check_prompts(recipe: Recipe, found: Findings) -> None:
     for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), ("eval", recipe.eval)):
-        if stage is not None and (read := found.attempt(read_prompts, stage.prompts, limit=stage.num_prompts)) is not None:
-            found.lines.append(f"{name}: {read[0].num_prompts} prompts in {stage.prompts}")
+        if stage is None:
+            continue
+        unique = not isinstance(stage, EvalStage) and stage.unique_prompts
+        graded = isinstance(stage, EvalStage) and stage.grader != "none"
+        read = found.attempt(read_prompts, stage.prompts, limit=stage.num_prompts, unique=unique, answers=graded)
+        if read is not None:
+            found.lines.append(f"{name}: {read[0].num_prompts} prompts of {find_files(stage.prompts).note}")
+            # A model that is still to be made has the tokenizer of the base student. One that is missing was named before.
+            model = stage.model if stage.model == recipe.models.teacher or Path(stage.model).is_dir() else recipe.models.student
+            if Path(model).is_dir():
+                found.lines += found.attempt(_try_encoding, name, model, read[1], stage.encoding) or []
+
+
+def _try_encoding(name: str, model: str, prompts: list[Prompt], encoding: EncodingConfig) -> list[str]:
+    """What is to be said of how `model` would get the prompts. Raises UserError for the first that can't be encoded."""
+    tokenizer = load_tokenizer(model)
+    try:
+        encode_prompts(tokenizer, prompts, encoding)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return [f"{name}: {line}" for line in describe_encoding(tokenizer, prompts, encoding)]
 
 
 def raise_faults(faults: list[str]) -> None:

@@ -14,7 +14,7 @@ from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import Prompt
-from megatron_opd.serve.encode import encode_prompt, encode_prompts
+from megatron_opd.serve.encode import encode_prompt, encode_prompts, find_overlong
 
 GOOD = b'{"prompt": "hello"}'
 
@@ -39,7 +39,7 @@ def test_rows(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b"{", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "not JSON in UTF-8: byte 0xff at column 1"),
         (b"[]", r"no field 'prompt' \(fields: list\)"),
         (b'{"query": "x", "answer": 1}', r"no field 'prompt' \(fields: query, answer\)"),
         (b'{"prompt": ""}', "'prompt' must be text or a list of {role, content} messages, not ''"),
@@ -77,7 +77,7 @@ def test_limit_and_identity(tmp_path: Path) -> None:
 
 def test_no_prompts(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no \.parquet, \.arrow, \.jsonl files in it"):
+    with pytest.raises(UserError, match=r"empty: no \.parquet, \.arrow, \.jsonl, \.json files in it"):
         read_prompts(tmp_path / "empty")
     for path in (tmp_path / "none.jsonl", tmp_path / "prompts.jsonl" / "below"):
         write(tmp_path, GOOD)
@@ -132,8 +132,8 @@ def test_text_and_template(tokenizer, content, options: dict, text: str) -> None
 
 
 def test_enable_thinking_reaches_the_template(tokenizer) -> None:
-    tokenizer.chat_template = "{% if enable_thinking is defined %}{{ enable_thinking }}{% else %}none{% endif %}"
-    assert [text_of(tokenizer, MESSAGES, enable_thinking=value) for value in (None, True, False)] == ["none", "True", "False"]
+    tokenizer.chat_template = "{{ messages[0].content }} {% if enable_thinking is defined %}{{ enable_thinking }}{% else %}none{% endif %}"
+    assert [text_of(tokenizer, MESSAGES, enable_thinking=value) for value in (None, True, False)] == ["hi none", "hi True", "hi False"]
 
 
 def test_special_tokens_come_once(tokenizer_dir: Path) -> None:
@@ -152,7 +152,8 @@ def test_special_tokens_come_once(tokenizer_dir: Path) -> None:
         (MESSAGES, {"chat_template": "never"}, None, r"prompt 4 is a list of messages, but encoding.chat_template is 'never'"),
         ("hi", {"system": "s"}, None, "encoding.system and encoding.enable_thinking need the chat template"),
         ("hi", {"enable_thinking": False}, None, "encoding.system and encoding.enable_thinking need the chat template"),
-        (MESSAGES, {}, "", "prompt 4 has no tokens"),
+        (MESSAGES, {}, "", r"prompt 4: the chat template does not print the content of message 0 \(user\), 'hi'"),
+        ([{"role": "user", "content": ""}], {}, "", "prompt 4 has no tokens"),
         (MESSAGES, {}, "{{ raise_exception('no such role') }}", "prompt 4: the chat template of .* refuses it: no such role"),
         (MESSAGES, {}, "{% if %}", "prompt 4: the chat template of .* refuses it"),
     ],
@@ -174,14 +175,15 @@ def test_no_chat_template(tokenizer) -> None:
 
 def test_overlong_prompts(tokenizer) -> None:
     prompts = [Prompt(10 + i, "x" * length) for i, length in enumerate((3, 8, 2, 12, 7))]
-    encoded, overlong = encode_prompts(tokenizer, prompts, EncodingConfig(overlong_prompt="skip"), max_tokens=7)
+    skip = EncodingConfig(overlong_prompt="skip")
+    encoded = encode_prompts(tokenizer, prompts, skip)
     assert [len(ids) for ids in encoded] == [3, 8, 2, 12, 7]
-    assert overlong == [1, 3]
+    assert find_overlong(encoded, prompts, skip, max_tokens=7) == [1, 3]
     with pytest.raises(
         UserError, match=r"2 prompt\(s\) are longer than the 7 tokens .* \(rows 11, 13; longest 12\); .*overlong_prompt='skip'"
     ):
-        encode_prompts(tokenizer, prompts, EncodingConfig(), max_tokens=7)
-    assert encode_prompts(tokenizer, prompts, EncodingConfig(), max_tokens=12)[1] == []
-    limited = EncodingConfig(overlong_prompt="skip", max_prompt_tokens=2)
-    assert encode_prompts(tokenizer, prompts, limited, max_tokens=7)[1] == [0, 1, 3, 4]
-    assert encode_prompts(tokenizer, prompts, EncodingConfig(overlong_prompt="skip", max_prompt_tokens=100), max_tokens=7)[1] == [1, 3]
+        find_overlong(encoded, prompts, EncodingConfig(), max_tokens=7)
+    assert find_overlong(encoded, prompts, EncodingConfig(), max_tokens=12) == []
+    for most, wanted in ((2, [0, 1, 3, 4]), (100, [1, 3])):
+        limited = EncodingConfig(overlong_prompt="skip", max_prompt_tokens=most)
+        assert find_overlong(encoded, prompts, limited, max_tokens=7) == wanted

@@ -1,0 +1,136 @@
+"""Whether a chat template printed all that a prompt says: templates leave out, without a word, roles and fields that they do not know."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_opd.errors import UserError
+
+Messages = list[dict[str, Any]]
+Render = Callable[[Messages, list[dict[str, Any]] | None], str]
+
+_MARK = "qzmk{:05d}kmzq"  # letters and digits: the same in JSON
+_MARKS = re.compile(r"qzmk(\d{5})kmzq")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A text of a prompt, where it stands, and those of its parts that must be printed as they are (without white space around them)."""
+
+    place: str
+    text: str
+    wanted: tuple[str, ...]
+    remedy: str
+
+
+def check_printed(render: Render, messages: Messages, tools: list[dict[str, Any]] | None, text: str, where: str) -> None:
+    """Raise UserError, naming the first text that is lost, unless `text` (what `render` gave) holds every text of the prompt.
+
+    Every text is first replaced by a mark of its own, which must be printed: so a short text is not found in another one by chance.
+    Then each text must stand in `text` as often as in all pieces and in the template's own words together, as it is or escaped for JSON.
+    Not wanted: ids of tool calls, names of tool messages, and the reasoning of an assistant turn before a user's (templates of reasoning
+    models leave it out, and the models were trained so).
+    """
+    pieces: list[_Piece] = []
+    marked = _mark_messages(messages, pieces), None if tools is None else _mark_tools(tools, pieces)
+    try:
+        probe = render(*marked)
+    except UserError:
+        probe = None  # a template that looks into the texts; the count is left
+    if probe is not None:
+        printed = {int(number) for number in _MARKS.findall(probe)}
+        for number, piece in enumerate(pieces):
+            if piece.wanted and number not in printed:
+                raise _lost(piece, piece.text, where)
+        for trim in (str, str.strip):  # nearly every template prints texts just as they are, or without white space around them
+            if _MARKS.sub(lambda match, trim=trim: trim(pieces[int(match[1])].text), probe) == text:
+                return
+    own_words = _MARKS.sub("\0", probe) if probe is not None else ""
+    everything = "\0".join(wanted for piece in pieces for wanted in piece.wanted)
+    for piece in pieces:
+        for wanted in piece.wanted:
+            if _count(text, wanted) < everything.count(wanted) + own_words.count(wanted):
+                raise _lost(piece, wanted, where)
+
+
+def _lost(piece: _Piece, text: str, where: str) -> UserError:
+    shown = text.strip() if len(text.strip()) <= 80 else f"{text.strip()[:77]}..."
+    return UserError(f"{where}: the chat template does not print {piece.place}, {shown!r}; {piece.remedy}")
+
+
+def _count(text: str, wanted: str) -> int:
+    """How often `wanted` stands in `text`, as it is or as JSON writes it."""
+    spellings = {wanted, *(json.dumps(wanted, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))}
+    return sum(text.count(spelling) for spelling in spellings)
+
+
+def _mark_messages(messages: Messages, pieces: list[_Piece]) -> Messages:
+    last_user = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    marked = []
+    for number, message in enumerate(messages):
+        role = message["role"]
+        of = f"of message {number} ({role})"
+        remedy = f"use a model whose template knows {role} messages, or write it into another message"
+        earlier = role == "assistant" and number < last_user
+        copy = dict(message)
+        content = message["content"]
+        wanted = _without_reasoning(content, earlier) if role == "assistant" else (content,)
+        copy["content"] = _put(pieces, f"the content {of}", content, wanted, remedy)
+        if "reasoning_content" in message:
+            reasoning = message["reasoning_content"]
+            copy["reasoning_content"] = _put(pieces, f"the reasoning {of}", reasoning, () if earlier else (reasoning,), remedy)
+        if "name" in message and role != "tool":
+            copy["name"] = _put(
+                pieces, f"the name {of}", message["name"], (message["name"],), "remove the name, or write it into the content"
+            )
+        if "tool_calls" in message:
+            copy["tool_calls"] = [_mark_call(call, f"a tool call {of}", pieces) for call in message["tool_calls"]]
+        marked.append(copy)
+    return marked
+
+
+def _without_reasoning(content: str, earlier: bool) -> tuple[str, ...]:
+    """The parts of an assistant's content that a template has to print; it may set the tags itself."""
+    before, tag, answer = content.rpartition("</think>")
+    if not tag:
+        return (content,)
+    return (answer,) if earlier else (before.strip().removeprefix("<think>"), answer)
+
+
+_TOOLS_REMEDY = "use a model whose template prints tools, or leave such rows out"
+
+
+def _mark_tools(tools: list[dict[str, Any]], pieces: list[_Piece]) -> list[dict[str, Any]]:
+    """Names and descriptions of functions are marked; what else a schema says, templates may look into."""
+    marked = []
+    for tool in tools:
+        function = dict(tool["function"])
+        for key in ("name", "description"):
+            if isinstance(function.get(key), str):
+                function[key] = _put(pieces, f"the {key} of a tool", function[key], (function[key],), _TOOLS_REMEDY)
+        marked.append({**tool, "function": function})
+    return marked
+
+
+def _mark_call(call: dict[str, Any], place: str, pieces: list[_Piece]) -> dict[str, Any]:
+    def mark(value: Any) -> Any:
+        if isinstance(value, str):
+            return _put(pieces, place, value, (value,), _TOOLS_REMEDY)
+        if isinstance(value, dict):
+            return {mark(key): mark(item) for key, item in value.items()}
+        return [mark(item) for item in value] if isinstance(value, list) else value
+
+    function = call["function"]
+    return {**call, "function": {**function, "name": mark(function["name"]), "arguments": mark(function["arguments"])}}
+
+
+def _put(pieces: list[_Piece], place: str, text: str, wanted: Sequence[str], remedy: str) -> str:
+    """The mark that stands for `text`; text without anything to see stays."""
+    if not text.strip():
+        return text
+    pieces.append(_Piece(place, text, tuple(part.strip() for part in wanted if part.strip()), remedy))
+    return _MARK.format(len(pieces) - 1)
