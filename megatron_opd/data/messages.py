@@ -79,19 +79,20 @@ def _message(entry: Any, field: str, at: str, where: str) -> Message:
     whole = entry
     if isinstance(entry, dict):  # null and empty are what Parquet and APIs write for "not there"
         entry = {key: value for key, value in entry.items() if value not in (None, [], {}) and (value != "" or key in ("content", "value"))}
-    role = _same(entry, ("role", "from"), at) if isinstance(entry, dict) else None
-    if not isinstance(role, str):
+    roles = {name: entry[name] for name in ("role", "from") if name in entry} if isinstance(entry, dict) else {}
+    if not roles or not all(isinstance(role, str) for role in roles.values()):
         raise _no_message(whole, field, where)
-    known = _ROLES.get(role.strip().lower())
-    if known is None:
-        raise UserError(f"{at} has the role {role!r:.100}, which is not known; known are {', '.join(_ROLES)}")
+    for role in roles.values():
+        if role.strip().lower() not in _ROLES:
+            raise UserError(f"{at} has the role {role!r:.100}, which is not known; known are {', '.join(_ROLES)}")
+    known = _same({name: _ROLES[role.strip().lower()] for name, role in roles.items()}, ("role", "from"), at)
     content = _same(entry, ("content", "value"), at)
     text = _text(content, at)
     message: Message = {"role": "assistant" if known == "call" else known, "content": text if text is not None else ""}
     if known == "call":
         if text is None:
             raise _no_message(whole, field, where)
-        message |= {"content": "", "tool_calls": _calls(load_json(text, f"{at} (role {role!r})"), at)}
+        message |= {"content": "", "tool_calls": _calls(load_json(text, f"{at} (a tool call by its role)"), at)}
     rest = {key: value for key, value in entry.items() if key not in ("role", "from", "content", "value")}
     if message["role"] == "assistant":
         if (reasoning := _same(rest, _REASONING, at)) is not None:

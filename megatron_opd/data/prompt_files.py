@@ -181,10 +181,9 @@ def _label(name: Path) -> str:
 
 
 def _split_of(name: Path) -> str | None:
-    """train, validation, test; None where no word or several different ones say it."""
+    """train, validation, test, or several where the words differ; None where no word says it."""
     words = [*(part.lower() for part in name.parts[:-1]), *re.split(r"[-_.\s]+", _label(name))]
-    found = {_SPLITS[word] for word in words if word in _SPLITS}
-    return found.pop() if len(found) == 1 else None
+    return " and ".join(sorted({_SPLITS[word] for word in words if word in _SPLITS})) or None
 
 
 def _configuration(name: Path) -> str:

@@ -187,3 +187,60 @@ def test_overlong_prompts(tokenizer) -> None:
     for most, wanted in ((2, [0, 1, 3, 4]), (100, [1, 3])):
         limited = EncodingConfig(overlong_prompt="skip", max_prompt_tokens=most)
         assert find_overlong(encoded, prompts, limited, max_tokens=7) == wanted
+
+
+def make_adding_tokenizer(directory: Path, single: str):
+    """A byte-level tokenizer with <s> (3) and </s> (1) that writes `single` around texts."""
+    from tokenizers.processors import TemplateProcessing
+
+    make_tokenizer(directory, extra_token="<s>")
+    tokenizer = load_tokenizer(directory)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 2), ("<eos>", 1)])
+    tokenizer.bos_token = "<s>"
+    tokenizer.save_pretrained(directory)
+    return load_tokenizer(directory)
+
+
+BOS, EOS = 2, 1
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A <eos>", "$A <eos>", "$A"])
+def test_a_prompt_begins_once_and_does_not_end(tmp_path: Path, single: str) -> None:
+    """What the tokenizer puts behind a text would end the prompt's turn; what stands before it already is not put there again."""
+    tokenizer = make_adding_tokenizer(tmp_path, single)
+    assert (tokenizer("hi")["input_ids"][-1] == EOS) == single.endswith("<eos>")
+    first = [BOS] if single.startswith("<s>") else []
+    letters = tokenizer("hi", add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, Prompt(0, "hi"), EncodingConfig()).tolist() == first + letters
+    assert encode_prompt(tokenizer, Prompt(0, "<s>hi"), EncodingConfig()).tolist() == [BOS, *letters]
+    # What the text itself says stays, also its end and what stands within.
+    assert encode_prompt(tokenizer, Prompt(0, "hi<eos>"), EncodingConfig()).tolist() == [*first, *letters, EOS]
+    assert encode_prompt(tokenizer, Prompt(0, "hi<s>hi"), EncodingConfig()).tolist() == [*first, *letters, BOS, *letters]
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert encode_prompt(tokenizer, Prompt(0, [{"role": "user", "content": "hi"}]), EncodingConfig()).tolist() == [BOS, *letters]
+
+
+def test_a_tokenizer_that_puts_several_tokens_before_a_text(tmp_path: Path) -> None:
+    tokenizer = make_adding_tokenizer(tmp_path, "<s> <eos> $A <eos>")
+    letters = tokenizer("hi", add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, Prompt(0, "hi"), EncodingConfig()).tolist() == [BOS, EOS, *letters]
+    assert encode_prompt(tokenizer, Prompt(0, "<s><eos>hi"), EncodingConfig()).tolist() == [BOS, EOS, *letters]
+
+
+def test_llama_tokenizers_that_add_bos_and_eos(tmp_path: Path) -> None:
+    """A SentencePiece-style tokenizer: a space before each text, tokens added by add_bos_token and add_eos_token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import LlamaTokenizerFast
+
+    vocab = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "\u2581", "h", "i", "a", "\u2581hi"])}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Replace("\u2581", " ")
+    tokenizer = LlamaTokenizerFast(
+        tokenizer_object=backend, add_bos_token=True, add_eos_token=True, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    full = tokenizer("hi")["input_ids"]
+    assert (full[0], full[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert encode_prompt(tokenizer, Prompt(0, "hi"), EncodingConfig()).tolist() == full[:-1]
+    once = encode_prompt(tokenizer, Prompt(0, "<s>hi"), EncodingConfig()).tolist()
+    assert (once.count(tokenizer.bos_token_id), once.count(tokenizer.eos_token_id), once[0]) == (1, 0, tokenizer.bos_token_id)
