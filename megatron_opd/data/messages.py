@@ -39,15 +39,13 @@ def read_messages(entries: Any, field: str, where: str) -> list[Message]:
 
 def read_tools(row: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
     """The tools of a row as {"type": "function", "function": {name, ...}}; None where it has none. Raises UserError."""
-    there = [name for name in ("tools", "functions") if row.get(name) not in (None, "", [], "[]")]
-    if not there:
-        return None
+    there = [name for name in ("tools", "functions") if row.get(name) not in (None, "", [])]
     if len(there) > 1:
         raise UserError(f"{where}: has both 'tools' and 'functions'; keep one of them")
-    field = there[0]
-    tools = row[field]
+    field = there[0] if there else "tools"
+    tools = row[field] if there else []
     if isinstance(tools, str):
-        tools = load_json(tools, f"{where}: {field!r}")
+        tools = load_json(tools, f"{where}: {field!r}") or []
     found = []
     for number, tool in enumerate(tools if isinstance(tools, list) else [tools]):
         if isinstance(tool, str):
@@ -93,6 +91,8 @@ def _message(entry: Any, field: str, at: str, where: str) -> Message:
         if text is None:
             raise _no_message(whole, field, where)
         message |= {"content": "", "tool_calls": _calls(load_json(text, f"{at} (a tool call by its role)"), at)}
+        if not message["tool_calls"]:
+            raise UserError(f"{at} is a tool call by its role, and holds none: {text!r:.100}")
     rest = {key: value for key, value in entry.items() if key not in ("role", "from", "content", "value")}
     if message["role"] == "assistant":
         if (reasoning := _same(rest, _REASONING, at)) is not None:
@@ -102,8 +102,8 @@ def _message(entry: Any, field: str, at: str, where: str) -> Message:
         calls = [rest.pop(name) for name in ("tool_calls", "function_call") if name in rest]
         if len(calls) + (known == "call") > 1:
             raise UserError(f"{at} has tool calls in two places; keep one of them")
-        if calls:
-            message["tool_calls"] = _calls(calls[0], at)
+        if calls and (called := _calls(calls[0], at)):
+            message["tool_calls"] = called
         rest = {key: value for key, value in rest.items() if key not in _REASONING}
     if text is None and not message.keys() & {"tool_calls", "reasoning_content"}:
         raise _no_message(whole, field, where)
@@ -154,7 +154,7 @@ def _text(content: Any, at: str) -> str | None:
 def _calls(calls: Any, at: str) -> list[dict[str, Any]]:
     """[{"type": "function", "function": {name, arguments: object}}, ...] of tool calls. Raises UserError."""
     if isinstance(calls, str):
-        calls = load_json(calls, f"{at}: tool calls")
+        calls = load_json(calls, f"{at}: tool calls") or []
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
         if isinstance(call, str):

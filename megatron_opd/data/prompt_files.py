@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,8 +52,15 @@ def find_files(path: str | Path) -> PromptSource:
     folders are not read. Raises UserError where more than one configuration, or several splits but no `train`, are there.
     """
     path = Path(path)
-    if not path.is_dir():
-        return PromptSource([path], str(path))
+    try:
+        if not path.is_dir():
+            return PromptSource([path], str(path))
+        return _find_in(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: can't be read: {error.strerror}") from None
+
+
+def _find_in(path: Path) -> PromptSource:
     if (path / "dataset_dict.json").is_file():
         splits = _names_in(path / "dataset_dict.json", "splits", lambda entry: entry)
         if "train" not in splits:
@@ -141,8 +149,7 @@ def _names_in(listing: Path, key: str, name_of: Callable[[Any], Any]) -> list[st
 
 
 def _pick(folder: Path) -> PromptSource:
-    there = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
-    there = [name for name in there if not any(part.startswith((".", "__")) for part in name.parts)]
+    there = _walk(folder)
     by_suffix = {
         suffix: [name for name in there if name.suffix.lower() == suffix and name.name not in _NO_DATA and not _is_cache(name)]
         for suffix in _SUFFIXES
@@ -169,6 +176,21 @@ def _pick(folder: Path) -> PromptSource:
     left = [name for name in files if name not in set(taken)]
     left += [name for suffix, names in by_suffix.items() if suffix != files[0].suffix.lower() and suffix != ".json" for name in names]
     return PromptSource([folder / name for name in taken], note + (f"; not read: {_shorten(left)}" if left else ""))
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Files below a folder that are not hidden, relative to it, in order; links are followed, and one that leads nowhere is a file."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        folders[:] = [] if os.path.realpath(root) in seen else [name for name in folders if not name.startswith((".", "__"))]
+        if os.path.realpath(root) not in seen:
+            seen.add(os.path.realpath(root))
+            found += [(Path(root) / name).relative_to(folder) for name in names if not name.startswith((".", "__"))]
+    return sorted(found)
 
 
 def _is_cache(name: Path) -> bool:
@@ -262,7 +284,7 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: a column name is there twice ({', '.join(schema.names)})")
         number = 0
         for batch in batches:
-            for value in batch.to_pylist():
+            for value in pa.RecordBatch.from_arrays([_readable(column) for column in batch.columns], batch.schema.names).to_pylist():
                 number += 1
                 yield Row(f"{path}, row {number}", value)
     except (FileNotFoundError, NotADirectoryError):
@@ -271,3 +293,14 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: can't be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+def _readable(column: Any) -> Any:
+    """An Arrow column as Python can take it: narrow floats by the decimals that name them (0.1, not 0.10000000149), no nanoseconds."""
+    import pyarrow as pa
+
+    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
+        return column.cast(pa.string()).cast(pa.float64())
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+        return column.cast(pa.timestamp("us", column.type.tz), safe=False)
+    return column

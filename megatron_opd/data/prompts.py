@@ -28,6 +28,8 @@ _PROMPT_FIELDS = (("prompt", "messages", "conversations"), ("problem", "question
 _ALL_PROMPT_FIELDS = tuple(name for group in _PROMPT_FIELDS for name in group)
 _WITH_ANSWER = ("messages", "conversations")
 _OF_THE_PROMPT = ("tools", "functions", "system")
+# A row that fills one of these says more to a model than its text, and would be another prompt without it.
+_NOT_UNDERSTOOD = ("images", "image", "videos", "video", "audios", "audio", "documents", "chat_template_kwargs")
 _EXACT_FLOAT = 2.0**53
 
 
@@ -75,11 +77,16 @@ def _parse(row: Row, answers: bool) -> Prompt:
     there = [name for name in _ALL_PROMPT_FIELDS if name in value] if isinstance(value, dict) else []
     if not there:
         fields = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise UserError(f"{where}: no field 'prompt' (fields: {fields}); {', '.join(_ALL_PROMPT_FIELDS[1:])} would do as well")
+        raise UserError(f"{where}: no field 'prompt' (fields: {fields:.300}); {', '.join(_ALL_PROMPT_FIELDS[1:])} would do as well")
     fields = {name: value[name] for name in (*there, *_OF_THE_PROMPT) if name in value}
     if row.as_written is None:
         fields = _without_nulls(fields)
     name, content = _content(fields, there, where)
+    for other in _NOT_UNDERSTOOD:
+        if not _is_missing(value.get(other)) and value[other] != {}:
+            raise UserError(
+                f"{where}: has {other!r} ({value[other]!r:.80}), which is not understood and the model would not get; leave such rows out"
+            )
     tools = read_tools(fields, where)
     for text in texts_of([content, tools]):
         if "\0" in text:

@@ -31,7 +31,7 @@ def check_printed(render: Render, messages: Messages, tools: list[dict[str, Any]
     """Raise UserError, naming the first text that is lost, unless `text` (what `render` gave) holds every text of the prompt.
 
     Every text is first replaced by a mark of its own, which must be printed: so a short text is not found in another one by chance.
-    Then each text must stand in `text` as often as in all pieces and in the template's own words together, as it is or escaped for JSON.
+    Then each text must stand in `text` as often as in all pieces and in the template's own words together, as it is or escaped.
     Not wanted: ids of tool calls, names of tool messages, and the reasoning of an assistant turn before a user's (templates of reasoning
     models leave it out, and the models were trained so).
     """
@@ -63,8 +63,8 @@ def _lost(piece: _Piece, text: str, where: str) -> UserError:
 
 
 def _count(text: str, wanted: str) -> int:
-    """How often `wanted` stands in `text`, as it is or as JSON writes it."""
-    spellings = {wanted, *(json.dumps(wanted, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))}
+    """How often `wanted` stands in `text`, as it is or as JSON or Python write it (templates print objects either way)."""
+    spellings = {wanted, repr(wanted)[1:-1], *(json.dumps(wanted, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))}
     return sum(text.count(spelling) for spelling in spellings)
 
 

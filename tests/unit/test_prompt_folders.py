@@ -59,7 +59,10 @@ def test_the_files_that_are_taken(tmp_path: Path, names: list[str], read: list[s
         (["algebra/a.jsonl", "geometry/a.jsonl"], r"several configurations \(algebra/, geometry/\)"),
         (["data/train_sft-00000-of-00001.jsonl", "data/train_gen-00000-of-00001.jsonl"], r"several subsets \(train_gen, train_sft\)"),
         (["validation.jsonl", "test.jsonl"], r"several splits and none is 'train' \(test, validation\)"),
-        (["algebra.jsonl", "test.jsonl"], r"several splits and none is 'train' \(files of no split, test\); give one file or folder: algebra"),
+        (
+            ["algebra.jsonl", "test.jsonl"],
+            r"several splits and none is 'train' \(files of no split, test\); give one file or folder: algebra",
+        ),
         (["train/dev.jsonl", "other.jsonl"], r"none is 'train' \(files of no split, train and validation\)"),
         (["a.jsonl.gz", "b.jsonl.zst"], r"no .* files in it \(compressed ones are not read: a.jsonl.gz, b.jsonl.zst; unpack them\)"),
         ([".cache/a.jsonl"], "no .* files in it; a JSONL or Parquet file"),
@@ -127,3 +130,17 @@ def test_listed_files_that_are_missing(tmp_path: Path) -> None:
     (tmp_path / "data.arrow").mkdir()
     with pytest.raises(UserError, match=r"data.arrow: can't be read"):
         read_prompts(tmp_path)
+
+
+def test_links_are_followed_and_one_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    """A download's files may be links into a cache, and folders links to another disk."""
+    make(tmp_path / "disk", "a.jsonl")
+    make(tmp_path / "set", "test/0.jsonl")
+    (tmp_path / "set/train").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/again").symlink_to(tmp_path / "set")
+    assert taken(tmp_path / "set") == ["train/a.jsonl"]
+    (tmp_path / "disk/b.jsonl").symlink_to(tmp_path / "not_downloaded")
+    with pytest.raises(UserError, match=r"set/train/b.jsonl: no such prompt file"):
+        read_prompts(tmp_path / "set")
+    with pytest.raises(UserError, match="can't be read: File name too long"):
+        read_prompts(tmp_path / ("x" * 300))

@@ -116,6 +116,11 @@ def test_spellings(tmp_path: Path, row: dict[str, Any], content: Any) -> None:
         ({"prompt": "hi", "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "has both 'tools' and 'functions'"),
         ({"conversations": [{"from": "gpt", "value": "hi"}]}, "'conversations' must be text or a list of {role, content} messages that holds more than the answer"),
         ({"prompt": float("nan")}, "'prompt' must be text or a list of {role, content} messages, not nan"),
+        ({"prompt": [user("a"), {"role": "function_call", "content": "[]"}, user("b")]}, "prompt[1] is a tool call by its role, and holds none"),
+        ({"prompt": [user("a"), {"role": "assistant", "tool_calls": "[]"}, user("b")]}, "but holds {'role': 'assistant'"),
+        ({"prompt": [user("<image>What is it?")], "images": [{"bytes": "x"}]}, "has 'images' ([{'bytes': 'x'}]), which is not understood and the model"),
+        ({"prompt": "hi", "chat_template_kwargs": {"enable_thinking": False}}, "has 'chat_template_kwargs'"),
+        ({"x" * 1000: 1}, "xxx); messages, conversations, problem, question would do as well"),
         ("just text", "no field 'prompt' (fields: str)"),
         (7, "no field 'prompt' (fields: int)"),
     ],
@@ -125,12 +130,16 @@ def test_what_is_not_known_is_refused(tmp_path: Path, row: Any, message: str) ->
 
 
 def test_tools_belong_to_the_prompt(tmp_path: Path) -> None:
-    schema = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {"a": {"type": "integer", "default": None}}}}
+    schema = {
+        "name": "add",
+        "description": "adds",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer", "default": None}}},
+    }
     wrapped = [{"type": "function", "function": schema}]
     given = [wrapped, [schema], json.dumps([schema]), [json.dumps(schema)], schema, [{"type": "function", **schema}]]
     assert [read_row(tmp_path, {"prompt": "hi", "tools": tools}).tools for tools in given] == [wrapped] * len(given)
     assert read_row(tmp_path, {"prompt": "hi", "functions": [schema], "k": 1}) == Prompt(0, "hi", None, {"k": 1}, wrapped)
-    assert [read_row(tmp_path, {"prompt": "hi", "tools": tools}).tools for tools in (None, [], "", "[]")] == [None] * 4
+    assert [read_row(tmp_path, {"prompt": "hi", "tools": tools}).tools for tools in (None, [], "", "[]", "null")] == [None] * 5
     path = tmp_path / "p.jsonl"
     read_row(tmp_path, {"prompt": "hi", "tools": wrapped})
     with_tools = read_prompts(path)[0].sha256
@@ -141,7 +150,11 @@ def test_tools_belong_to_the_prompt(tmp_path: Path) -> None:
 def test_parquet_fills_in_nulls_for_what_a_row_does_not_have(tmp_path: Path) -> None:
     rows = [
         {
-            "messages": [user("1+2"), {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3", "tool_call_id": "c"}],
+            "messages": [
+                user("1+2"),
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "3", "tool_call_id": "c"},
+            ],
             "tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}}],
         },
         {
@@ -158,7 +171,10 @@ def test_parquet_fills_in_nulls_for_what_a_row_does_not_have(tmp_path: Path) -> 
     assert from_parquet[1][1].content == [{**user("hi"), "name": "Ada"}]
     # Parts of one type for all, and a map in place of a struct.
     part = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.binary())])
-    column = pa.array([[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]], pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part))])))
+    column = pa.array(
+        [[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]],
+        pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part))])),
+    )
     pa.parquet.write_table(pa.table({"prompt": column}), tmp_path / "parts.parquet")
     as_map = pa.array([[[("role", "user"), ("content", "hi")]]], pa.list_(pa.map_(pa.string(), pa.string())))
     pa.parquet.write_table(pa.table({"prompt": as_map}), tmp_path / "map.parquet")
@@ -188,8 +204,16 @@ def test_numbers_as_they_are_written(tmp_path: Path) -> None:
     table = pa.table({"prompt": ["a", "b", "c"], "answer": pa.array([2.0, None, 2.5], pa.float64())})
     pa.parquet.write_table(table, tmp_path / "p.parquet")
     assert [prompt.answer for prompt in read_prompts(tmp_path / "p.parquet")[1]] == ["2", None, "2.5"]
-    pa.parquet.write_table(pa.table({"prompt": ["a"], "answer": [Decimal("2.50")]}), tmp_path / "p.parquet")
-    assert read_prompts(tmp_path / "p.parquet")[1][0].answer == "2.50"
+    narrow = pa.array([0.1], pa.float32())
+    for answer, text in (
+        (pa.array([Decimal("2.50")]), "2.50"),
+        (narrow, "0.1"),
+        (pa.array([7], pa.uint64()), "7"),
+        (pa.array([[2.0]]), "2"),
+    ):
+        moment = pa.array([1], pa.timestamp("ns"))  # as pandas writes them
+        pa.parquet.write_table(pa.table({"prompt": ["a"], "answer": answer, "seen": moment}), tmp_path / "p.parquet")
+        assert read_prompts(tmp_path / "p.parquet")[1][0].answer == text
 
 
 @pytest.mark.parametrize(
@@ -273,7 +297,7 @@ def test_files_that_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prompts in it"):
         read_prompts(tmp_path / "none.parquet")
     for path in ("nul\0.jsonl", "nul\0.parquet"):
-        with pytest.raises(UserError, match="can't be read|no such"):
+        with pytest.raises(UserError, match=r"can't be read|no such"):
             read_prompts(path)
 
 

@@ -46,7 +46,11 @@ def text_of(tokenizer, template: str, content: Any, tools: list[dict[str, Any]] 
 
 
 DIALOGUE = [says("system", "Be brief."), says("user", " hi\n"), says("assistant", "yo"), says("user", "so?")]
-TOOL_USE = [says("user", "Cold in Köln?"), calls("get_weather", city='"Köln"\n', days=2), says("tool", 'now: "3 °C"\nrain', tool_call_id="a")]
+TOOL_USE = [
+    says("user", "Cold in Köln?"),
+    calls("get_weather", city='"Köln"\n', days=2),
+    says("tool", 'now: "3 °C"\nrain', tool_call_id="a"),
+]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,13 @@ TOOL_USE = [says("user", "Cold in Köln?"), calls("get_weather", city='"Köln"\n
         (MARKS, TOOL_USE, [WEATHER], None),
         (HEADERS, TOOL_USE, [WEATHER], None),
         (REASONING, TOOL_USE, None, None),
-        (MARKS, [*TOOL_USE, says("assistant", "3 °C"), says("user", "And here?"), calls("get_weather"), says("tool", "2")], [WEATHER, WEATHER], None),
+        (MARKS.replace(" | tojson", ""), TOOL_USE, [WEATHER], None),  # objects as Python writes them
+        (
+            MARKS,
+            [*TOOL_USE, says("assistant", "3 °C"), says("user", "And here?"), calls("get_weather"), says("tool", "2")],
+            [WEATHER, WEATHER],
+            None,
+        ),
     ],
 )
 def test_what_a_template_prints_is_taken(tokenizer, template: str, content: list, tools: list | None, text: str | None) -> None:
@@ -108,7 +118,10 @@ def test_what_a_template_loses_is_named(tokenizer, template: str, content: list,
 def test_reasoning_of_earlier_turns_may_be_left_out(tokenizer) -> None:
     thought = "<think>\nlong thought\n</think>\n\nFour."
     for turn in (says("assistant", thought), says("assistant", "Four.", reasoning_content="long thought")):
-        assert text_of(tokenizer, REASONING, [says("user", "2+2"), turn, says("user", "so?")]) == "[user]2+2[end][assistant]Four.[end][user]so?[end][assistant]"
+        assert (
+            text_of(tokenizer, REASONING, [says("user", "2+2"), turn, says("user", "so?")])
+            == "[user]2+2[end][assistant]Four.[end][user]so?[end][assistant]"
+        )
     # Between a tool's results the model goes on from what it thought.
     between = [says("user", "2+2"), {**calls("add"), "reasoning_content": "long thought"}, says("tool", "4")]
     assert "<think>\nlong thought\n</think>" in text_of(tokenizer, REASONING, between)
@@ -119,7 +132,7 @@ def test_reasoning_of_earlier_turns_may_be_left_out(tokenizer) -> None:
     # The answer itself is never left out.
     cut = REASONING.replace("{% set content = content.split('</think>')[-1].lstrip('\\n') %}", "{% set content = '' %}")
     assert cut != REASONING
-    with pytest.raises(UserError, match="'Four.'"):
+    with pytest.raises(UserError, match=r"'Four.'"):
         text_of(tokenizer, cut, [says("user", "2+2"), says("assistant", thought), says("user", "so?")])
 
 
@@ -153,7 +166,7 @@ def test_a_prompt_that_ends_in_an_assistant_turn(tokenizer) -> None:
     assert text_of(tokenizer, MARKS, spaced, assistant_last="continue").endswith("[assistant]It is ")
     with pytest.raises(UserError, match="white space at its end is what templates strip"):
         text_of(tokenizer, HEADERS, spaced, assistant_last="continue")
-    with pytest.raises(UserError, match="prompt 3: the chat template of .* refuses it"):
+    with pytest.raises(UserError, match=r"prompt 3: the chat template of .* refuses it"):
         text_of(tokenizer, USER_ONLY, content, assistant_last="continue")
     with pytest.raises(UserError, match="prompt 3 ends in a tool call"):
         text_of(tokenizer, MARKS, [says("user", "hi"), calls("f")], assistant_last="continue")
@@ -162,7 +175,9 @@ def test_a_prompt_that_ends_in_an_assistant_turn(tokenizer) -> None:
 def test_a_rows_system_message_beside_the_recipes(tokenizer) -> None:
     for role in ("system", "developer"):
         content = [says(role, "In French."), says("user", "hi")]
-        with pytest.raises(UserError, match="prompt 3 has the system message 'In French.', and encoding.system is 'Be brief.'; encoding.row_system="):
+        with pytest.raises(
+            UserError, match=r"prompt 3 has the system message 'In French.', and encoding.system is 'Be brief.'; encoding.row_system="
+        ):
             text_of(tokenizer, MARKS, content, system="Be brief.")
         kept, replaced = (text_of(tokenizer, MARKS, content, system="Be brief.", row_system=rule) for rule in ("keep", "replace"))
         assert kept == "[system]In French.[end][user]hi[end][assistant]"
@@ -174,14 +189,22 @@ def test_a_store_keeps_what_changes_prompts() -> None:
     """Stores made before a field that refuses was there still match."""
     assert EncodingConfig().recorded() == {"chat_template": "auto", "overlong_prompt": "error"}
     changed = EncodingConfig(system="s", assistant_last="continue", row_system="keep").recorded()
-    assert changed == {"chat_template": "auto", "overlong_prompt": "error", "system": "s", "assistant_last": "continue", "row_system": "keep"}
+    assert changed == {
+        "chat_template": "auto",
+        "overlong_prompt": "error",
+        "system": "s",
+        "assistant_last": "continue",
+        "row_system": "keep",
+    }
 
 
 def test_text_beside_a_chat_template_is_said(tokenizer, tmp_path: Path) -> None:
     tokenizer.chat_template = MARKS
     prompts = [Prompt(0, "hi"), Prompt(1, [says("user", "hi")])]
     (line,) = describe_encoding(tokenizer, prompts, EncodingConfig())
-    assert line.startswith("1 of 2 prompts are text and go to the model as they are, although it has a chat template; encoding.chat_template=")
+    assert line.startswith(
+        "1 of 2 prompts are text and go to the model as they are, although it has a chat template; encoding.chat_template="
+    )
     assert len(describe_encoding(tokenizer, prompts[:1], EncodingConfig(chat_template="never"))) == 1
     assert describe_encoding(tokenizer, prompts, EncodingConfig(chat_template="always")) == []
     tokenizer.chat_template = None
