@@ -31,29 +31,31 @@ def check_printed(render: Render, messages: Messages, tools: list[dict[str, Any]
     """Raise UserError, naming the first text that is lost, unless `text` (what `render` gave) holds every text of the prompt.
 
     Every text is first replaced by a mark of its own, which must be printed: so a short text is not found in another one by chance.
-    Then each text must stand in `text` as often as in all pieces and in the template's own words together, as it is or escaped.
+    Then `text` must be what was printed with each mark replaced by its text. If it is not, the template looks into the texts: then the
+    marks come one at a time, and each text must stand in `text` once more than where its mark stands for it.
     Not wanted: ids of tool calls, names of tool messages, and the reasoning of an assistant turn before a user's (templates of reasoning
     models leave it out, and the models were trained so).
     """
     pieces: list[_Piece] = []
-    marked = _mark_messages(messages, pieces), None if tools is None else _mark_tools(tools, pieces)
+    marked_messages = _mark_messages(messages, pieces)
+    marked_tools = None if tools is None else _mark_tools(tools, pieces)
     try:
-        probe = render(*marked)
+        probe = render(marked_messages, marked_tools)
     except UserError:
-        probe = None  # a template that looks into the texts; the count is left
-    if probe is not None:
-        printed = {int(number) for number in _MARKS.findall(probe)}
-        for number, piece in enumerate(pieces):
-            if piece.wanted and number not in printed:
-                raise _lost(piece, piece.text, where)
-        for trim in (str, str.strip):  # nearly every template prints texts just as they are, or without white space around them
-            if _MARKS.sub(lambda match, trim=trim: trim(pieces[int(match[1])].text), probe) == text:
-                return
-    own_words = _MARKS.sub("\0", probe) if probe is not None else ""
-    everything = "\0".join(wanted for piece in pieces for wanted in piece.wanted)
-    for piece in pieces:
+        probe = ""  # it wants texts of some form
+    printed = {int(number) for number in _MARKS.findall(probe)}
+    for number, piece in enumerate(pieces):
+        if probe and piece.wanted and number not in printed:
+            raise _lost(piece, piece.text, where)
+    if _is_filled_in(probe, pieces, text):
+        return
+    for number, piece in enumerate(pieces):
+        try:
+            without = render(*_unmark((marked_messages, marked_tools), pieces, number)).replace(_MARK.format(number), "\0")
+        except UserError:
+            without = ""
         for wanted in piece.wanted:
-            if _count(text, wanted) < everything.count(wanted) + own_words.count(wanted):
+            if _count(text, wanted) <= _count(without, wanted):
                 raise _lost(piece, wanted, where)
 
 
@@ -62,10 +64,34 @@ def _lost(piece: _Piece, text: str, where: str) -> UserError:
     return UserError(f"{where}: the chat template does not print {piece.place}, {shown!r}; {piece.remedy}")
 
 
+def _is_filled_in(probe: str, pieces: list[_Piece], text: str) -> bool:
+    """Whether `text` is the probe with every mark replaced by its text, in a spelling that templates give it."""
+    ends = {0}  # positions of `text` up to where the probe's parts so far can reach
+    for number, part in enumerate(_MARKS.split(probe)):  # own words, mark, own words, ...
+        options = {part} if number % 2 == 0 else _spellings(pieces[int(part)].text)
+        ends = {end + len(option) for end in ends for option in options if text.startswith(option, end)}
+    return len(text) in ends
+
+
+def _spellings(text: str) -> set[str]:
+    """A text as it is, without white space around it, and as JSON and Python write it (templates print objects either way)."""
+    trimmed = {text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n")}
+    written = {json.dumps(spelling, ensure_ascii=ascii_only)[1:-1] for spelling in trimmed for ascii_only in (False, True)}
+    return trimmed | written | {repr(spelling)[1:-1] for spelling in trimmed}
+
+
 def _count(text: str, wanted: str) -> int:
-    """How often `wanted` stands in `text`, as it is or as JSON or Python write it (templates print objects either way)."""
-    spellings = {wanted, repr(wanted)[1:-1], *(json.dumps(wanted, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))}
-    return sum(text.count(spelling) for spelling in spellings)
+    return sum(map(text.count, _spellings(wanted)))
+
+
+def _unmark(marked: Any, pieces: list[_Piece], kept: int) -> Any:
+    """Messages and tools with the texts in place of all marks but one."""
+    if isinstance(marked, str):
+        match = _MARKS.fullmatch(marked)
+        return pieces[int(match[1])].text if match and int(match[1]) != kept else marked
+    if isinstance(marked, dict):
+        return {_unmark(key, pieces, kept): _unmark(value, pieces, kept) for key, value in marked.items()}
+    return [_unmark(item, pieces, kept) for item in marked] if isinstance(marked, list | tuple) else marked
 
 
 def _mark_messages(messages: Messages, pieces: list[_Piece]) -> Messages:

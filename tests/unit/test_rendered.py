@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -211,3 +212,65 @@ def test_text_beside_a_chat_template_is_said(tokenizer, tmp_path: Path) -> None:
     assert describe_encoding(tokenizer, prompts[:1], EncodingConfig()) == []
     with pytest.raises(UserError, match="prompt 0 has tools, which only a chat template prints"):
         encode_prompt(tokenizer, Prompt(0, "hi", tools=[WEATHER]), EncodingConfig())
+
+
+ATOMS = [
+    "a",
+    "n",
+    "2",
+    '"',
+    "'",
+    "\n",
+    "\t",
+    " ",
+    "\\",
+    "\\n",
+    "é",
+    "😀",
+    "{",
+    "}",
+    ": ",
+    "[end]",
+    "user",
+    "assistant",
+    "system",
+    "name",
+    "arguments",
+    "Today",
+]
+
+
+def random_dialogue(random: Random, reasoning: bool) -> list[dict[str, Any]]:
+    """System, user, tool and assistant messages of a few words that templates use themselves, or that JSON writes otherwise."""
+
+    def text(least: int = 0) -> str:
+        return "".join(random.choices(ATOMS, k=random.randint(least, 4)))
+
+    def thing() -> Any:
+        return random.choice([text(), random.randint(0, 9), True, [text(), 1], {text(1): text()}])
+
+    messages = [says("system", text())] if random.random() < 0.5 else []
+    for _ in range(random.randint(1, 3)):
+        messages.append(says("user", text()))
+        if random.random() < 0.5:
+            messages += [calls("f" + text(), **{text(1): thing() for _ in range(random.randint(0, 2))}), says("tool", text())]
+        thought = f"<think>\n{text()}\n</think>\n\n" if reasoning and random.random() < 0.5 else ""
+        messages.append(says("assistant", thought + text()))
+    return messages[:-1]
+
+
+def test_random_dialogues_are_printed_or_refused(tokenizer) -> None:
+    """Whatever the texts are, a template that prints them is taken, and one that leaves out a text for what it says is not."""
+    random = Random(7)
+    for _ in range(150):
+        for template in (MARKS, HEADERS, REASONING):
+            messages = random_dialogue(random, template is REASONING)
+            text_of(tokenizer, template, messages)
+            lost = random.choice(messages)
+            first_system = lost is messages[0] and lost["role"] == "system"
+            if template is MARKS and lost["content"].strip() and not first_system:
+                hiding = template.replace(
+                    "{{ message.content }}", "{{ '' if message.content == " + repr(lost["content"]) + " else message.content }}"
+                )
+                with pytest.raises(UserError, match="the chat template does not print the content of message"):
+                    text_of(tokenizer, hiding, messages)
