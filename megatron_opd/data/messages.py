@@ -14,27 +14,35 @@ from megatron_opd.errors import UserError
 
 Message = dict[str, Any]
 
-_SPELLINGS = {
+_SPELLINGS = {  # in any case; a hyphen or a space is as good as the underscore
     "system": ("system",),
     "developer": ("developer",),
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "model", "bot", "chatbot", "ai", "bard", "bing", "claude"),
+    "assistant": ("assistant", "gpt", "chatgpt", "chat_gpt", "gpt4", "gpt_4", "model", "bot", "chatbot", "ai", "bard", "bing", "claude"),
     "tool": ("tool", "observation", "function", "function_response", "tool_response", "tool_result", "tool_results", "ipython"),
     "call": ("function_call", "tool_call"),  # the text is the call, as JSON
 }
 _ROLES = {spelling: role for role, spellings in _SPELLINGS.items() for spelling in spellings}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_CALLS = ("tool_calls", "function_call")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _ABOUT = {"id", "timestamp"}  # say something of a message, and nothing to the model; so do numbers and truth values (weights, loss masks)
 
 
-def read_messages(entries: Any, field: str, where: str) -> list[Message]:
-    """[{role, content, ...}, ...] of a row's messages. Raises UserError naming row, field and message."""
+def read_messages(entries: Any, field: str, where: str, *, with_answer: bool = False) -> list[Message]:
+    """[{role, content, ...}, ...] of a row's messages; `with_answer`: what the assistant says at their end is left out, unread.
+
+    Raises UserError naming row, field and message.
+    """
     if isinstance(entries, str):
         entries = load_json(entries, f"{where}: {field!r} must be a list of messages or their JSON text")
     if not isinstance(entries, list):
         raise UserError(f"{where}: {field!r} must be a list of {{role, content}} messages, not {entries!r:.200}")
-    return [_message(entry, field, f"{where}: {field}[{number}]", where) for number, entry in enumerate(entries)]
+    places = [f"{where}: {field}[{number}]" for number in range(len(entries))]
+    roles = [_role(entry, at, field, where) for entry, at in zip(entries, places, strict=True)]
+    while with_answer and roles and roles[-1] in ("assistant", "call"):
+        roles.pop()
+    return [_message(entry, role, at) for entry, role, at in zip(entries, roles, places, strict=False)]  # without the answers
 
 
 def read_tools(row: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
@@ -72,43 +80,38 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(item)
 
 
-def _message(entry: Any, field: str, at: str, where: str) -> Message:
-    """One message; `at` says where it stands."""
-    whole = entry
-    if isinstance(entry, dict):  # null and empty are what Parquet and APIs write for "not there"
-        entry = {key: value for key, value in entry.items() if value not in (None, [], {}) and (value != "" or key in ("content", "value"))}
-    roles = {name: entry[name] for name in ("role", "from") if name in entry} if isinstance(entry, dict) else {}
+def _role(entry: Any, at: str, field: str, where: str) -> str:
+    """The role of a message, 'call' for one that is a tool call as a whole. Raises UserError."""
+    roles = {name: entry[name] for name in ("role", "from") if entry.get(name) is not None} if isinstance(entry, dict) else {}
     if not roles or not all(isinstance(role, str) for role in roles.values()):
-        raise _no_message(whole, field, where)
-    for role in roles.values():
-        if role.strip().lower() not in _ROLES:
+        raise UserError(f"{where}: {field!r} must be text or a list of {{role, content}} messages, but holds {entry!r:.200}")
+    known = {name: _ROLES.get("_".join(role.lower().replace("-", " ").split())) for name, role in roles.items()}
+    for name, role in roles.items():
+        if known[name] is None:
             raise UserError(f"{at} has the role {role!r:.100}, which is not known; known are {', '.join(_ROLES)}")
-    known = _same({name: _ROLES[role.strip().lower()] for name, role in roles.items()}, ("role", "from"), at)
-    content = _same(entry, ("content", "value"), at)
-    text = _text(content, at)
-    message: Message = {"role": "assistant" if known == "call" else known, "content": text if text is not None else ""}
-    if known == "call":
-        if text is None:
-            raise _no_message(whole, field, where)
-        message |= {"content": "", "tool_calls": _calls(load_json(text, f"{at} (a tool call by its role)"), at)}
-        if not message["tool_calls"]:
-            raise UserError(f"{at} is a tool call by its role, and holds none: {text!r:.100}")
-    rest = {key: value for key, value in entry.items() if key not in ("role", "from", "content", "value")}
+    return _same(known, ("role", "from"), at)
+
+
+def _message(entry: dict[str, Any], role: str, at: str) -> Message:
+    """One message; `at` says where it stands. Null and empty fields are what Parquet and APIs write for "not there". Raises UserError."""
+    text = _text(_same({key: value for key, value in entry.items() if value is not None}, ("content", "value"), at), at)
+    rest = {
+        key: value for key, value in entry.items() if key not in ("role", "from", "content", "value") and value not in (None, "", [], {})
+    }
+    if role == "call":
+        called = _calls(load_json(text or "", f"{at} (a tool call by its role)"), at)
+        if not called or rest.keys() & {"tool_calls", "function_call"}:
+            raise UserError(f"{at} is a tool call by its role, and holds {'none' if not called else 'others besides'}: {text!r:.100}")
+        message: Message = {"role": "assistant", "content": "", "tool_calls": called}
+    else:
+        message = {"role": role, "content": text or ""}
     if message["role"] == "assistant":
-        if (reasoning := _same(rest, _REASONING, at)) is not None:
-            if not isinstance(reasoning, str):
-                raise UserError(f"{at}: the reasoning must be text, not {reasoning!r:.200}")
-            message["reasoning_content"] = reasoning
-        calls = [rest.pop(name) for name in ("tool_calls", "function_call") if name in rest]
-        if len(calls) + (known == "call") > 1:
-            raise UserError(f"{at} has tool calls in two places; keep one of them")
-        if calls and (called := _calls(calls[0], at)):
-            message["tool_calls"] = called
-        rest = {key: value for key, value in rest.items() if key not in _REASONING}
+        message |= _of_the_assistant(rest, at)
+        rest = {key: value for key, value in rest.items() if key not in (*_REASONING, *_CALLS)}
     if text is None and not message.keys() & {"tool_calls", "reasoning_content"}:
-        raise _no_message(whole, field, where)
+        raise UserError(f"{at} has no text: a message must be {{role, content}}, not {entry!r:.200}")
     for key, value in rest.items():
-        if key == "name" or (key == "tool_call_id" and message["role"] == "tool"):
+        if key == "name" or (key == "tool_call_id" and role == "tool"):
             if not isinstance(value, str):
                 raise UserError(f"{at}: {key!r} must be text, not {value!r:.100}")
             message[key] = value
@@ -120,8 +123,17 @@ def _message(entry: Any, field: str, at: str, where: str) -> Message:
     return message
 
 
-def _no_message(entry: Any, field: str, where: str) -> UserError:
-    return UserError(f"{where}: {field!r} must be text or a list of {{role, content}} messages, but holds {entry!r:.200}")
+def _of_the_assistant(entry: dict[str, Any], at: str) -> Message:
+    """Reasoning and tool calls of an assistant's message. Raises UserError."""
+    found: Message = {}
+    if (reasoning := _same(entry, _REASONING, at)) is not None:
+        if not isinstance(reasoning, str):
+            raise UserError(f"{at}: the reasoning must be text, not {reasoning!r:.200}")
+        found["reasoning_content"] = reasoning
+    calls = [called for name in _CALLS if name in entry and (called := _calls(entry[name], at))]
+    if len(calls) > 1:
+        raise UserError(f"{at} has both 'tool_calls' and 'function_call'; keep one of them")
+    return found | ({"tool_calls": calls[0]} if calls else {})
 
 
 def _same(entry: dict[str, Any], names: tuple[str, ...], at: str) -> Any:

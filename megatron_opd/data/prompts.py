@@ -8,9 +8,11 @@ row belong to its prompt.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -30,6 +32,7 @@ _WITH_ANSWER = ("messages", "conversations")
 _OF_THE_PROMPT = ("tools", "functions", "system")
 # A row that fills one of these says more to a model than its text, and would be another prompt without it.
 _NOT_UNDERSTOOD = ("images", "image", "videos", "video", "audios", "audio", "documents", "chat_template_kwargs")
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']\s*:")
 _EXACT_FLOAT = 2.0**53
 
 
@@ -129,25 +132,25 @@ def _content(fields: dict[str, Any], there: list[str], where: str) -> tuple[str,
 
 def _read_content(value: Any, name: str, where: str) -> str | list[Message]:
     if isinstance(value, list) or name in _WITH_ANSWER:
-        messages = read_messages(value, name, where)
-        while name in _WITH_ANSWER and messages and messages[-1]["role"] == "assistant":
-            messages.pop()
+        messages = read_messages(value, name, where, with_answer=name in _WITH_ANSWER)
         if not messages:
             raise UserError(f"{where}: {name!r} must be text or a list of {{role, content}} messages that holds more than the answer")
         return messages
     if not isinstance(value, str):
         raise UserError(f"{where}: {name!r} must be text or a list of {{role, content}} messages, not {value!r:.200}")
-    if value.lstrip().startswith("[{") and _holds_messages(value):
-        raise UserError(f"{where}: {name!r} is a text that holds messages as JSON; write them as a list")
+    if _LIST_OF_OBJECTS.match(value) and _holds_messages(value):
+        raise UserError(f"{where}: {name!r} is a text that holds a list of messages, as JSON or Python write it; write them as a list")
     return value
 
 
 def _holds_messages(text: str) -> bool:
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return all(isinstance(entry, dict) and {"role", "from"} & entry.keys() and {"content", "value"} & entry.keys() for entry in entries)
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            entries = parse(text)
+            return all({"role", "from"} & entry.keys() and {"content", "value"} & entry.keys() for entry in entries)
+        except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
+            continue
+    return False
 
 
 def _as_messages(content: str | list[Message]) -> list[Message]:

@@ -42,13 +42,14 @@ def check_printed(render: Render, messages: Messages, tools: list[dict[str, Any]
     try:
         probe = render(marked_messages, marked_tools)
     except UserError:
-        probe = ""  # it wants texts of some form
-    printed = {int(number) for number in _MARKS.findall(probe)}
-    for number, piece in enumerate(pieces):
-        if probe and piece.wanted and number not in printed:
-            raise _lost(piece, piece.text, where)
-    if _is_filled_in(probe, pieces, text):
-        return
+        probe = None  # it wants texts of some form
+    if probe is not None:
+        printed = {int(number) for number in _MARKS.findall(probe)}
+        for number, piece in enumerate(pieces):
+            if piece.wanted and number not in printed:
+                raise _lost(piece, piece.text, where)
+        if _is_filled_in(probe, pieces, text):
+            return
     for number, piece in enumerate(pieces):
         try:
             without = render(*_unmark((marked_messages, marked_tools), pieces, number)).replace(_MARK.format(number), "\0")
@@ -131,13 +132,26 @@ _TOOLS_REMEDY = "use a model whose template prints tools, or leave such rows out
 
 
 def _mark_tools(tools: list[dict[str, Any]], pieces: list[_Piece]) -> list[dict[str, Any]]:
-    """Names and descriptions of functions are marked; what else a schema says, templates may look into."""
+    """Names and descriptions of functions and of their parameters are marked; what else a schema says, templates may look into."""
+
+    def mark(entry: dict[str, Any], keys: Sequence[str], of: str) -> dict[str, Any]:
+        texts = {key: entry[key] for key in keys if isinstance(entry.get(key), str)}
+        return {**entry, **{key: _put(pieces, f"the {key} of {of}", text, (text,), _TOOLS_REMEDY) for key, text in texts.items()}}
+
     marked = []
     for tool in tools:
-        function = dict(tool["function"])
-        for key in ("name", "description"):
-            if isinstance(function.get(key), str):
-                function[key] = _put(pieces, f"the {key} of a tool", function[key], (function[key],), _TOOLS_REMEDY)
+        function = mark(tool["function"], ("name", "description"), "a tool")
+        parameters = function.get("parameters")
+        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
+            properties = {
+                _put(pieces, "a parameter of a tool", name, (name,), _TOOLS_REMEDY): mark(
+                    schema, ("description",), f"a tool's parameter {name!r}"
+                )
+                if isinstance(schema, dict)
+                else schema
+                for name, schema in parameters["properties"].items()
+            }
+            function["parameters"] = {**parameters, "properties": properties}
         marked.append({**tool, "function": function})
     return marked
 

@@ -21,7 +21,7 @@ WEATHER = {
     "function": {
         "name": "get_weather",
         "description": 'The weather; for instance "Köln"',
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}},
     },
 }
 
@@ -97,6 +97,9 @@ USER_ONLY = "{% for message in messages if message.role == 'user' %}<{{ message.
         (MARKS.replace("message.tool_calls", "false"), TOOL_USE, [WEATHER], r"a tool call of message 1 \(assistant\), 'get_weather'"),
         (MARKS.replace('{{ call.arguments | tojson }}', "{}"), TOOL_USE, [WEATHER], r"a tool call of message 1 \(assistant\), 'city'"),
         (MARKS.replace("{{ tool | tojson }}", "{{ tool.function.name }}"), TOOL_USE, [WEATHER], "the description of a tool, 'The weather; "),
+        (MARKS.replace("{{ tool | tojson }}", "{{ tool.function.name }}: {{ tool.function.description }}"), TOOL_USE, [WEATHER], "a parameter of a tool, 'city'"),
+        (MARKS.replace("{{ tool | tojson }}", "{{ tool.function.name }}: {{ tool.function.description }}({{ tool.function.parameters.properties | join(',') }})"),
+         TOOL_USE, [WEATHER], "the description of a tool's parameter 'city', 'Where'"),
         (HEADERS, [says("user", "hi"), {**calls("f"), "content": "I look it up."}, says("tool", "2")], None, "'I look it up.'"),
         (HEADERS, [says("user", "hi"), calls("f", "g"), says("tool", "2")], None, "prompt 3: the chat template of .* refuses it: one call"),
         (STRICT, DIALOGUE, None, "prompt 3: the chat template of .* refuses it: no system role"),
