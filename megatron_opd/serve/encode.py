@@ -117,12 +117,22 @@ def _encode_chat(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> list
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     check_printed(lambda changed, tools: render(tokenizer, changed, tools, config), messages, prompt.tools, text, where)
-    if messages[-1]["role"] == "assistant" and not text.endswith(messages[-1]["content"].lstrip()):
+    if messages[-1]["role"] == "assistant":
+        _check_continued(text, messages[-1]["content"], where)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template prints the special tokens itself
+
+
+def _check_continued(text: str, begun: str, where: str) -> None:
+    """Raise UserError unless `text` ends with the answer that the model is to go on with, as it is."""
+    if not text.endswith(begun.lstrip()):
         raise UserError(
-            f"{where}: the chat template does not end with the assistant's last message {messages[-1]['content'][-80:]!r}; "
+            f"{where}: the chat template does not end with the assistant's last message {begun[-80:]!r}; "
             "white space at its end is what templates strip: remove it, or the message"
         )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template prints the special tokens itself
+    if "<think>" in begun.rpartition("</think>")[2] and text.removesuffix(begun.lstrip()).rstrip().endswith("</think>"):
+        raise UserError(
+            f"{where}: the chat template closes the reasoning before the assistant's last message, which begins some: {begun[:80]!r}"
+        )
 
 
 def _messages_of(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> Messages:

@@ -54,6 +54,14 @@ TOOL_USE = [
 ]
 
 
+# The system message within the first turn.
+MERGED = """{% set own = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}
+{%- for message in messages if message.role != 'system' %}<{{ own if loop.first }}{{ message.content | trim }}>{% endfor %}"""
+# Nothing but objects, so that no mark can stand for them; it leaves out {1} unless that comes first.
+OF_OBJECTS = """{% for message in messages %}{% if message.content[0] != '{' %}{{ raise_exception('no object') }}{% endif %}
+{%- if loop.first or message.content != '{1}' or messages[0].content == '{1}' %}<{{ message.content }}>{% endif %}{% endfor %}"""
+
+
 @pytest.mark.parametrize(
     ("template", "content", "tools", "text"),
     [
@@ -61,6 +69,8 @@ TOOL_USE = [
         (HEADERS, DIALOGUE[1:2], None, "(system)\n\nToday: 26 Jul 2024\n\n(eot)(user)\n\nhi(eot)(assistant)\n\n"),
         (REASONING, DIALOGUE[:2], None, "[system]Be brief.[end][user] hi\n[end][assistant]"),
         (STRICT, DIALOGUE[1:], None, "user: hi;assistant: yo;user: so?;model: "),
+        (MERGED, [says("system", "hi"), says("user", " hi ")], None, "<hi\n\nhi>"),
+        (OF_OBJECTS, [says("user", "{1}"), says("user", "{2}")], None, "<{1}><{2}>"),
         # Short texts that the template's own words hold too.
         (MARKS, [says("user", "a"), says("assistant", "a"), says("user", "a")], None, None),
         (HEADERS, [says("system", "2"), says("user", "0"), says("assistant", "26"), says("user", "Jul")], None, None),
@@ -105,6 +115,8 @@ USER_ONLY = "{% for message in messages if message.role == 'user' %}<{{ message.
         (STRICT, DIALOGUE, None, "prompt 3: the chat template of .* refuses it: no system role"),
         (STRICT, [says("assistant", "hi"), says("user", "a")], None, "refuses it: roles must alternate"),
         (MARKS, [says("user", "hi", name="Ada")], None, r"the name of message 0 \(user\), 'Ada'; remove the name"),
+        ("{{ messages[-1].content }}", [says("user", "hi"), says("assistant", "hi"), says("user", "hi")], None, r"message 0 \(user\), 'hi'"),
+        (OF_OBJECTS, [says("user", "{2}"), says("user", "{1}")], None, r"message 1 \(user\), '\{1}'"),
         # Lost for what it says, not for where it stands.
         ("{% for m in messages %}[{{ m.content[:5] }}]{% endfor %}", [says("user", "too long")], None, "'too long'"),
         ("{% for m in messages if m.content | length != 1 %}[{{ m.content }}]{% endfor %} a", [says("user", "abab"), says("user", "a")], None, "'a'"),
@@ -170,6 +182,10 @@ def test_a_prompt_that_ends_in_an_assistant_turn(tokenizer) -> None:
     assert text_of(tokenizer, MARKS, spaced, assistant_last="continue").endswith("[assistant]It is ")
     with pytest.raises(UserError, match="white space at its end is what templates strip"):
         text_of(tokenizer, HEADERS, spaced, assistant_last="continue")
+    closed = [says("user", "2+2?"), says("assistant", "<think>\nFour.\n</think>\n\nIt is")]
+    assert text_of(tokenizer, REASONING, closed, assistant_last="continue").endswith("[assistant]<think>\nFour.\n</think>\n\nIt is")
+    with pytest.raises(UserError, match="closes the reasoning before the assistant's last message"):
+        text_of(tokenizer, REASONING, [says("user", "2+2?"), says("assistant", "<think>\nFour")], assistant_last="continue")
     with pytest.raises(UserError, match=r"prompt 3: the chat template of .* refuses it"):
         text_of(tokenizer, USER_ONLY, content, assistant_last="continue")
     with pytest.raises(UserError, match="prompt 3 ends in a tool call"):
