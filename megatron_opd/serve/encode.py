@@ -90,19 +90,14 @@ def _encode_text(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> list
     if prompt.tools:
         raise UserError(f"prompt {prompt.index} has tools, which only a chat template prints; set encoding.chat_template='always'")
     ids = tokenizer(prompt.content, add_special_tokens=False)["input_ids"]
-    before = _ids_before_text(tokenizer)
+    full = tokenizer(prompt.content)["input_ids"]
+    starts = [start for start in range(len(full) - len(ids) + 1) if full[start : start + len(ids)] == ids]
+    if not starts:
+        raise UserError(
+            f"prompt {prompt.index}: {tokenizer.name_or_path} reads it otherwise with special tokens than without; mend its files"
+        )
+    before = full[: starts[0]]
     return ids if ids[: len(before)] == before else before + ids
-
-
-def _ids_before_text(tokenizer: Any) -> list[int]:
-    """Ids that the tokenizer puts before every text. Raises UserError if they can't be told from the text's own."""
-    plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    raise UserError(
-        f"{tokenizer.name_or_path}: the tokenizer reads 'a' as {full} with special tokens and as {plain} without; mend its files"
-    )
 
 
 def _encode_chat(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> list[int]:

@@ -213,6 +213,7 @@ def test_a_prompt_begins_once_and_does_not_end(tmp_path: Path, single: str) -> N
     letters = tokenizer("hi", add_special_tokens=False)["input_ids"]
     assert encode_prompt(tokenizer, Prompt(0, "hi"), EncodingConfig()).tolist() == first + letters
     assert encode_prompt(tokenizer, Prompt(0, "<s>hi"), EncodingConfig()).tolist() == [BOS, *letters]
+    assert encode_prompt(tokenizer, Prompt(0, "<s>"), EncodingConfig()).tolist() == [BOS]
     # What the text itself says stays, also its end and what stands within.
     assert encode_prompt(tokenizer, Prompt(0, "hi<eos>"), EncodingConfig()).tolist() == [*first, *letters, EOS]
     assert encode_prompt(tokenizer, Prompt(0, "hi<s>hi"), EncodingConfig()).tolist() == [*first, *letters, BOS, *letters]
