@@ -83,6 +83,16 @@ class EncodingConfig(_Section):
     )
     overlong_prompt: Literal["error", "skip"] = Field(default="error", description="a prompt that leaves no room for a response")
     max_prompt_tokens: int | None = Field(default=None, gt=0)
+    assistant_last: Literal["refuse", "continue"] = Field(
+        default="refuse", description="a prompt that ends in an assistant message: 'continue' has the model write on in that turn"
+    )
+    row_system: Literal["refuse", "keep", "replace"] = Field(
+        default="refuse", description="a row's own system message where `system` is given: 'keep' the row's, or 'replace' it"
+    )
+
+    def recorded(self) -> dict[str, Any]:
+        """What a store keeps of it. What would have been refused changed no prompt, and is not part of it."""
+        return {key: value for key, value in self.model_dump(exclude_none=True).items() if value != "refuse"}
 
     @field_validator("date_string")
     @classmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_opd.config import EncodingConfig, EvalStage, Recipe
+from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import check_package
@@ -18,7 +19,7 @@ from megatron_opd.evaluate.grading_pool import check_answers
 from megatron_opd.lineage import check_same_tokenizer, fingerprint_model, load_tokenizer
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.records import Prompt
-from megatron_opd.serve.encode import encode_prompt, uses_template
+from megatron_opd.serve.encode import describe_encoding, encode_prompts, uses_template
 from megatron_opd.turns import chat_templates, describe_tokens, own_stop_ids, read_turns, turn_end, visible
 
 T = TypeVar("T")
@@ -67,25 +68,39 @@ def _check_models(recipe: Recipe, found: Findings) -> None:
 def _check_prompts(recipe: Recipe, found: Findings) -> None:
     """Prompt files, and how each stage will write its first prompt; `generate` comes first, as its format is the student's after SFT."""
     teacher = found.attempt(load_tokenizer, recipe.models.teacher)
-    stages = [("generate", recipe.generate, recipe.models.teacher)]
     after_sft = recipe.models.student if recipe.generate is None else recipe.models.teacher
-    stages += [(name, stage, after_sft) for name, stage in (("rollout", recipe.rollout), ("eval", recipe.eval)) if stage is not None]
+    stages = (
+        ("generate", recipe.generate, recipe.models.teacher),
+        ("rollout", recipe.rollout, after_sft),
+        ("eval", recipe.eval, after_sft),
+    )
     for name, stage, otherwise in stages:
-        if stage is None or (read := found.attempt(read_prompts, stage.prompts, limit=stage.num_prompts)) is None:
+        if stage is None:
             continue
-        found.lines.append(f"{name}: {read[0].num_prompts} prompts in {stage.prompts}")
+        unique = not isinstance(stage, EvalStage) and stage.unique_prompts
+        graded = isinstance(stage, EvalStage) and stage.grader != "none"
+        read = found.attempt(read_prompts, stage.prompts, limit=stage.num_prompts, unique=unique, answers=graded)
+        if read is None:
+            continue
+        found.lines.append(f"{name}: {read[0].num_prompts} prompts of {find_files(stage.prompts).note}")
         # A model that SFT or distillation will make writes prompts as the teacher does, with the same ids.
         model = stage.model if Path(stage.model).is_dir() else otherwise
         tokenizer = teacher if model == recipe.models.teacher else found.attempt(load_tokenizer, model)
-        if tokenizer is not None and (text := found.attempt(_first_prompt, model, tokenizer, stage.encoding, read[1])) is not None:
-            found.lines.append(f"{name}: its first prompt: {text}")
+        if tokenizer is not None:
+            found.lines += found.attempt(_try_encoding, name, model, tokenizer, read[1], stage.encoding) or []
         if isinstance(stage, EvalStage):
             _check_answers(stage, read[1], found)
 
 
-def _first_prompt(model: str, tokenizer: Any, encoding: EncodingConfig, prompts: list[Prompt]) -> str:
-    turns = read_turns(model, tokenizer, encoding, templated=[uses_template(prompt, encoding) for prompt in prompts])
-    return visible(tokenizer, encode_prompt(tokenizer, prompts[0], turns.encoding).tolist())
+def _try_encoding(name: str, model: str, tokenizer: Any, prompts: list[Prompt], encoding: EncodingConfig) -> list[str]:
+    """How `model` would get the prompts. Raises UserError for the first that can't be encoded."""
+    try:
+        turns = read_turns(model, tokenizer, encoding, templated=[uses_template(prompt, encoding) for prompt in prompts])
+        encoded = encode_prompts(tokenizer, prompts, turns.encoding)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    first = f"its first prompt: {visible(tokenizer, encoded[0].tolist())}"
+    return [f"{name}: {line}" for line in (first, *describe_encoding(tokenizer, prompts, encoding))]
 
 
 def _check_turns(recipe: Recipe, found: Findings) -> None:

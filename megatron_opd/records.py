@@ -30,12 +30,16 @@ class Finish(IntEnum):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a prompt file. `content` is text, or chat messages [{role, content}, ...]."""
+    """One row of a prompt file. `content` is text, or chat messages [{role, content, ...}, ...] as `data.messages` writes them.
+
+    `tools` are the functions that the model may call, [{"type": "function", "function": {name, ...}}, ...]; None where there are none.
+    """
 
     index: int
-    content: str | list[dict[str, str]]
+    content: str | list[dict[str, Any]]
     answer: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
 
 
 def check_logp(logp_T: np.ndarray, name: str, start: int) -> None:
@@ -180,7 +184,7 @@ class Lineage(_Record):
 
 
 class PromptFile(_Record):
-    """Identity of a prompt file: sha256 of its bytes and its number of prompts."""
+    """Identity of a prompt file: sha256 of what is sampled from (contents and tools, not answers) and its number of prompts."""
 
     name: str
     sha256: str

@@ -88,7 +88,7 @@ class Turns:
     def manifest_fields(self) -> dict[str, Any]:
         """Of a StoreManifest."""
         fields = {name: getattr(self, name) for name in ("turn_end", "chat_templates", "prompt_suffix", "prompt_probe")}
-        return {**fields, "encoding": self.encoding.model_dump(exclude_none=True), "stop_ids": list(self.stop_ids)}
+        return {**fields, "encoding": self.encoding.recorded(), "stop_ids": list(self.stop_ids)}
 
 
 def read_turns(

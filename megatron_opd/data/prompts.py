@@ -2,156 +2,206 @@
 
 A row is {"prompt": text or chat messages, "answer": optional, ...}, or has the layout of a known dataset: `messages`, `conversations`
 ({from, value}, as OpenThoughts3) or `problem`/`question` in place of the prompt, `reward_model.ground_truth` (as DAPO-Math-17k) in
-place of the answer. What a model answered at the end of `messages` or `conversations` is left out.
+place of the answer. What a model answered at the end of `messages` or `conversations` is left out. `system` (text) and `tools` of a
+row belong to its prompt.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.data.messages import Message, read_messages, read_tools, texts_of
+from megatron_opd.data.prompt_files import Row, read_rows
 from megatron_opd.errors import UserError
 from megatron_opd.records import Prompt, PromptFile
 
-_PROMPT_FIELDS = ("prompt", "messages", "conversations", "problem", "question")
+# Fields of a group say the same, or the row is refused; the second group is what the first is often made of, and is read without it.
+_PROMPT_FIELDS = (("prompt", "messages", "conversations"), ("problem", "question"))
+_ALL_PROMPT_FIELDS = tuple(name for group in _PROMPT_FIELDS for name in group)
 _WITH_ANSWER = ("messages", "conversations")
-_ROLES = {"human": "user", "gpt": "assistant"}
-_SUFFIXES = (".parquet", ".arrow", ".jsonl")
-_BATCH_ROWS = 1024
-Row = tuple[str, Any]  # where it stands, for messages; its content
+_OF_THE_PROMPT = ("tools", "functions", "system")
+# A row that fills one of these says more to a model than its text, and would be another prompt without it.
+_NOT_UNDERSTOOD = ("images", "image", "videos", "video", "audios", "audio", "documents", "chat_template_kwargs")
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']\s*:")
+_EXACT_FLOAT = 2.0**53
 
 
-def read_prompts(path: str | Path, *, limit: int | None = None, unique: bool = False) -> tuple[PromptFile, list[Prompt]]:
+def read_prompts(
+    path: str | Path, *, limit: int | None = None, unique: bool = False, answers: bool = True
+) -> tuple[PromptFile, list[Prompt]]:
     """Identity of a prompt file or folder, and its prompts: the first `limit`, with `unique` each but once.
 
-    The hash covers prompts and answers that are used, so that it is the same in any format, and a file that grows at its end does not
-    invalidate a store of its head. Raises UserError naming file, row and field.
+    The hash covers what is sampled from (content and tools) of the prompts that are used, so that it is the same in any format, and
+    neither a file that grows at its end nor a mended answer invalidates a store. Without `answers` they are not looked at.
+    Raises UserError naming file, row and field.
     """
     path = Path(path)
-    prompts = _parse_rows(_rows(path))
+    prompts = (_parse(row, answers) for row in read_rows(path))
     if unique:
         prompts = _drop_repeats(prompts)
-    kept = [Prompt(index, p.content, p.answer, p.meta) for index, p in enumerate(islice(prompts, limit))]
+    kept = [replace(prompt, index=index) for index, prompt in enumerate(islice(prompts, limit))]
     if limit is not None and len(kept) < limit:
         raise UserError(f"{path}: {len(kept)} prompts, but num_prompts asks for {limit}")
     if not kept:
         raise UserError(f"{path}: no prompts in it")
     digest = hashlib.sha256()
     for prompt in kept:
-        digest.update(json.dumps([prompt.content, prompt.answer]).encode() + b"\n")
+        digest.update(_sampled_from(prompt) + b"\n")
     return PromptFile(name=path.name, sha256=digest.hexdigest(), num_prompts=len(kept)), kept
+
+
+def _sampled_from(prompt: Prompt) -> bytes:
+    """What the samples of a prompt depend on. The null stands where stores of old had the answer: those without any still match."""
+    return json.dumps([prompt.content, None, *([prompt.tools] if prompt.tools else [])]).encode()
 
 
 def _drop_repeats(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     seen = set()
     for prompt in prompts:
-        key = hashlib.sha256(json.dumps(prompt.content).encode()).digest()
+        key = hashlib.sha256(_sampled_from(prompt)).digest()
         if key not in seen:
             seen.add(key)
             yield prompt
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    """Rows of a file or folder. Raises UserError."""
-    if path.is_dir():
-        for file in _files(path):
-            yield from _rows(file)
-    elif path.suffix in (".parquet", ".arrow"):
-        yield from _arrow_rows(path)
-    else:
-        yield from _json_rows(path)
-
-
-def _files(folder: Path) -> list[Path]:
-    """Data files of a dataset folder, in order of their names; those of the split `train` where there are several. Raises UserError."""
-    if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text()).get("splits", [])
-        raise UserError(f"{folder} holds the splits {', '.join(splits)}; give the folder of one: {folder / (splits or ['train'])[0]}")
-    if (folder / "state.json").exists():  # written by save_to_disk, which says which files and in which order
-        return [folder / entry["filename"] for entry in json.loads((folder / "state.json").read_text())["_data_files"]]
-    for suffix in _SUFFIXES:
-        files = sorted(file for file in folder.rglob(f"*{suffix}") if not file.name.startswith("."))
-        if files:
-            return [file for file in files if "train" in file.name] or files
-    raise UserError(f"{folder}: no {', '.join(_SUFFIXES)} files in it; a JSONL or Parquet file or a dataset's folder is expected")
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such prompt file; a JSONL or Parquet file or a dataset's folder is expected") from None
-
-
-def _arrow_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    from pyarrow import ipc, parquet
-
-    try:
-        if path.suffix == ".parquet":
-            batches = parquet.ParquetFile(path).iter_batches(_BATCH_ROWS)
-        else:
-            batches = ipc.open_stream(pa.memory_map(str(path)))  # save_to_disk writes streams
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: can't be read: {str(error).splitlines()[0]}") from None
-
-
-def _parse_rows(rows: Iterable[Row]) -> Iterator[Prompt]:
-    for where, row in rows:
-        if isinstance(row, bytes):
-            try:
-                row = json.loads(row)
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON: {error}") from None
-        yield _parse(row, where)
-
-
-def _parse(row: Any, where: str) -> Prompt:
+def _parse(row: Row, answers: bool) -> Prompt:
     """The prompt of a row; its index is given later. Raises UserError."""
-    there = [name for name in _PROMPT_FIELDS if name in row] if isinstance(row, dict) else []
+    where, value = row.where, row.value
+    there = [name for name in _ALL_PROMPT_FIELDS if name in value] if isinstance(value, dict) else []
     if not there:
-        fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: no field 'prompt' (fields: {fields}); {', '.join(_PROMPT_FIELDS[1:])} would do as well")
-    name = next((name for name in there if row[name] is not None), there[0])
-    content = row[name]
-    if isinstance(content, list):
-        content = _messages(content, name, where)
-        while name in _WITH_ANSWER and content and content[-1]["role"] == "assistant":
-            content.pop()
-    if not content or not isinstance(content, str | list):
-        raise UserError(f"{where}: {name!r} must be text or a list of {{role, content}} messages, not {row[name]!r:.200}")
-    try:
-        "".join([content] if isinstance(content, str) else [message["content"] for message in content]).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name!r} holds half a character ({error.object[error.start]!a}); tokenizers refuse it") from None
-    answer = row.get("answer")
-    reward = row.get("reward_model")
-    if answer is None and isinstance(reward, dict):
-        answer = reward.get("ground_truth")
-    meta = {key: value for key, value in row.items() if key not in (name, "answer", *_WITH_ANSWER)}
-    return Prompt(0, content, None if answer is None else str(answer), meta)
+        fields = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"{where}: no field 'prompt' (fields: {fields:.300}); {', '.join(_ALL_PROMPT_FIELDS[1:])} would do as well")
+    fields = {name: value[name] for name in (*there, *_OF_THE_PROMPT) if name in value}
+    if row.as_written is None:
+        fields = _without_nulls(fields)
+    name, content = _content(fields, there, where)
+    for other in _NOT_UNDERSTOOD:
+        if not _is_missing(value.get(other)) and value[other] != {}:
+            raise UserError(
+                f"{where}: has {other!r} ({value[other]!r:.80}), which is not understood and the model would not get; leave such rows out"
+            )
+    tools = read_tools(fields, where)
+    for text in texts_of([content, tools]):
+        if "\0" in text:
+            raise UserError(f"{where}: {name!r} or its tools hold a NUL character, which is no text; remove it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: {name!r} holds half a character ({error.object[error.start]!a}); tokenizers refuse it") from None
+    meta = {key: item for key, item in value.items() if key not in (name, "answer", *_WITH_ANSWER, *_OF_THE_PROMPT)}
+    return Prompt(0, content, _answer(row) if answers else None, meta, tools)
 
 
-def _messages(entries: list[Any], name: str, where: str) -> list[dict[str, str]]:
-    """[{role, content}, ...] of chat messages in either spelling. Raises UserError."""
-    messages = []
-    for entry in entries:
-        role = content = None
-        if isinstance(entry, dict):
-            role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"{where}: {name!r} must be text or a list of {{role, content}} messages, but holds {entry!r:.200}")
-        messages.append({"role": _ROLES.get(role, role), "content": content})
-    return messages
+def _content(fields: dict[str, Any], there: list[str], where: str) -> tuple[str, str | list[Message]]:
+    """Field and content of a prompt, with the row's `system`. Raises UserError."""
+    for group in _PROMPT_FIELDS:
+        filled = {name: fields[name] for name in group if name in there and not _is_missing(fields.get(name))}
+        if filled:
+            found = {name: _read_content(value, name, where) for name, value in filled.items()}
+            name, content = next(iter(found.items()))
+            for other, said in found.items():
+                if _as_messages(said) != _as_messages(content):
+                    raise UserError(f"{where}: {name!r} and {other!r} say different things; keep one of them")
+            break
+    else:
+        name = there[0]
+        raise UserError(f"{where}: {name!r} must be text or a list of {{role, content}} messages, not {fields.get(name)!r:.200}")
+    system = fields.get("system")
+    if _is_missing(system):
+        return name, content
+    if not isinstance(system, str):
+        raise UserError(f"{where}: 'system' must be text, not {system!r:.200}")
+    messages = _as_messages(content)
+    first = messages[0]
+    if first["role"] in ("system", "developer"):
+        if first["content"] != system:
+            raise UserError(f"{where}: 'system' is {system!r:.100}, but {name!r} begins with the system message {first['content']!r:.100}")
+        return name, messages
+    return name, [{"role": "system", "content": system}, *messages]
+
+
+def _read_content(value: Any, name: str, where: str) -> str | list[Message]:
+    if isinstance(value, list) or name in _WITH_ANSWER:
+        messages = read_messages(value, name, where, with_answer=name in _WITH_ANSWER)
+        if not messages:
+            raise UserError(f"{where}: {name!r} must be text or a list of {{role, content}} messages that holds more than the answer")
+        return messages
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name!r} must be text or a list of {{role, content}} messages, not {value!r:.200}")
+    if _LIST_OF_OBJECTS.match(value) and _holds_messages(value):
+        raise UserError(f"{where}: {name!r} is a text that holds a list of messages, as JSON or Python write it; write them as a list")
+    return value
+
+
+def _holds_messages(text: str) -> bool:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            entries = parse(text)
+            return all({"role", "from"} & entry.keys() and {"content", "value"} & entry.keys() for entry in entries)
+        except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
+            continue
+    return False
+
+
+def _as_messages(content: str | list[Message]) -> list[Message]:
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value in ("", []) or (isinstance(value, float) and math.isnan(value))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow's values without what it fills in for keys that a row does not have; a map becomes a dict."""
+    if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
+        value = dict(value)
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _answer(row: Row) -> str | None:
+    """The answer of a row as text; None where there is none. Raises UserError."""
+    found = _answers_in(row.value)
+    if row.as_written is not None and any(isinstance(value, float | list) for value in found.values()):
+        found = _answers_in(row.as_written())
+    texts = {name: text for name, value in found.items() if (text := _answer_text(value, name, row.where)) is not None}
+    if len(set(texts.values())) > 1:
+        raise UserError(f"{row.where}: {' and '.join(f'{name} {text!r:.60}' for name, text in texts.items())} differ; keep one of them")
+    return next(iter(texts.values()), None)
+
+
+def _answers_in(value: dict[str, Any]) -> dict[str, Any]:
+    reward = value.get("reward_model")
+    return {"answer": value.get("answer")} | ({"reward_model.ground_truth": reward.get("ground_truth")} if isinstance(reward, dict) else {})
+
+
+def _answer_text(value: Any, name: str, where: str) -> str | None:
+    """An answer as text: of a list its one element, numbers as they are written, of GSM8K's worked solutions what stands behind '####'."""
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise UserError(f"{where}: {name!r} has {len(value)} elements ({value!r:.100}); an answer is one text, so give the row one")
+        value = value[0] if value else None
+    if _is_missing(value):
+        return None
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT_FLOAT:
+        value = int(value)  # JSON's decimals come as text; Arrow makes floats of whole numbers where one of the column is missing
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal) or (isinstance(value, float) and math.isinf(value)):
+        raise UserError(f"{where}: {name!r} must be text or a number, not {value!r:.100}; write the text that the model is to give")
+    text = str(value)
+    _, marker, behind = text.rpartition("####")
+    if marker and "\n" not in behind.strip():
+        text = behind.strip()
+        if not text:
+            raise UserError(f"{where}: {name!r} has nothing behind its '####'")
+    return text if text.strip() else None

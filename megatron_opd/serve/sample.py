@@ -10,12 +10,13 @@ import numpy as np
 from megatron_opd.config import EngineConfig, Recipe, SampleStage, require
 from megatron_opd.cost import StageCost, provenance
 from megatron_opd.data.location import Location
+from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader, create_store, part_group, write_part
 from megatron_opd.errors import LineageError
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
-from megatron_opd.serve.encode import encode_prompts, uses_template
+from megatron_opd.serve.encode import describe_encoding, encode_prompts, find_overlong, uses_template
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
 from megatron_opd.turns import check_prompt_format, describe_tokens, read_turns, with_override
@@ -68,7 +69,7 @@ def sample_into_store(
     A model that was fine-tuned is asked as in its SFT store; another chat template is refused unless allowed, and then recorded in the
     lineage. Raises UserError.
     """
-    prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts, unique=stage.unique_prompts)
+    prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts, unique=stage.unique_prompts, answers=False)
     fingerprint, tokenizer, lineage = fingerprint_model(stage.model), load_tokenizer(stage.model), lineage or Lineage()
     templated = [uses_template(prompt, stage.encoding) for prompt in prompts]
     turns = read_turns(stage.model, tokenizer, stage.encoding, templated=templated, sft=lineage.sft)
@@ -99,6 +100,9 @@ def sample_into_store(
     if not todo:
         print(f"{name}: {stage.store} has all its parts")
         return _account(StoreReader(stage.store), shard, stage, name, run_dir)
+    for line in (f"prompts of {find_files(stage.prompts).note}", *describe_encoding(tokenizer, prompts, stage.encoding)):
+        print(f"{name}: {line}")
+    encoded = encode_prompts(tokenizer, prompts, turns.encoding)  # before an engine has cost something
     with (
         StageCost(run_dir, name, meter=engine_meter(engine_config)) as cost,
         closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
@@ -108,7 +112,7 @@ def sample_into_store(
         max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)
         if stage.sampling.max_new_tokens >= engine.context_length:
             max_prompt = engine.context_length - 1
-        encoded, overlong = encode_prompts(tokenizer, prompts, turns.encoding, max_tokens=max_prompt)
+        overlong = find_overlong(encoded, prompts, stage.encoding, max_tokens=max_prompt)
         print(f"{name}: responses end at {describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)}", flush=True)
         create_store(stage.store, manifest)  # a new one only now: what is refused until here leaves nothing behind
         settings = {"engine": engine.describe(), **provenance()}

@@ -103,8 +103,8 @@ def test_several_turns_keep_earlier_answers(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_several_splits_and_a_damaged_file(tmp_path: Path) -> None:
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(UserError, match=r"splits train, test; give the folder of one: .*/train"):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["validation", "test"]}')
+    with pytest.raises(UserError, match=r"splits validation, test; give the folder of one: .*/validation"):
         read_prompts(tmp_path)
     path = tmp_path / "broken.parquet"
     path.write_bytes(b"PAR1 but no more")

@@ -14,7 +14,7 @@ from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import Prompt
-from megatron_opd.serve.encode import encode_prompt, encode_prompts
+from megatron_opd.serve.encode import encode_prompt, encode_prompts, find_overlong
 
 GOOD = b'{"prompt": "hello"}'
 
@@ -39,7 +39,7 @@ def test_rows(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b"{", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "not JSON in UTF-8: byte 0xff at column 1"),
         (b"[]", r"no field 'prompt' \(fields: list\)"),
         (b'{"query": "x", "answer": 1}', r"no field 'prompt' \(fields: query, answer\)"),
         (b'{"prompt": ""}', "'prompt' must be text or a list of {role, content} messages, not ''"),
@@ -47,8 +47,8 @@ def test_rows(tmp_path: Path) -> None:
         (b'{"prompt": 5}', "must be text or a list .* not 5"),
         (b'{"prompt": []}', "must be text or a list"),
         (b'{"prompt": ["x"]}', "must be text or a list"),
-        (b'{"prompt": [{"role": "user"}]}', "must be text or a list"),
-        (b'{"prompt": [{"role": "user", "content": null}]}', "must be text or a list"),
+        (b'{"prompt": [{"role": "user"}]}', r"prompt\[0\] has no text: a message must be"),
+        (b'{"prompt": [{"role": "user", "content": null}]}', r"prompt\[0\] has no text: a message must be"),
         (b'{"prompt": "half \\ud83d"}', r"half a character \('\\ud83d'\)"),
         (b'{"prompt": [{"role": "user", "content": "\\udc00"}]}', "half a character"),
     ],
@@ -77,7 +77,7 @@ def test_limit_and_identity(tmp_path: Path) -> None:
 
 def test_no_prompts(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no \.parquet, \.arrow, \.jsonl files in it"):
+    with pytest.raises(UserError, match=r"empty: no \.parquet, \.arrow, \.jsonl, \.json files in it"):
         read_prompts(tmp_path / "empty")
     for path in (tmp_path / "none.jsonl", tmp_path / "prompts.jsonl" / "below"):
         write(tmp_path, GOOD)
@@ -132,8 +132,8 @@ def test_text_and_template(tokenizer, content, options: dict, text: str) -> None
 
 
 def test_enable_thinking_reaches_the_template(tokenizer) -> None:
-    tokenizer.chat_template = "{% if enable_thinking is defined %}{{ enable_thinking }}{% else %}none{% endif %}"
-    assert [text_of(tokenizer, MESSAGES, enable_thinking=value) for value in (None, True, False)] == ["none", "True", "False"]
+    tokenizer.chat_template = "{{ messages[0].content }} {% if enable_thinking is defined %}{{ enable_thinking }}{% else %}none{% endif %}"
+    assert [text_of(tokenizer, MESSAGES, enable_thinking=value) for value in (None, True, False)] == ["hi none", "hi True", "hi False"]
 
 
 def test_special_tokens_come_once(tokenizer_dir: Path) -> None:
@@ -150,9 +150,10 @@ def test_special_tokens_come_once(tokenizer_dir: Path) -> None:
     ("content", "options", "template", "message"),
     [
         (MESSAGES, {"chat_template": "never"}, None, r"prompt 4 is a list of messages, but encoding.chat_template is 'never'"),
-        ("hi", {"system": "s"}, None, "encoding.system and encoding.enable_thinking need the chat template"),
-        ("hi", {"enable_thinking": False}, None, "encoding.system and encoding.enable_thinking need the chat template"),
-        (MESSAGES, {}, "", "prompt 4 has no tokens"),
+        ("hi", {"system": "s"}, None, "encoding.system needs the chat template"),
+        ("hi", {"enable_thinking": False}, None, "encoding.enable_thinking needs the chat template"),
+        (MESSAGES, {}, "", r"prompt 4: the chat template does not print the content of message 0 \(user\), 'hi'"),
+        ([{"role": "user", "content": ""}], {}, "", "prompt 4 has no tokens"),
         (MESSAGES, {}, "{{ raise_exception('no such role') }}", "prompt 4: the chat template of .* refuses it: no such role"),
         (MESSAGES, {}, "{% if %}", "prompt 4: the chat template of .* refuses it"),
     ],
@@ -174,14 +175,73 @@ def test_no_chat_template(tokenizer) -> None:
 
 def test_overlong_prompts(tokenizer) -> None:
     prompts = [Prompt(10 + i, "x" * length) for i, length in enumerate((3, 8, 2, 12, 7))]
-    encoded, overlong = encode_prompts(tokenizer, prompts, EncodingConfig(overlong_prompt="skip"), max_tokens=7)
+    skip = EncodingConfig(overlong_prompt="skip")
+    encoded = encode_prompts(tokenizer, prompts, skip)
     assert [len(ids) for ids in encoded] == [3, 8, 2, 12, 7]
-    assert overlong == [1, 3]
+    assert find_overlong(encoded, prompts, skip, max_tokens=7) == [1, 3]
     with pytest.raises(
         UserError, match=r"2 prompt\(s\) are longer than the 7 tokens .* \(rows 11, 13; longest 12\); .*overlong_prompt='skip'"
     ):
-        encode_prompts(tokenizer, prompts, EncodingConfig(), max_tokens=7)
-    assert encode_prompts(tokenizer, prompts, EncodingConfig(), max_tokens=12)[1] == []
-    limited = EncodingConfig(overlong_prompt="skip", max_prompt_tokens=2)
-    assert encode_prompts(tokenizer, prompts, limited, max_tokens=7)[1] == [0, 1, 3, 4]
-    assert encode_prompts(tokenizer, prompts, EncodingConfig(overlong_prompt="skip", max_prompt_tokens=100), max_tokens=7)[1] == [1, 3]
+        find_overlong(encoded, prompts, EncodingConfig(), max_tokens=7)
+    assert find_overlong(encoded, prompts, EncodingConfig(), max_tokens=12) == []
+    for most, wanted in ((2, [0, 1, 3, 4]), (100, [1, 3])):
+        limited = EncodingConfig(overlong_prompt="skip", max_prompt_tokens=most)
+        assert find_overlong(encoded, prompts, limited, max_tokens=7) == wanted
+
+
+def make_adding_tokenizer(directory: Path, single: str):
+    """A byte-level tokenizer with <s> (3) and </s> (1) that writes `single` around texts."""
+    from tokenizers.processors import TemplateProcessing
+
+    make_tokenizer(directory, extra_token="<s>")
+    tokenizer = load_tokenizer(directory)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 2), ("<eos>", 1)])
+    tokenizer.bos_token = "<s>"
+    tokenizer.save_pretrained(directory)
+    return load_tokenizer(directory)
+
+
+BOS, EOS = 2, 1
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A <eos>", "$A <eos>", "$A"])
+def test_a_prompt_begins_once_and_does_not_end(tmp_path: Path, single: str) -> None:
+    """What the tokenizer puts behind a text would end the prompt's turn; what stands before it already is not put there again."""
+    tokenizer = make_adding_tokenizer(tmp_path, single)
+    assert (tokenizer("hi")["input_ids"][-1] == EOS) == single.endswith("<eos>")
+    first = [BOS] if single.startswith("<s>") else []
+    letters = tokenizer("hi", add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, Prompt(0, "hi"), EncodingConfig()).tolist() == first + letters
+    assert encode_prompt(tokenizer, Prompt(0, "<s>hi"), EncodingConfig()).tolist() == [BOS, *letters]
+    assert encode_prompt(tokenizer, Prompt(0, "<s>"), EncodingConfig()).tolist() == [BOS]
+    # What the text itself says stays, also its end and what stands within.
+    assert encode_prompt(tokenizer, Prompt(0, "hi<eos>"), EncodingConfig()).tolist() == [*first, *letters, EOS]
+    assert encode_prompt(tokenizer, Prompt(0, "hi<s>hi"), EncodingConfig()).tolist() == [*first, *letters, BOS, *letters]
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert encode_prompt(tokenizer, Prompt(0, [{"role": "user", "content": "hi"}]), EncodingConfig()).tolist() == [BOS, *letters]
+
+
+def test_a_tokenizer_that_puts_several_tokens_before_a_text(tmp_path: Path) -> None:
+    tokenizer = make_adding_tokenizer(tmp_path, "<s> <eos> $A <eos>")
+    letters = tokenizer("hi", add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, Prompt(0, "hi"), EncodingConfig()).tolist() == [BOS, EOS, *letters]
+    assert encode_prompt(tokenizer, Prompt(0, "<s><eos>hi"), EncodingConfig()).tolist() == [BOS, EOS, *letters]
+
+
+def test_llama_tokenizers_that_add_bos_and_eos(tmp_path: Path) -> None:
+    """A SentencePiece-style tokenizer: a space before each text, tokens added by add_bos_token and add_eos_token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import LlamaTokenizerFast
+
+    vocab = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "\u2581", "h", "i", "a", "\u2581hi"])}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Replace("\u2581", " ")
+    tokenizer = LlamaTokenizerFast(
+        tokenizer_object=backend, add_bos_token=True, add_eos_token=True, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    full = tokenizer("hi")["input_ids"]
+    assert (full[0], full[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert encode_prompt(tokenizer, Prompt(0, "hi"), EncodingConfig()).tolist() == full[:-1]
+    once = encode_prompt(tokenizer, Prompt(0, "<s>hi"), EncodingConfig()).tolist()
+    assert (once.count(tokenizer.bos_token_id), once.count(tokenizer.eos_token_id), once[0]) == (1, 0, tokenizer.bos_token_id)

@@ -1,0 +1,306 @@
+"""Where prompts stand: the data files of a path (a file, or a Hugging Face dataset's folder), and their rows as plain values."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_opd.errors import UserError
+
+_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")  # of a folder's files those of the first kind that is there
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLITS = dict.fromkeys(("train", "training"), "train")
+_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
+_NUMBERED = re.compile(r"(part|shard|chunk)?[-_]?\d+")
+_EXPECTED = "a JSONL or Parquet file or a dataset's folder is expected"
+_DEEPEST = 100  # levels; tool schemas have about ten, and Python's own limit is about a thousand
+_BATCH_ROWS = 1024
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_GZIP = b"\x1f\x8b"
+_BOM = b"\xef\xbb\xbf"
+
+
+class Row(NamedTuple):
+    """`where` it stands, for messages; its plain value; for JSON, what gives it again with decimals as the text they are written as."""
+
+    where: str
+    value: Any
+    as_written: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """The files of a path, in order, and one line that says what was taken and what was left."""
+
+    files: list[Path]
+    note: str
+
+
+def find_files(path: str | Path) -> PromptSource:
+    """The data files of a path: the file itself, or the training split of a dataset's folder.
+
+    A split or a configuration is a whole path component, or (a split) a whole word of a file's name, in any case. Hidden files and
+    folders are not read. Raises UserError where more than one configuration, or several splits but no `train`, are there.
+    """
+    path = Path(path)
+    try:
+        if not path.is_dir():
+            return PromptSource([path], str(path))
+        return _find_in(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: can't be read: {error.strerror}") from None
+
+
+def _find_in(path: Path) -> PromptSource:
+    if (path / "dataset_dict.json").is_file():
+        splits = _names_in(path / "dataset_dict.json", "splits", lambda entry: entry)
+        if "train" not in splits:
+            raise UserError(f"{path} holds the splits {', '.join(splits)}; give the folder of one: {path / splits[0]}")
+        source = find_files(path / "train")
+        return PromptSource(source.files, source.note + (f"; of the splits {', '.join(splits)}" if len(splits) > 1 else ""))
+    if (path / "state.json").is_file():  # written by save_to_disk, which says which files and in which order
+        names = _names_in(path / "state.json", "_data_files", lambda entry: entry["filename"])
+        return PromptSource([path / name for name in names], f"{path}: {_shorten(names)}")
+    return _pick(path)
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Rows of a file or folder. Raises UserError naming file and row."""
+    for file in find_files(path).files:
+        suffix = file.suffix.lower()
+        if suffix in _COMPRESSED:
+            raise UserError(f"{file}: compressed files are not read; unpack it, and give the file that comes out")
+        yield from _arrow_rows(file) if suffix in (".parquet", ".arrow") else _json_rows(file)
+
+
+def load_json(text: bytes | str, where: str, **options: Any) -> Any:
+    """The value of a JSON text in UTF-8. Raises UserError, also for a key that is there twice and for more than 100 levels."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        if "\0" in text:
+            raise UserError(f"{where}: not JSON: holds NUL bytes; the file is damaged, or not in UTF-8")
+        value = json.loads(text, object_pairs_hook=_once, **options)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not JSON in UTF-8: byte 0x{error.object[error.start]:02x} at column {error.start + 1} (Latin-1?); "
+            "convert it with: iconv -f LATIN1 -t UTF-8"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{where}: nested more than {_DEEPEST} levels deep") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from None
+    if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
+        raise UserError(f"{where}: nested more than {_DEEPEST} levels deep")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether containers nest deeper than allowed, found without recursion."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        level = [
+            item for entry in level if isinstance(entry, list | dict) for item in (entry.values() if isinstance(entry, dict) else entry)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _names_in(listing: Path, key: str, name_of: Callable[[Any], Any]) -> list[str]:
+    """File or folder names that a dataset's JSON file lists under `key`. Raises UserError."""
+    try:
+        text = listing.read_bytes()
+    except OSError as error:
+        raise UserError(f"{listing}: can't be read: {error.strerror}") from None
+    value = load_json(text, str(listing))
+    entries = value.get(key) if isinstance(value, dict) else None
+    try:
+        names = [name_of(entry) for entry in entries] if isinstance(entries, list) else []
+    except (TypeError, KeyError):
+        names = []
+    if not names or not all(isinstance(name, str) and name.strip("./ ") and "\0" not in name for name in names):
+        raise UserError(
+            f"{listing}: {key!r} must be a list of names, not {entries!r:.100}; give the data file itself, or download it again"
+        )
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{listing}: {key!r} names {name!r}, which is outside of the folder")
+    return names
+
+
+def _pick(folder: Path) -> PromptSource:
+    there = _walk(folder)
+    by_suffix = {
+        suffix: [name for name in there if name.suffix.lower() == suffix and name.name not in _NO_DATA and not _is_cache(name)]
+        for suffix in _SUFFIXES
+    }
+    files = next((names for names in by_suffix.values() if names), [])
+    if not files:
+        packed = [str(name) for name in there if name.suffix.lower() in _COMPRESSED]
+        reason = f" (compressed ones are not read: {_shorten(packed)}; unpack them)" if packed else ""
+        raise UserError(f"{folder}: no {', '.join(_SUFFIXES)} files in it{reason}; {_EXPECTED}")
+    splits = {name: _split_of(name) for name in files}
+    found = set(splits.values())
+    if len(found) > 1 and "train" not in found:
+        names = ", ".join(sorted(split or "files of no split" for split in found))
+        raise UserError(f"{folder} holds several splits and none is 'train' ({names}); give one file or folder: {_shorten(files)}")
+    taken = [name for name in files if splits[name] == "train"] if "train" in found else files
+    for what, groups in (("configurations", _group(taken, _configuration)), ("subsets", _group(taken, _subset))):
+        if len(groups) > 1:
+            raise UserError(f"{folder} holds several {what} ({', '.join(groups)}); give the folder or file of one")
+    note = f"{folder}: {_shorten(taken)}"
+    if "train" in found:
+        note += " (split train)"
+    if shards := _missing_shards(taken):
+        note += f"; {shards}"
+    left = [name for name in files if name not in set(taken)]
+    left += [name for suffix, names in by_suffix.items() if suffix != files[0].suffix.lower() and suffix != ".json" for name in names]
+    return PromptSource([folder / name for name in taken], note + (f"; not read: {_shorten(left)}" if left else ""))
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Files below a folder that are not hidden, relative to it, in order; links are followed, and one that leads nowhere is a file."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        folders[:] = [] if os.path.realpath(root) in seen else [name for name in folders if not name.startswith((".", "__"))]
+        if os.path.realpath(root) not in seen:
+            seen.add(os.path.realpath(root))
+            found += [(Path(root) / name).relative_to(folder) for name in names if not name.startswith((".", "__"))]
+    return sorted(found)
+
+
+def _is_cache(name: Path) -> bool:
+    return name.suffix.lower() == ".arrow" and name.name.startswith("cache-")  # of `Dataset.map`, beside the data
+
+
+def _label(name: Path) -> str:
+    """A file's name without suffix and shard number."""
+    return _SHARD.sub("", name.stem.lower())
+
+
+def _split_of(name: Path) -> str | None:
+    """train, validation, test, or several where the words differ; None where no word says it."""
+    words = [*(part.lower() for part in name.parts[:-1]), *re.split(r"[-_.\s]+", _label(name))]
+    return " and ".join(sorted({_SPLITS[word] for word in words if word in _SPLITS})) or None
+
+
+def _configuration(name: Path) -> str:
+    parts = [part for part in name.parts[:-1] if part.lower() not in _SPLITS and not _NUMBERED.fullmatch(part.lower())]
+    return "/".join(parts) + "/" if parts else "./"
+
+
+def _subset(name: Path) -> str:
+    """The split as the dataset names it, for files that are shards of one (train_sft-00000-of-00003)."""
+    return _label(name) if _SHARD.search(name.stem.lower()) else ""
+
+
+def _group(names: list[Path], key: Callable[[Path], str]) -> list[str]:
+    return sorted({key(name) for name in names})
+
+
+def _missing_shards(names: list[Path]) -> str | None:
+    found = [match for name in names if (match := _SHARD.search(name.stem.lower()))]
+    wanted = int(found[0][2]) if found else 0
+    return f"{len(found)} of {wanted} shards are there" if len(found) < wanted else None
+
+
+def _shorten(names: list[Any]) -> str:
+    shown = [str(name) for name in names]
+    return ", ".join(shown) if len(shown) <= 4 else f"{shown[0]}, {shown[1]}, ... {shown[-1]} ({len(shown)} files)"
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    try:
+        with path.open("rb") as file:
+            lines: Any = file
+            if path.suffix.lower() == ".json":
+                data = file.read()
+                if data.removeprefix(_BOM).lstrip().startswith(b"["):
+                    yield from _array_rows(path, data.removeprefix(_BOM))
+                    return
+                lines = data.split(b"\n")
+            for number, line in enumerate(lines, start=1):
+                where = f"{path}:{number}"
+                if number == 1:
+                    if line.startswith(_GZIP):
+                        raise UserError(f"{path}: is compressed with gzip; unpack it")
+                    if line.startswith(_UTF16) and b"\0" in line:
+                        raise UserError(f"{path}: is in UTF-16; convert it with: iconv -f UTF-16 -t UTF-8")
+                    line = line.removeprefix(_BOM)
+                if line.strip():
+                    yield Row(where, load_json(line, where), partial(load_json, line, where, parse_float=str))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such prompt file; {_EXPECTED}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(path)!r}: can't be read: {reason}") from None
+
+
+def _array_rows(path: Path, data: bytes) -> Iterator[Row]:
+    """Rows of a file that holds one JSON array."""
+    values, written = load_json(data, str(path)), load_json(data, str(path), parse_float=str)
+    for number, (value, again) in enumerate(zip(values, written, strict=True), start=1):
+        yield Row(f"{path}, row {number}", value, partial(lambda row: row, again))
+
+
+def _arrow_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    try:
+        if path.suffix.lower() == ".parquet":
+            file = parquet.ParquetFile(path)
+            schema, batches = file.schema_arrow, file.iter_batches(_BATCH_ROWS)
+        else:
+            batches = ipc.open_stream(pa.memory_map(str(path)))  # save_to_disk writes streams
+            schema = batches.schema
+        if len(set(schema.names)) < len(schema.names):
+            raise UserError(f"{path}: a column name is there twice ({', '.join(schema.names)})")
+        number = 0
+        for batch in batches:
+            for value in pa.RecordBatch.from_arrays([_readable(column) for column in batch.columns], batch.schema.names).to_pylist():
+                number += 1
+                yield Row(f"{path}, row {number}", value)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such prompt file; {_EXPECTED}") from None
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: can't be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+
+
+def _readable(column: Any) -> Any:
+    """An Arrow column as Python can take it: narrow floats by the decimals that name them (0.1, not 0.10000000149), no nanoseconds."""
+    import pyarrow as pa
+
+    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):
+        return column.cast(pa.string()).cast(pa.float64())
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+        return column.cast(pa.timestamp("us", column.type.tz), safe=False)
+    return column
