@@ -140,6 +140,22 @@ def test_samples_are_graded_again_with_the_answers_of_now(tmp_path: Path, models
         assert [totals[i] for i in (0, 1)] == [(score, 1.0) for score in wanted]
 
 
+def test_mended_answers_cost_no_new_samples(run: Run) -> None:
+    """The samples stay, and are graded anew; another prompt is another evaluation."""
+    assert run("eval.grader=number")[0] == 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in (run.folder / "eval" / "opd.opd.zarr").rglob("*"))
+    rows = [json.loads(line) for line in run.prompts.read_text().splitlines()]
+    run.prompts.write_text("".join(json.dumps(row | {"answer": [f"{i}00"]}) + "\n" for i, row in enumerate(rows)))
+    code, output, _ = run("eval.grader=number")
+    assert code == 0
+    assert "has all its parts" in output
+    assert sorted((path, path.stat().st_mtime_ns) for path in (run.folder / "eval" / "opd.opd.zarr").rglob("*")) == before
+    run.prompts.write_text("".join(json.dumps(row | {"prompt": f"{row['prompt']}?"}) + "\n" for row in rows))
+    code, _, error = run("eval.grader=number")
+    assert code == 2
+    assert "made with other settings: prompts is" in error
+
+
 def test_what_scores_nothing_without_a_comparison_is_counted(tmp_path: Path, models: dict[str, Path]) -> None:
     pytest.importorskip("math_verify")
     responses = [
