@@ -154,15 +154,13 @@ def _open_baseline(stage: EvalStage, prompts: PromptFile) -> StoreReader | None:
         raise UserError(f"eval.baseline={stage.baseline!r}: no such evaluation in {folder} ({listed}); {make}")
     reader = StoreReader(str(path))
     manifest = reader.manifest
-    encoding = stage.encoding.model_dump(exclude_none=True)
+    encoding = stage.encoding.recorded()
+    # A date that the recipe leaves open was filled in for a template that prints one.
+    theirs = {key: value for key, value in manifest.encoding.items() if key in encoding or key != "date_string"}
     for what, here, there in (
         ("prompts", prompts.sha256, manifest.prompts.sha256),
         ("sampling parameters", stage.sampling, manifest.sampling),
-        (
-            "encoding of prompts",
-            encoding,
-            {key: manifest.encoding[key] for key in type(stage.encoding).model_fields if key in manifest.encoding},
-        ),
+        ("encoding of prompts", encoding, theirs),
         ("tokens", fingerprint_model(stage.model).tokenizer.vocab_sha256, manifest.sampler.tokenizer.vocab_sha256),
     ):
         if here != there:

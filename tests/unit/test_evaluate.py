@@ -143,13 +143,14 @@ def test_samples_are_graded_again_with_the_answers_of_now(tmp_path: Path, models
 def test_mended_answers_cost_no_new_samples(run: Run) -> None:
     """The samples stay, and are graded anew; another prompt is another evaluation."""
     assert run("eval.grader=number")[0] == 0
-    before = sorted((path, path.stat().st_mtime_ns) for path in (run.folder / "eval" / "opd.opd.zarr").rglob("*"))
+    part = run.folder / "eval" / "opd.opd.zarr" / "parts" / "000000"
+    before = sorted((path, path.stat().st_mtime_ns) for path in part.rglob("*"))
     rows = [json.loads(line) for line in run.prompts.read_text().splitlines()]
     run.prompts.write_text("".join(json.dumps(row | {"answer": [f"{i}00"]}) + "\n" for i, row in enumerate(rows)))
     code, output, _ = run("eval.grader=number")
     assert code == 0
     assert "has all its parts" in output
-    assert sorted((path, path.stat().st_mtime_ns) for path in (run.folder / "eval" / "opd.opd.zarr").rglob("*")) == before
+    assert sorted((path, path.stat().st_mtime_ns) for path in part.rglob("*")) == before
     run.prompts.write_text("".join(json.dumps(row | {"prompt": f"{row['prompt']}?"}) + "\n" for row in rows))
     code, _, error = run("eval.grader=number")
     assert code == 2
