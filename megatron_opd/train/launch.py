@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.errors import INTERRUPTED
+from megatron_opd.errors import INTERRUPTED, ConfigError
 from megatron_opd.processes import INTERRUPT, STOP_SIGNALS, end_with_parent
 from megatron_opd.train.stop import STOPPING, ended_at_once, not_started
 
+RANKS_PER_CORE = 4  # started without being asked for, on a CPU
 _LAUNCHED, _TELL = "OPD_LAUNCHED_BY", "OPD_LAUNCHER_PIPE"
 # `-m megatron_opd` would take whatever folder of that name lies where one stands: the ranks run the package that runs here.
 _RANK = "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); from megatron_opd.__main__ import run; sys.exit(run())"
@@ -26,9 +27,18 @@ def is_rank() -> bool:
 
 
 def default_ranks(model_parallel: int) -> int:
-    """Ranks to start on this node: one a GPU, or as few as the model-parallel layout needs on a CPU."""
+    """Ranks to start on this node: one a GPU, or as few as the model-parallel layout needs on a CPU.
+
+    Raises ConfigError where these would be many more than there are cores.
+    """
     import torch
 
+    cores = os.cpu_count() or 1
+    if not torch.cuda.is_available() and model_parallel > RANKS_PER_CORE * cores:
+        raise ConfigError(
+            f"the layout takes {model_parallel} ranks, and this machine has no GPU and {cores} cores; run it where the GPUs are, make it smaller, "
+            f"or say --nproc {model_parallel} to start as many here"
+        )
     return torch.cuda.device_count() or model_parallel
 
 

@@ -23,7 +23,7 @@ def not_started(output: str | Path) -> str:
 
 
 def ended_at_once(output: str | Path) -> str:
-    return f"interrupted again: ended at once; {last_saved(output)}, and the steps after it are lost; the same command goes on from there"
+    return f"interrupted again: ended at once; {last_saved(output)}; steps that no checkpoint holds are lost; the same command goes on"
 
 
 class StopRequest:
