@@ -47,7 +47,9 @@ def test_a_recipe_without_a_script_may_be_given_nodes(tmp_path: Path) -> None:
 
 def test_every_shipped_training_script_has_a_layouts_ranks() -> None:
     for script in (REPOSITORY / "slurm").glob("opd_*.sh"):
-        lines = dict(line.removeprefix("#SBATCH --").split("=", 1) for line in script.read_text().splitlines() if "#SBATCH" in line and "=" in line)
+        lines = dict(
+            line.removeprefix("#SBATCH --").split("=", 1) for line in script.read_text().splitlines() if "#SBATCH" in line and "=" in line
+        )
         recipe = load_recipe(script.stem)
         for stage in (recipe.sft, recipe.train):
             stage.parallel.check_ranks(int(lines["nodes"]) * int(lines["gpus-per-node"]))
