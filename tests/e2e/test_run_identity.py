@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from stores import make_scored_store
-from tiny_models import make_model
+from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
 from megatron_opd.lineage import read_lineage
@@ -275,3 +275,29 @@ def test_a_converted_model_is_known_by_its_checkpoint(runs: Runs) -> None:
     assert main(words) == 0
     assert "is there already, of step 2" in runs.capsys.readouterr().out
     assert json.loads((target / "opd_converted.json").read_text())["step"] == 2
+
+
+def test_sft_has_an_identity_too(runs: Runs, tmp_path: Path) -> None:
+    """Its teacher is the one that answered, and it starts from the base student."""
+    folder, prompts = runs.folder, str(write_prompts(tmp_path / "prompts.jsonl", 16))
+    paths = {"run_dir": tmp_path, "models.teacher": folder / "teacher", "models.student": folder / "student", "generate.prompts": prompts}
+    words = ["tiny", *(f"{key}={str(path)!r}" for key, path in paths.items()), "sft.global_batch=4", "generate.sampling.max_new_tokens=4"]
+    other = f"={str(folder / 'other')!r}"
+    assert main(["generate", *words]) == 0
+    assert main(["sft", *words, "sft.steps=1"]) == 0
+    before = content(tmp_path / "sft")
+    runs.capsys.readouterr()
+    for stage in (["sft"], ["check", "--stage", "sft"]):
+        assert main([*stage, *words, f"models.student{other}", "sft.steps=2"]) == 2
+        message = runs.capsys.readouterr().err
+        assert "init student (weights " in message
+        assert "sft.output=..." in message
+        assert main([*stage, *words, f"models.teacher{other}", "sft.steps=2"]) == 2
+        assert f"but the recipe's teacher {folder / 'other'} is now other (" in runs.capsys.readouterr().err
+    assert content(tmp_path / "sft") == before
+    assert main(["sft", *words, f"models.student{other}", "sft.steps=2", "--continue-with-changes"]) == 0
+    assert main(["convert", "trained", *words, "sft.steps=2", "rollout.prompts=p", "--stage", "sft"]) == 0
+    lineage = read_lineage(tmp_path / "sft-hf")
+    assert lineage is not None
+    (override,) = lineage.overrides
+    assert override.startswith("sft went on after step 1 with other settings: init student (weights ")
