@@ -53,7 +53,7 @@ _KEPT = {
         ("generate", "rollout", "score", "eval"), "parts that are sealed are kept, others are made again; the same command goes on"
     ),
     **dict.fromkeys(("sft", "train"), "not within a step; checkpoints that were saved stay; the same command goes on"),
-    "convert": "a directory that is not whole has not got its name; the same command makes it",
+    "convert": "no directory is left half made; the same command makes it",
     "demo": "what its finished stages made is kept; the same command goes on",
 }
 

@@ -24,6 +24,7 @@ from megatron_opd.train.saved import latest_checkpoint, read_state
 _FIXED = ("seed", "global_batch", "max_response_tokens", "distributed_optimizer")
 # Data and models are known by their content, wherever they lie and whatever their group in the store is called.
 _BY_CONTENT = {"init", "store", "output", "teacher", "loss", "allow_incomplete", "allow_teacher_mismatch"}
+_STATE: dict[str, type] = {"fixed": dict, "objective": dict, "settings": dict, "overrides": list}
 # How far a model reads, not what it computes.
 _NOT_THE_FUNCTION = ("max_positions",)
 
@@ -110,15 +111,15 @@ def plan_resume(name: str, config: TrainerConfig, now: RunIdentity, *, allow_cha
     if checkpoint is None:
         return Resumption()
     state = read_state(checkpoint)
-    fixed, free = state.get("fixed"), state.get("settings") or {}
-    if not isinstance(fixed, dict) or not isinstance(free, dict):
+    wrong = [key for key, kind in _STATE.items() if not isinstance(state.get(key, kind()), kind)]
+    if wrong or "fixed" not in state:
         raise CheckpointError(
-            f"{checkpoint}: its state has no field 'fixed'; point 'latest' to another step folder, or take another output"
+            f"{checkpoint}: its state has no field {(wrong or ['fixed'])[0]!r} that can be read; point 'latest' to another step folder, or take another output"
         )
-    _check_fixed(checkpoint, fixed, now, name, config.store)
-    free = dict(free)
-    objective = state.get("objective") or ({"loss": free["loss"]} if "loss" in free else {})  # where older versions put it
-    free.pop("loss", None)
+    _check_fixed(checkpoint, state["fixed"], now, name, config.store)
+    free = dict(state.get("settings", {}))
+    loss = free.pop("loss", None)  # where older versions put it
+    objective = state.get("objective", {} if loss is None else {"loss": loss})
     new = _changes_of_objective(objective, now.objective)
     if new and not allow_changes:
         raise CheckpointError(
@@ -126,7 +127,7 @@ def plan_resume(name: str, config: TrainerConfig, now: RunIdentity, *, allow_cha
             f"own ({name}.output=...), or use what it was begun with. --continue-with-changes goes on in this folder, and is recorded for good"
         )
     step = int(state["step"])
-    earlier = [str(entry) for entry in state.get("overrides") or []]
+    earlier = [str(entry) for entry in state.get("overrides", [])]
     return Resumption(
         checkpoint,
         state,
