@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,18 +56,20 @@ def record_checksums(folder: Path) -> None:
     write_json_atomic(folder / CHECKSUM_FILE, sums | sum_files(left))
 
 
+def content_id(checkpoint: Path) -> str | None:
+    """Who a checkpoint is, wherever it lies: a hash of the sizes and checksums that were recorded. None if nothing was. Raises CheckpointError."""
+    sums = _recorded(checkpoint)
+    return None if sums is None else hashlib.sha256(json.dumps(sorted(sums.items())).encode()).hexdigest()[:16]
+
+
 def check_files(checkpoint: Path, *, share: int = 0, shares: int = 1) -> bool:
     """Compare the files with what was recorded: of all the size, of each `shares`-th the checksum. False if nothing was recorded.
 
     Raises CheckpointError naming the file.
     """
-    record = checkpoint / CHECKSUM_FILE
-    try:
-        wanted: Sums = {name: (int(size), int(checksum)) for name, (size, checksum) in json.loads(record.read_text()).items()}
-    except FileNotFoundError:
+    wanted = _recorded(checkpoint)
+    if wanted is None:
         return False
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{record} can't be read ({error}); {_REMEDY}") from None
     for name, (size, _) in sorted(wanted.items()):
         path = checkpoint / name
         if not path.is_file():
@@ -78,3 +81,13 @@ def check_files(checkpoint: Path, *, share: int = 0, shares: int = 1) -> bool:
         if found != wanted[name]:
             raise CheckpointError(f"{checkpoint / name} is damaged: its checksum is not that of what was written; {_REMEDY}")
     return True
+
+
+def _recorded(checkpoint: Path) -> Sums | None:
+    record = checkpoint / CHECKSUM_FILE
+    try:
+        return {name: (int(size), int(checksum)) for name, (size, checksum) in json.loads(record.read_text()).items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{record} can't be read ({error}); {_REMEDY}") from None

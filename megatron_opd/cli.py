@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from megatron_opd import __version__
-from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, load_recipe, require, shipped_recipes
-from megatron_opd.errors import QuarantineError, UserError
+from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, expand_path, load_recipe, require, shipped_recipes
+from megatron_opd.errors import INTERRUPTED, ConfigError, Interrupted, QuarantineError, UserError
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
 
@@ -41,8 +41,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; nothing that was finished is lost: mend this and run the same command again")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"\ninterrupted: {_left_behind(args)}", file=sys.stderr)
+        return INTERRUPTED
+    except Interrupted:
+        return INTERRUPTED
+
+
+_KEPT = {
+    **dict.fromkeys(
+        ("generate", "rollout", "score", "eval"), "parts that are sealed are kept, others are made again; the same command goes on"
+    ),
+    **dict.fromkeys(("sft", "train"), "not within a step; checkpoints that were saved stay; the same command goes on"),
+    "convert": "no directory is left half made; the same command makes it",
+    "demo": "what its finished stages made is kept; the same command goes on",
+}
+
+
+def _left_behind(args: argparse.Namespace) -> str:
+    """What Ctrl-C leaves of a stage."""
+    return _KEPT.get(args.stage_name, "nothing was changed that the same command does not make again")
 
 
 def _fail(message: str, *, code: int = 2, rank: int | None = None) -> int:
@@ -61,19 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="The way of a run: generate, sft, convert, rollout, score, check, train, convert, eval, report. Every stage goes on where it was stopped.",
     )
     parser.add_argument("--version", action="version", version=f"megatron-opd {__version__}")
-    stages = parser.add_subparsers(metavar="STAGE", required=True)
+    stages = parser.add_subparsers(metavar="STAGE", dest="stage_name", required=True)
     _recipe_stage(stages, "generate", "teacher answers for SFT, into a store", _generate, sharded=True)
-    _recipe_stage(stages, "sft", "fine-tune the base student on the teacher's answers", _sft, trains=True)
+    sft = _recipe_stage(stages, "sft", "fine-tune the base student on the teacher's answers", _sft, trains=True)
     rollout = _recipe_stage(stages, "rollout", "responses of the fine-tuned student, into a store", _rollout, sharded=True)
     rollout.add_argument("--sft-teacher", metavar="DIR", help="declare the SFT teacher of a student that was fine-tuned elsewhere")
     score = _recipe_stage(stages, "score", "the teacher's log-probabilities of the rollouts, into the same store", _score, sharded=True)
     train = _recipe_stage(stages, "train", "distil on the scored rollouts", _train, trains=True)
-    for command in (score, train):
-        command.add_argument(
-            "--allow-teacher-mismatch",
-            action="store_true",
-            help="go on with a teacher that is not the SFT teacher; recorded for ever after",
-        )
     _add_convert(stages)
     _add_servers(_recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval))
     check = _recipe_stage(stages, "check", "is everything ready to train? Would it fit (--gpus)? Do the engines agree (--model)?", _check)
@@ -88,16 +100,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="memory of one GPU for --gpus (default: 80)")
     check.add_argument(
-        "--model", metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
+        "--model", type=_path, metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
     )
     check.add_argument("--rollouts", type=_positive, default=64, metavar="N", help="with --model: rollouts to compare on")
+    check.add_argument(
+        "--ranks", type=_positive, metavar="N", help="how many processes will train: refused if the layout can't be made of them"
+    )
     _add_servers(check)
+    for command in (score, train, check):
+        command.add_argument(
+            "--allow-teacher-mismatch",
+            action="store_true",
+            help="go on with a teacher that is not the SFT teacher; recorded for ever after",
+        )
+    for command in (sft, train, check):
+        command.add_argument(
+            "--continue-with-changes",
+            action="store_true",
+            help="go on in the output folder of a run that had another loss, teacher or initial model; recorded for ever after",
+        )
     progress = _recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left to do", _progress)
     progress.add_argument("--stage", choices=STAGES, help="only this stage")
     inspect = stages.add_parser(
         "inspect", help="what is in a store", description="Print a store's manifest, lineage, counts, lengths and scores."
     )
-    inspect.add_argument("store", help="store directory or fsspec URL")
+    inspect.add_argument("store", type=_path, help="store directory or fsspec URL")
     inspect.add_argument("--verify", action="store_true", help="read everything and compare checksums")
     inspect.set_defaults(run=_inspect)
     report = stages.add_parser(
@@ -105,8 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="figures and tables of runs",
         description="Write report.html, figures and report.md from the metrics and evaluations of runs.",
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    report.add_argument("--output", metavar="DIR", help="where to write (default: RUN/report of the first run)")
+    report.add_argument("runs", type=_path, nargs="+", metavar="RUN", help="run directory")
+    report.add_argument("--output", type=_path, metavar="DIR", help="where to write (default: RUN/report of the first run)")
     report.set_defaults(run=_report)
     demo = stages.add_parser(
         "demo",
@@ -119,7 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="arithmetic",
         help="a tiny arithmetic model, or SmolLM2-135M (make demo-smollm2 installs what it needs)",
     )
-    demo.add_argument("--run-dir", metavar="DIR", help="where to work (default: runs/demo-MODEL); an existing one is gone on with")
+    demo.add_argument(
+        "--run-dir", type=_path, metavar="DIR", help="where to work (default: runs/demo-MODEL); an existing one is gone on with"
+    )
     demo.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
     demo.set_defaults(run=_demo)
     return parser
@@ -129,7 +158,7 @@ def _recipe_stage(
     stages: argparse._SubParsersAction, name: str, text: str, run: Callable[..., object], *, sharded: bool = False, trains: bool = False
 ) -> argparse.ArgumentParser:
     parser = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + "." * (text[-1] not in ".?"))
-    parser.add_argument("recipe", help=f"a TOML file, or a shipped recipe: {', '.join(shipped_recipes())}")
+    parser.add_argument("recipe", type=_path, help=f"a TOML file, or a shipped recipe: {', '.join(shipped_recipes())}")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=_OVERRIDES)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and exit")
     if sharded:
@@ -191,9 +220,14 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
     if launch.is_rank():
         launch.end_with_launcher()
         return run(recipe, args)
-    parallel = getattr(recipe, name).parallel
-    ranks = args.nproc or launch.default_ranks(parallel.min_ranks)
-    return run(recipe, args) if ranks == 1 else launch.launch(arguments, ranks)
+    stage = getattr(recipe, name)
+    ranks = args.nproc or launch.default_ranks(stage.parallel.min_ranks)
+    if ranks == 1:
+        return run(recipe, args)
+    from megatron_opd.train.readiness import check_start
+
+    check_start(recipe, name, ranks=ranks, allow_changes=args.continue_with_changes)  # before there are processes that would say so
+    return launch.launch(arguments, ranks, stage.output)
 
 
 def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -220,19 +254,26 @@ def _score(recipe: Recipe, args: argparse.Namespace) -> None:
 def _sft(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.train.loop import run_sft
 
-    run_sft(recipe)
+    run_sft(recipe, allow_changes=args.continue_with_changes)
 
 
 def _train(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.train.loop import run_train
 
-    run_train(recipe)
+    run_train(recipe, allow_changes=args.continue_with_changes)
 
 
 def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.evaluate.run import evaluate
 
     evaluate(require(recipe.eval, "eval"), recipe)
+
+
+def _path(text: str) -> str:
+    try:
+        return expand_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:
@@ -262,14 +303,14 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.stage == "inputs":
         from megatron_opd.inputs import check_inputs, raise_faults
 
-        found = check_inputs(recipe)
+        found = check_inputs(recipe, ranks=args.ranks)
         for line in found.lines:
             print(line)
         raise_faults(found.faults)
         return
-    from megatron_opd.train.readiness import check_sft, check_train
+    from megatron_opd.train.readiness import check_start
 
-    ready = check_sft(recipe.sft) if args.stage == "sft" else check_train(recipe.train)
+    ready = check_start(recipe, args.stage, ranks=args.ranks, allow_changes=args.continue_with_changes)
     for note in ready.notes:
         print(note)
     if args.stage == "sft":
@@ -318,8 +359,8 @@ def _add_convert(stages: argparse._SubParsersAction) -> None:
     )
     directions = convert.add_subparsers(metavar="DIRECTION", required=True)
     to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to a Hugging Face directory")
-    to_hf.add_argument("checkpoint", help="a run's output directory (its latest checkpoint), or one step folder")
-    to_hf.add_argument("target", help="directory to write; must not hold anything")
+    to_hf.add_argument("checkpoint", type=_path, help="a run's output directory (its latest checkpoint), or one step folder")
+    to_hf.add_argument("target", type=_path, help="directory to write; must not hold anything")
     to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default the stored one")
     to_hf.set_defaults(run=_to_hf)
     of_recipe = _recipe_stage(
@@ -327,8 +368,8 @@ def _add_convert(stages: argparse._SubParsersAction) -> None:
     )
     of_recipe.add_argument("--stage", choices=("sft", "train"), default="train")
     to_mcore = directions.add_parser("to-mcore", help="Hugging Face directory to a Megatron checkpoint")
-    to_mcore.add_argument("model", help="Hugging Face directory")
-    to_mcore.add_argument("target", help="directory to write; must not hold anything")
+    to_mcore.add_argument("model", type=_path, help="Hugging Face directory")
+    to_mcore.add_argument("target", type=_path, help="directory to write; must not hold anything")
     to_mcore.set_defaults(run=_to_mcore)
 
 

@@ -1,11 +1,13 @@
 """The recipe: one pydantic tree read from TOML, changed by dotted overrides, checked as a whole.
 
-Every path may use {run_dir} and {name}. `None` means "off" or "not given"; there are no magic numbers for that.
+Every path may use {run_dir} and {name}, ~ and environment variables; the built recipe has them filled in. `None` means "off" or "not
+given"; there are no magic numbers for that.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from datetime import datetime
@@ -24,18 +26,22 @@ from megatron_opd.records import SamplingParams
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 # Text for the model may hold braces of its own.
 _FREE_TEXT = {"system"}
 DATE_FORMAT = "%d %b %Y"
 # Adam divides the rate by 1 - beta1 at its first step, and the result must be a float32 number.
 _LARGEST_RATE = 1e30
 
+_PATH = "path"  # marks the fields that `build_recipe` expands
+PathText = Annotated[str, _PATH]
+
 
 class ModelsConfig(_Section):
     """Hugging Face directories: config.json, safetensors, tokenizer."""
 
-    teacher: str = Field(description="teacher model; must be the one whose answers the student was fine-tuned on")
-    student: str = Field(description="base student, before SFT")
+    teacher: PathText = Field(description="teacher model; must be the one whose answers the student was fine-tuned on")
+    student: PathText = Field(description="base student, before SFT")
 
 
 class LaunchConfig(_Section):
@@ -108,9 +114,9 @@ class EncodingConfig(_Section):
 class SampleStage(_Section):
     """A stage that samples responses into a store."""
 
-    model: str
-    prompts: str = Field(description="JSONL or Parquet file, or the folder of a Hugging Face dataset")
-    store: str
+    model: PathText
+    prompts: PathText = Field(description="JSONL or Parquet file, or the folder of a Hugging Face dataset")
+    store: PathText
     num_prompts: int | None = Field(default=None, gt=0, description="use only the first N prompts of the file")
     unique_prompts: bool = Field(default=False, description="each prompt but once (DAPO-Math-17k holds each a hundred times)")
     prompts_per_part: int = Field(default=256, gt=0)
@@ -122,24 +128,24 @@ class SampleStage(_Section):
 class GenerateStage(SampleStage):
     """Teacher responses for SFT."""
 
-    model: str = "{teacher}"
-    store: str = "{run_dir}/sft.opd.zarr"
+    model: PathText = "{teacher}"
+    store: PathText = "{run_dir}/sft.opd.zarr"
 
 
 class RolloutStage(SampleStage):
     """Student responses for distillation."""
 
-    model: str = "{run_dir}/sft-hf"
-    store: str = "{run_dir}/rollouts.opd.zarr"
+    model: PathText = "{run_dir}/sft-hf"
+    store: PathText = "{run_dir}/rollouts.opd.zarr"
     allow_template_mismatch: bool = Field(default=False, description="prompts written otherwise than those of the SFT answers; recorded")
-    sft_teacher: str | None = Field(default=None, description="declare the SFT teacher of a checkpoint made elsewhere (its directory)")
+    sft_teacher: PathText | None = Field(default=None, description="declare the SFT teacher of a checkpoint made elsewhere (its directory)")
 
 
 class ScoreStage(_Section):
     """Teacher log-probabilities of the rollouts."""
 
-    store: str = "{run_dir}/rollouts.opd.zarr"
-    model: str = "{teacher}"
+    store: PathText = "{run_dir}/rollouts.opd.zarr"
+    model: PathText = "{teacher}"
     teacher: str = Field(default="teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the teacher's group in the store")
     top_k: int = Field(default=0, ge=0)
     topk_dtype: Literal["float32", "float16"] = "float32"
@@ -161,9 +167,9 @@ class LrSchedule(_Section):
 class TrainerConfig(_Section):
     """What sft and train share: everything but the loss."""
 
-    init: str
-    store: str
-    output: str
+    init: PathText
+    store: PathText
+    output: PathText
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="'auto': bfloat16 on GPUs, float32 on a CPU")
     lr: float = Field(default=2e-6, gt=0)
     schedule: LrSchedule = LrSchedule()
@@ -272,9 +278,9 @@ class TrainerConfig(_Section):
 class SftStage(TrainerConfig):
     """Supervised fine-tuning on the teacher's responses."""
 
-    init: str = "{student}"
-    store: str = "{run_dir}/sft.opd.zarr"
-    output: str = "{run_dir}/sft"
+    init: PathText = "{student}"
+    store: PathText = "{run_dir}/sft.opd.zarr"
+    output: PathText = "{run_dir}/sft"
     lr: float = Field(default=8e-5, gt=0)
     schedule: LrSchedule = LrSchedule(decay="cosine")
 
@@ -282,9 +288,9 @@ class SftStage(TrainerConfig):
 class TrainStage(TrainerConfig):
     """Offline on-policy distillation on scored rollouts."""
 
-    init: str = "{run_dir}/sft-hf"
-    store: str = "{run_dir}/rollouts.opd.zarr"
-    output: str = "{run_dir}/opd"
+    init: PathText = "{run_dir}/sft-hf"
+    store: PathText = "{run_dir}/rollouts.opd.zarr"
+    output: PathText = "{run_dir}/opd"
     teacher: str = Field(default="teacher", description="name of the teacher's group in the store")
     loss: LossConfig = LossConfig()
     drift: DriftConfig = DriftConfig()
@@ -297,15 +303,15 @@ class TrainStage(TrainerConfig):
 class EvalStage(_Section):
     """Accuracy on verifiable prompts and, with a teacher, reverse KL to it on the model's own samples."""
 
-    model: str = "{run_dir}/opd-hf"
+    model: PathText = "{run_dir}/opd-hf"
     name: str = Field(default="opd", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the output files and the row in reports")
-    prompts: str
-    output: str = "{run_dir}/eval"
+    prompts: PathText
+    output: PathText = "{run_dir}/eval"
     grader: Literal["exact", "number", "math", "reasoning_gym", "none"] = "exact"
     grading_seconds: float = Field(
         default=5.0, gt=0, le=3600, description="CPU time to grade a response; one that takes more scores 0 and is counted"
     )
-    teacher: str | None = Field(default="{teacher}", description="score samples with this model for the reverse KL; 'none' does not")
+    teacher: PathText | None = Field(default="{teacher}", description="score samples with this model for the reverse KL; 'none' does not")
     baseline: str | None = Field(default=None, description="name of an earlier evaluation in `output` to give the paired difference to")
     num_prompts: int | None = Field(default=None, gt=0)
     sampling: SamplingParams = SamplingParams()
@@ -331,7 +337,7 @@ class Recipe(_Section):
     """Everything that a run is made of. Stages not used by a recipe may be left out where they have no required field."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    run_dir: str = "runs/{name}"
+    run_dir: PathText = "runs/{name}"
     models: ModelsConfig
     engine: EngineConfig = EngineConfig()
     generate: GenerateStage | None = None
@@ -404,15 +410,52 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def build_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
-    """Check a raw tree and fill in the {placeholders}. Raises ConfigError."""
+    """Check a raw tree, expand its paths and fill in the {placeholders}. Raises ConfigError."""
     try:
         recipe = Recipe.model_validate(tree)
+        filled = recipe.model_dump()
+        _expand_paths(recipe, filled)
         names = {"name": recipe.name}
-        names |= {"run_dir": _fill(recipe.run_dir, names, "run_dir")}
-        names |= _fill({"teacher": recipe.models.teacher, "student": recipe.models.student}, names, "models")
-        return Recipe.model_validate(_fill(recipe.model_dump(), names))
+        names |= {"run_dir": _fill(filled["run_dir"], names, "run_dir")}
+        names |= _fill(filled["models"], names, "models")
+        return Recipe.model_validate(_fill(filled, names))
     except ValidationError as error:
         raise ConfigError(f"{name}: {_explain(error)}") from None
+
+
+def expand_path(text: str) -> str:
+    """`text` with ~ and environment variables ($HOME, ${SCRATCH}) filled in; addresses such as s3://... stay as they are.
+
+    Raises ConfigError for a variable that is not set, or a user that is not known.
+    """
+    if "://" in text:
+        return text
+    for match in _VARIABLE.finditer(text):
+        if (match[1] or match[2]) not in os.environ:
+            raise ConfigError(f"the environment variable {match[0]} is not set (got {text!r})")
+    filled = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
+    expanded = os.path.expanduser(filled)
+    if text.startswith("~") and expanded == filled:
+        raise ConfigError(f"no home directory is known for {text.split('/')[0]} (got {text!r}); a folder of that name is ./{text}")
+    return expanded if text.startswith("~") else filled
+
+
+def _expand_paths(section: BaseModel, tree: dict[str, Any], where: str = "") -> None:
+    """Expand the path fields of `tree`, a dump of `section`, in place. Raises ConfigError naming the field."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            _expand_paths(value, tree[name], f"{where}{name}.")
+        elif isinstance(value, str) and any(_PATH in marks for marks in _marks(field)):
+            try:
+                tree[name] = expand_path(value)
+            except ConfigError as error:
+                raise ConfigError(f"{where}{name}: {error}") from None
+
+
+def _marks(field: Any) -> list[Any]:
+    """What the field's annotation, or one of its alternatives, is marked with."""
+    return [field.metadata, *(getattr(kind, "__metadata__", ()) for kind in getattr(field.annotation, "__args__", ()))]
 
 
 def _fill(node: Any, names: dict[str, str], where: str = "") -> Any:

@@ -1,5 +1,11 @@
 """Errors that people can mend; the command line prints them without a traceback and exits with 2."""
 
+INTERRUPTED = 130  # exit code after Ctrl-C, by the shells' rule 128 + SIGINT
+
+
+class Interrupted(BaseException):
+    """A run that Ctrl-C asked to stop has saved and said so; the command line exits with 130."""
+
 
 class UserError(ValueError):
     """Something outside the program is wrong: the message says what, got, wanted, next.

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_opd.errors import ConfigError
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown fields are errors, and nothing changes after it was read."""
@@ -34,6 +36,13 @@ class ParallelConfig(Section):
     def min_ranks(self) -> int:
         """The number of ranks must be a multiple of this."""
         return self.pp * math.lcm(self.tp * self.cp, self.ep)
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ConfigError unless `ranks` processes can make these groups."""
+        if ranks % self.min_ranks:
+            raise ConfigError(
+                f"{ranks} ranks do not fit tp={self.tp} pp={self.pp} cp={self.cp} ep={self.ep}; start {self.min_ranks} ranks, or a multiple"
+            )
 
     @property
     def token_multiple(self) -> int:

@@ -68,7 +68,7 @@ def _scored(store: str, teacher: str) -> Progress:
 
 
 def _trained(stage: str, config: TrainerConfig) -> Progress:
-    from megatron_opd.train.checkpoint import latest_checkpoint, read_state  # Megatron's import takes seconds
+    from megatron_opd.train.saved import latest_checkpoint, read_state  # torch's import takes seconds
 
     checkpoint = latest_checkpoint(Path(config.output))
     state = read_state(checkpoint) if checkpoint else {}

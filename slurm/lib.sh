@@ -83,12 +83,13 @@ finish() {
 
 # train_job sft|train RECIPE [ARGUMENT...]: on all nodes of the job.
 train_job() {
-    local stage=$1 leader
+    local stage=$1 leader word settings=() per_node=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
     use train
     with_recipe "${@:2}"
+    for word in "${arguments[@]}"; do [[ $word == --* ]] || settings+=("$word"); done # without flags that are for training alone
     say "$stage ${arguments[*]} (restart $restarts)"
     if [[ $restarts == 0 && -z ${OPD_CHECKED:-} ]]; then
-        opd check "${arguments[@]}" --stage "$stage" || finish $?
+        opd check "${arguments[@]}" --stage "$stage" --ranks $((SLURM_NNODES * per_node)) || finish $?
     fi
     # The first node of the list leads: localhost would be another machine on each node.
     leader=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -97,9 +98,9 @@ train_job() {
     export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT PET_SIGNALS_TO_HANDLE=SIGINT # older and newer torchrun
     # shellcheck disable=SC2016  # SLURM_NODEID is a node's own
     run "${srun[@]}" bash -c 'trap "" USR1 TERM; exec torchrun --node-rank="$SLURM_NODEID" "$@"' ranks \
-        --nnodes="$SLURM_NNODES" --nproc-per-node="${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}" --max-restarts=0 \
+        --nnodes="$SLURM_NNODES" --nproc-per-node="$per_node" --max-restarts=0 \
         --master-addr="$leader" --master-port=$((15000 + SLURM_JOB_ID % 10000)) -m megatron_opd "$stage" "${arguments[@]}" || finish $?
-    "${srun[@]}" --nodes=1 --ntasks=1 megatron-opd progress "${arguments[@]}" --stage "$stage" && finish 0
+    "${srun[@]}" --nodes=1 --ntasks=1 megatron-opd progress "${settings[@]}" --stage "$stage" && finish 0
     asked_to_stop && again
     fail "stopped before the last step, and not by Slurm; submit it again to go on"
 }

@@ -51,6 +51,7 @@ from megatron_opd.records import (
 from megatron_opd.train import step as step_module
 from megatron_opd.train.batches import BatchSource, MicroBatch
 from megatron_opd.train.drift import Watch
+from megatron_opd.train.identity import run_identity
 from megatron_opd.train.loop import build_trainee
 from megatron_opd.train.loss import opd_loss
 from megatron_opd.train.metrics import peak_flops
@@ -176,7 +177,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         StoreReader(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=config.token_multiple
     )
     fingerprint = source.reader.manifest.sampler
-    trainee = build_trainee(Readiness(arch, fingerprint, Lineage(), []), config, steps=100, device=device)
+    identity = run_identity(config, source.reader, arch, fingerprint, fingerprint)
+    trainee = build_trainee(Readiness(arch, fingerprint, Lineage(), identity, []), config, steps=100, device=device)
     train_step: Any = partial(step_module.train_step, trainee, arch, LOSS, chunk_tokens=config.chunk_tokens)
     if not ours:
         train_step = partial(reference_step, trainee, arch)

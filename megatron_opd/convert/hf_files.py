@@ -20,6 +20,7 @@ from megatron_opd.lineage import hash_tensors, remember_hashes, tensor_index, wr
 from megatron_opd.records import Lineage
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
+ORIGIN_FILE = "opd_converted.json"
 # What travels with a model besides its weights.
 SIDE_FILES = (
     "config.json",
@@ -73,9 +74,12 @@ def write_hf_directory(
     side_files: Path,
     dtype: torch.dtype,
     lineage: Lineage | None = None,
+    origin: dict[str, Any] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
     """Write a model directory under a temporary name, read it back, then rename. `tensors` may be a generator: one file at a time is held.
+
+    `origin`, what was converted, goes into ORIGIN_FILE.
 
     Raises UserError if `target` holds something already, or if a tensor read back is not the one that was given.
     """
@@ -97,6 +101,8 @@ def write_hf_directory(
             if lineage.sft is not None:
                 write_turns(staging, lineage.sft)
             write_lineage(staging, lineage, for_weights=True)
+        if origin is not None:
+            write_json_atomic(staging / ORIGIN_FILE, origin)
 
 
 def hash_tensor(name: str, tensor: torch.Tensor) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_opd.checksums import NO_CHECKSUMS, check_files
+from megatron_opd.checksums import NO_CHECKSUMS, check_files, content_id
 from megatron_opd.convert.hf_files import write_hf_directory
 from megatron_opd.convert.mcore_files import McoreTensors, pieces_by_layer
+from megatron_opd.cost import provenance
 from megatron_opd.lineage import read_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
+from megatron_opd.train.saved import read_state
 
 HF_FOLDER = "hf"  # inside a checkpoint: config and tokenizer of the model that training started from
 
@@ -33,9 +36,15 @@ def convert_to_hf(checkpoint: Path, target: Path, *, dtype: torch.dtype | None =
         side_files=side_files,
         dtype=out_dtype,
         lineage=lineage,
+        origin={**checkpoint_origin(checkpoint), "dtype": str(out_dtype).removeprefix("torch."), **provenance()},
         max_shard_bytes=max_shard_bytes,
     )
     return target
+
+
+def checkpoint_origin(checkpoint: Path) -> dict[str, Any]:
+    """Who a checkpoint is, for the directory that is made of it: its step and, where checksums were recorded, its content; its path for people."""
+    return {"step": read_state(checkpoint)["step"], "content": content_id(checkpoint), "checkpoint": str(checkpoint.absolute())}
 
 
 def hf_tensors(source: McoreTensors, arch: Architecture, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -35,7 +35,7 @@ def run_demo(model: str, *, run_dir: str | None = None, overrides: list[str]) ->
     folder.mkdir(parents=True, exist_ok=True)
     demo.prepare(folder)
     for stage in _stages(recipe):
-        command = [*stage, *settings] if stage[0] in ("generate", "sft", "rollout", "score", "check", "train", "eval") else stage
+        command = stage if stage[0] == "inspect" else [*stage, *settings]
         print(f"\n$ megatron-opd {' '.join(command)}", flush=True)
         code = _run(command)
         if code:
@@ -47,11 +47,8 @@ def run_demo(model: str, *, run_dir: str | None = None, overrides: list[str]) ->
 
 
 def _stages(recipe: Recipe) -> list[list[str]]:
-    """Subcommands in order; a conversion that was made before is left out, as it refuses to write over anything."""
+    """Subcommands in order."""
     name, folder = recipe.name, recipe.run_dir
-
-    def convert(source: str, target: str) -> list[list[str]]:
-        return [] if (Path(target) / "config.json").exists() else [["convert", "to-hf", source, target]]
 
     def evaluate(label: str, model: str, *options: str) -> list[str]:
         return ["eval", name, f"eval.name={label}", f"eval.model={model!r}", *options]
@@ -59,13 +56,13 @@ def _stages(recipe: Recipe) -> list[list[str]]:
     return [
         ["generate", name],
         ["sft", name],
-        *convert(recipe.sft.output, f"{folder}/sft-hf"),
+        ["convert", "trained", name, "--stage", "sft"],
         ["rollout", name],
         ["score", name],
         ["inspect", recipe.train.store],
         ["check", name],
         ["train", name],
-        *convert(recipe.train.output, f"{folder}/opd-hf"),
+        ["convert", "trained", name],
         evaluate("teacher", recipe.models.teacher),
         evaluate("sft", f"{folder}/sft-hf"),
         evaluate("opd", f"{folder}/opd-hf", "eval.baseline=sft"),

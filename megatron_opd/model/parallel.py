@@ -21,10 +21,7 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
     Raises ConfigError if the world's size is not a multiple of what the groups need.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % parallel.min_ranks:
-        raise ConfigError(
-            f"{world} ranks do not fit tp={parallel.tp} pp={parallel.pp} cp={parallel.cp} ep={parallel.ep}; start {parallel.min_ranks} ranks, or a multiple"
-        )
+    parallel.check_ranks(world)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

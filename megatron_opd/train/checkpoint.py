@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import pickle
 import shutil
@@ -34,51 +33,18 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_opd.checksums import NO_CHECKSUMS, check_files, record_checksums, sum_files, write_part
+from megatron_opd.checksums import NO_CHECKSUMS, check_files, content_id, record_checksums, sum_files, write_part
 from megatron_opd.convert.hf_files import copy_side_files
 from megatron_opd.convert.to_hf import HF_FOLDER
 from megatron_opd.errors import CheckpointError
 from megatron_opd.lineage import write_json_atomic, write_lineage
-from megatron_opd.processes import serve_parent
+from megatron_opd.processes import leave_interrupts_to_parent, serve_parent, signals_held
 from megatron_opd.records import Lineage
 from megatron_opd.train.optim import Trainee, optimizer_parts
+from megatron_opd.train.saved import LATEST, STATE_FILE, STEP_PREFIX, checkpoint_folder, latest_checkpoint, step_name
 
-STATE_FILE = "opd_state.json"
-LATEST = "latest"
-_STEP = "step_"
 # Names that start so are no checkpoints: being written, or being removed.
 _HIDDEN = "."
-
-
-def checkpoint_folder(output: Path) -> Path:
-    return output / "checkpoints"
-
-
-def latest_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None if there is none. Raises CheckpointError if `latest` names what is not there."""
-    folder = checkpoint_folder(output)
-    pointer = folder / LATEST
-    if not pointer.exists():  # a process killed between its first checkpoint and the pointer leaves the folder
-        return max((path for path in folder.glob(f"{_STEP}*") if (path / STATE_FILE).exists()), key=lambda path: path.name, default=None)
-    path = folder / pointer.read_bytes().decode(errors="replace").strip()
-    if not (path / STATE_FILE).exists():
-        raise CheckpointError(
-            f"{pointer} names {path.name}, which is not a whole checkpoint; write the name of another step folder into it"
-        )
-    return path
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Step, data position and the settings that must not change. Raises CheckpointError."""
-    try:
-        state = json.loads((checkpoint / STATE_FILE).read_text())
-        if not isinstance(state.get("step"), int):
-            raise ValueError("it has no step")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: no checkpoint of a run ({STATE_FILE}: {error}); point {LATEST} to another step folder"
-        ) from None
-    return state
 
 
 @dataclass
@@ -148,7 +114,7 @@ class CheckpointWriter:
         name: list[Any] = [None]
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(f"{_HIDDEN}{_STEP}*"):
+            for leftover in folder.glob(f"{_HIDDEN}{STEP_PREFIX}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             # A writer of a killed run may still be at work: it must never write into this save.
             name[0] = f"{_HIDDEN}{step_name(step)}.{uuid.uuid4().hex[:8]}.tmp"
@@ -173,28 +139,25 @@ class CheckpointWriter:
         record_checksums(staging)
         copy_side_files(self.init, staging / HF_FOLDER)
         write_lineage(staging, self.lineage, for_weights=False)
-        write_json_atomic(staging / STATE_FILE, state)
+        write_json_atomic(staging / STATE_FILE, state | {"content": content_id(staging)})
         _remove(folder / step_name(step))
         staging.rename(folder / step_name(step))
         pointer = folder / LATEST
         pointer.with_suffix(".tmp").write_text(step_name(step) + "\n")
         pointer.with_suffix(".tmp").replace(pointer)
         for old in outdated(
-            [int(path.name.removeprefix(_STEP)) for path in folder.glob(f"{_STEP}*")], step, self.keep_last, self.keep_every
+            [int(path.name.removeprefix(STEP_PREFIX)) for path in folder.glob(f"{STEP_PREFIX}*")], step, self.keep_last, self.keep_every
         ):
             _remove(folder / step_name(old))
 
 
 def _write_and_sum(write: Callable[..., None], staging: Path, rank: int, *args: Any) -> None:
     """In a rank's writer process: write the rank's files, then read them back for their checksums; training goes on meanwhile."""
+    leave_interrupts_to_parent()
     gc.disable()  # as Megatron-Core does: the parent's CUDA tensors must not be freed here
     write(rank, *args)
     with contextlib.suppress(OSError):  # a full disk: publishing finds what is lacking
         write_part(staging, rank, sum_files(staging.glob(f"__{rank}_*")))
-
-
-def step_name(step: int) -> str:
-    return f"{_STEP}{step:06d}"
 
 
 def outdated(steps: list[int], saved: int, keep_last: int, keep_every: int | None) -> list[int]:
@@ -226,7 +189,8 @@ def _start_results_queue() -> None:
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(serve_parent, (os.getpid(),))
+        with signals_held():  # while it starts it could not ignore them yet
+            manager.start(serve_parent, (os.getpid(),))
         queue = manager.Queue()
         queue.manager = manager  # pyright: ignore[reportAttributeAccessIssue]  a manager ends with its last reference
         filesystem_async._results_queue = queue  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,11 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from megatron_opd.processes import STOP_SIGNALS, end_with_parent
+from megatron_opd.errors import INTERRUPTED, ConfigError
+from megatron_opd.processes import INTERRUPT, STOP_SIGNALS, end_with_parent
+from megatron_opd.train.stop import STOPPING, ended_at_once, not_started
 
-_LAUNCHED = "OPD_LAUNCHED_BY"
+RANKS_PER_CORE = 4  # started without being asked for, on a CPU
+_LAUNCHED, _TELL = "OPD_LAUNCHED_BY", "OPD_LAUNCHER_PIPE"
+# `-m megatron_opd` would take whatever folder of that name lies where one stands: the ranks run the package that runs here.
+_RANK = "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); from megatron_opd.__main__ import run; sys.exit(run())"
 
 
 def is_rank() -> bool:
@@ -21,54 +27,109 @@ def is_rank() -> bool:
 
 
 def default_ranks(model_parallel: int) -> int:
-    """Ranks to start on this node: one a GPU, or as few as the model-parallel layout needs on a CPU."""
+    """Ranks to start on this node: one a GPU, or as few as the model-parallel layout needs on a CPU.
+
+    Raises ConfigError where these would be many more than there are cores.
+    """
     import torch
 
+    cores = os.cpu_count() or 1
+    if not torch.cuda.is_available() and model_parallel > RANKS_PER_CORE * cores:
+        raise ConfigError(
+            f"the layout takes {model_parallel} ranks, and this machine has no GPU and {cores} cores; run it where the GPUs are, make it smaller, "
+            f"or say --nproc {model_parallel} to start as many here"
+        )
     return torch.cuda.device_count() or model_parallel
 
 
-def launch(arguments: list[str], ranks: int) -> int:
-    """Run `megatron-opd ARGUMENTS` as `ranks` processes of this node; returns the first exit code that is not 0.
+class _Ranks:
+    """The children, and what signals to this process mean for them. SIGINT must be blocked while they are started: they inherit it."""
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on. Should this process be killed, its ranks end too.
-    """
-    environment = os.environ | {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        _LAUNCHED: str(os.getpid()),
-    }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    children = [
-        subprocess.Popen([sys.executable, "-m", "megatron_opd", *arguments], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(ranks)
-    ]
+    def __init__(self, arguments: list[str], ranks: int, output: str):
+        self.output = output
+        self.interrupted = False
+        self.last_words: str | None = None  # of a Ctrl-C that ended the ranks at once
+        self._heard, tell = os.pipe()
+        os.set_blocking(self._heard, False)
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment = os.environ | world | {_LAUNCHED: str(os.getpid()), _TELL: str(tell)}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        command = [sys.executable, "-P", "-c", _RANK, str(Path(__file__).resolve().parents[2]), *arguments]
+        self.children = [
+            subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, pass_fds=[tell])
+            for rank in range(ranks)
+        ]
+        os.close(tell)
 
-    def pass_on(number: int, frame: Any) -> None:
-        for child in children:
+    def pass_on(self, number: int, frame: Any) -> None:
+        for child in self.children:
             if child.poll() is None:
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, signal.SIGINT)}
-    try:
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Ctrl-C asks the ranks to stop; a second one, or one that comes before all of them listen, ends them at once."""
+        if self.interrupted or not self._listen():
+            self.last_words = ended_at_once(self.output) if self.interrupted else not_started(self.output)
+            self.pass_on(signal.SIGKILL, None)
+        else:
+            self.interrupted = True
+            print(f"\n{STOPPING}", file=sys.stderr, flush=True)
+            self.pass_on(INTERRUPT, None)
+
+    def _listen(self) -> bool:
+        try:
+            return os.read(self._heard, 1) != b""
+        except BlockingIOError:
+            return False
+
+    def wait(self) -> int:
+        """The exit code: the first that is not 0, once one has failed or all have ended."""
         while True:
-            codes = [child.poll() for child in children]
-            failed = [code for code in codes if code]
-            if failed:
+            codes = [child.poll() for child in self.children]
+            if self.last_words is not None:
+                print(f"\n{self.last_words}", file=sys.stderr, flush=True)
+                return INTERRUPTED
+            if any(code not in (None, 0, INTERRUPTED) for code in codes):
                 time.sleep(1)  # let the others say what they have to say
-                return next(
-                    (code for code in (child.poll() for child in children) if code == 2), failed[0] if failed[0] > 0 else 128 - failed[0]
-                )
-            if all(code == 0 for code in codes):
-                return 0
+                codes = [code for child in self.children if (code := child.poll())]
+                code = 2 if 2 in codes else codes[0]
+                return code if code > 0 else 128 - code
+            if None not in codes:
+                return max(code or 0 for code in codes)
             time.sleep(0.1)
-    finally:
-        for child in children:
+
+    def end(self) -> None:
+        for child in self.children:
             if child.poll() is None:
                 child.kill()  # the others wait in a collective; what counts is on disk
             child.wait()
+        os.close(self._heard)
+
+
+def launch(arguments: list[str], ranks: int, output: str) -> int:
+    """Run `megatron-opd ARGUMENTS`, a training that writes to `output`, as `ranks` processes of this node; returns their exit code.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on. Should this process be killed, its ranks end too.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    started = _Ranks(arguments, ranks, output)
+    before = {number: signal.signal(number, started.pass_on) for number in STOP_SIGNALS}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, started.interrupt)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        return started.wait()
+    finally:
+        started.end()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def tell_launcher() -> None:
+    """In a rank of ours: all of them listen to Ctrl-C from now on."""
+    if (pipe := os.environ.pop(_TELL, None)) is not None:
+        if os.environ["RANK"] == "0":
+            os.write(int(pipe), b"!")
+        os.close(int(pipe))
 
 
 def end_with_launcher() -> None:

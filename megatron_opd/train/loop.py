@@ -17,37 +17,43 @@ from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.cost import StageCost, open_meter, provenance
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
-from megatron_opd.errors import UserError
+from megatron_opd.errors import Interrupted, UserError
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
 from megatron_opd.train.batches import BatchSource, MicroBatch
-from megatron_opd.train.checkpoint import LATEST, CheckpointWriter, checkpoint_folder, latest_checkpoint, load_checkpoint, read_state
+from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_opd.train.drift import DriftRule, Watch, advice
+from megatron_opd.train.identity import Resumption, plan_resume
+from megatron_opd.train.launch import tell_launcher
 from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
 from megatron_opd.train.metrics import MetricsLog, ResourceMeter, StepFacts, console_line, step_row
 from megatron_opd.train.optim import Trainee, make_trainee
-from megatron_opd.train.readiness import Readiness, check_sft, check_train
-from megatron_opd.train.resume import OutputLock, changes, check_fixed, fixed_settings, free_settings
+from megatron_opd.train.readiness import Readiness, check_stage
+from megatron_opd.train.resume import OutputLock, write_history
+from megatron_opd.train.saved import LATEST, checkpoint_folder
 from megatron_opd.train.step import StepResult, train_step
 from megatron_opd.train.stop import StopRequest
 
 T = TypeVar("T")
 
 
-def run_sft(recipe: Recipe) -> Path | None:
-    """Fine-tune the base student on the teacher's answers. Returns the last checkpoint."""
-    return _run(recipe, "sft", recipe.sft, lambda: check_sft(recipe.sft), sft_loss, sequence_mean=False, teacher=None)
+def run_sft(recipe: Recipe, *, allow_changes: bool = False) -> Path | None:
+    """Fine-tune the base student on the teacher's answers. Returns the last checkpoint. Raises UserError, Interrupted."""
+    return _run(recipe, "sft", recipe.sft, sft_loss, allow_changes=allow_changes, sequence_mean=False, teacher=None)
 
 
-def run_train(recipe: Recipe) -> Path | None:
-    """Distil on scored rollouts. Returns the last checkpoint."""
+def run_train(recipe: Recipe, *, allow_changes: bool = False) -> Path | None:
+    """Distil on scored rollouts. Returns the last checkpoint. Raises UserError, Interrupted.
+
+    `allow_changes`: a run that was begun with another objective may go on with this one, which is recorded.
+    """
     stage = recipe.train
     return _run(
         recipe,
         "train",
         stage,
-        lambda: check_train(stage),
         make_loss(stage.loss),
+        allow_changes=allow_changes,
         sequence_mean=stage.loss.normalization == "sequence",
         teacher=stage.teacher,
         topk=stage.loss.needs_topk,
@@ -58,9 +64,9 @@ def _run(
     recipe: Recipe,
     name: str,
     config: TrainerConfig,
-    check: Callable[[], Readiness],
     loss: LossFunction,
     *,
+    allow_changes: bool,
     sequence_mean: bool,
     teacher: str | None,
     topk: bool = False,
@@ -69,7 +75,7 @@ def _run(
         parallel.make_deterministic()
     device = parallel.start(config.parallel, seed=config.seed)
     stop = StopRequest(Path(config.output))
-    ready = on_first_rank(check)
+    ready = on_first_rank(lambda: check_stage(recipe, name))
     source = BatchSource(
         reader=StoreReader(config.store, teacher=teacher),
         config=config,
@@ -83,14 +89,17 @@ def _run(
         quadratic_cost=ready.arch.train_flops(0, 1) / ready.arch.train_flops(1, 0),
     )
     steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
-    job = Job(name, recipe, config, Path(config.output), ready, source, steps, device, fixed=fixed_settings(config, source))
-    lock = OutputLock(job.output)
+    lock = OutputLock(Path(config.output))
     on_first_rank(lock.acquire)
+    going = on_first_rank(lambda: plan_resume(name, config, ready.identity, allow_changes=allow_changes))
+    job = Job(name, recipe, config, Path(config.output), ready, going, source, steps, device)
     say(describe(job))
-    for note in ready.notes:
+    for note in (*ready.notes, *(f"WARNING: {override}" for override in going.overrides)):
         say(note)
     trainee = build_trainee(ready, config, steps=steps, device=device)
     progress = resume(job, trainee)
+    stop.listen_to_interrupts()
+    tell_launcher()
     meter = open_meter([f"GPU-{torch.cuda.get_device_properties(device).uuid}"]) if device.type == "cuda" else None
     with (
         StageCost(recipe.run_dir, name, num_gpus=dist.get_world_size() if device.type == "cuda" else 0, meter=meter)
@@ -101,6 +110,8 @@ def _run(
     stop.close()
     parallel.stop()
     lock.release()
+    if stop.interrupted and progress.step < steps:
+        raise Interrupted
     return checkpoint
 
 
@@ -113,10 +124,10 @@ class Job:
     config: TrainerConfig
     output: Path
     ready: Readiness
+    going: Resumption
     source: BatchSource
     steps: int
     device: torch.device
-    fixed: dict[str, Any]
 
     @property
     def drift(self) -> DriftConfig:
@@ -139,7 +150,7 @@ class Progress:
     def state(self, job: Job) -> dict[str, Any]:
         counts = {key: value for key, value in vars(self).items() if key != "step"}
         consumed = self.step * job.config.global_batch
-        settings = {"fixed": job.fixed, "settings": free_settings(job.config)}
+        settings = job.ready.identity.state() | {"overrides": job.going.overrides}
         return {"step": self.step, "steps": job.steps, "consumed_rollouts": consumed, **settings, **counts, **provenance()}
 
 
@@ -149,12 +160,12 @@ def train(
     """The loop: batch, step, report, save. Returns the last checkpoint, None if it was stopped before there was one."""
     config, watch = job.config, Watch(job.drift.ratio)
     drift = DriftRule(job.drift, progress.beyond_drift_limit)
-    log = start_files(job, progress.step)
-    writer = CheckpointWriter(
-        job.output, config.init, job.ready.lineage, config.keep_last, config.keep_every, asynchronous=config.async_save
-    )
-    checkpoint, saved = latest_checkpoint(job.output), progress.step
+    overrides = [*job.ready.lineage.overrides, *job.going.overrides]
+    lineage = job.ready.lineage.model_copy(update={"overrides": overrides})
+    writer = CheckpointWriter(job.output, config.init, lineage, config.keep_last, config.keep_every, asynchronous=config.async_save)
+    checkpoint, saved = job.going.checkpoint, progress.step
     stopping, too_far = stop.requested(), None
+    log = open_log(job) if progress.step < job.steps and not stopping else None
     while progress.step < job.steps and not stopping:
         step, start = progress.step, time.perf_counter()
         micro_batches = read_step(job, step)
@@ -162,6 +173,8 @@ def train(
         result = train_step(
             trainee, job.ready.arch, loss, micro_batches, seed=config.seed + step, chunk_tokens=config.chunk_tokens, watch=watch
         )
+        if step == job.going.step and dist.get_rank() == 0:  # a start that comes to no step leaves the folder as it was
+            start_files(job)
         facts = step_facts(job, step, len(micro_batches), seconds=time.perf_counter() - start, data_seconds=data_seconds)
         row = step_row(result, facts, resources.read(facts.seconds))
         report(job, row, log)
@@ -209,17 +222,18 @@ def read_step(job: Job, step: int) -> list[MicroBatch]:
         raise
 
 
-def start_files(job: Job, first_step: int) -> MetricsLog | None:
-    """On the first rank: write the resolved recipe and open the metrics, without those of steps that will be made again."""
-
-    def start() -> MetricsLog:
-        job.output.mkdir(parents=True, exist_ok=True)
-        (job.output / "recipe.toml").write_text(job.recipe.to_toml())
-        return MetricsLog(job.output, job.config, first_step=first_step, settings=job.recipe.model_dump())
-
+def open_log(job: Job) -> MetricsLog | None:
+    """On the first rank, where steps are logged; rows of steps that will be made again are cut when the first of them is."""
     box: list[MetricsLog] = []
-    on_first_rank(lambda: box.append(start()))
+    settings = job.recipe.model_dump()
+    on_first_rank(lambda: box.append(MetricsLog(job.output, job.config, first_step=job.going.step, settings=settings)))
     return box[0] if box else None
+
+
+def start_files(job: Job) -> None:
+    """Write down what the steps from here on are made with: the resolved recipe, and what of it changed."""
+    (job.output / "recipe.toml").write_text(job.recipe.to_toml())
+    write_history(job.output, job.going)
 
 
 def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device: torch.device) -> Trainee:
@@ -242,19 +256,21 @@ def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device
 
 
 def resume(job: Job, trainee: Trainee) -> Progress:
-    """Load the run's last checkpoint if it has one. Raises CheckpointError for another run's."""
-    checkpoint = latest_checkpoint(job.output)
-    if checkpoint is None:
+    """Load the run's last checkpoint if it has one. Raises CheckpointError."""
+    going = job.going
+    if going.checkpoint is None:
         return Progress()
-    state = read_state(checkpoint)
-    check_fixed(checkpoint, state, job.fixed, job.config.store)
-    load_checkpoint(checkpoint, trainee)
-    progress = Progress(**{field.name: int(state.get(field.name, 0)) for field in fields(Progress)})
+    load_checkpoint(going.checkpoint, trainee)
+    progress = Progress(**{field.name: int(going.state.get(field.name, 0)) for field in fields(Progress)})
     if progress.step:
         trainee.scheduler.step(increment=progress.step)
-    say(f"{job.name}: going on after step {progress.step} from {checkpoint}")
-    if changed := changes(state.get("settings", {}), free_settings(job.config)):
-        say(f"{job.name}: settings that were others before: {', '.join(changed)}")
+    say(f"{job.name}: going on after step {progress.step} from {going.checkpoint}")
+    if going.unrecorded:
+        say(
+            f"{job.name}: an older version wrote it and did not record {', '.join(going.unrecorded)}: that these are as they were is not checked"
+        )
+    if going.settings:
+        say(f"{job.name}: settings that were others before: {', '.join(going.settings)}")
     if progress.step > job.steps:
         say(f"{job.name}: that is past the {job.steps} steps asked for: nothing to do")
     return progress

@@ -154,16 +154,20 @@ class MetricsLog:
     """Where rows go, on the first rank: metrics.jsonl always, TensorBoard (output/tensorboard) and W&B on request."""
 
     def __init__(self, output: Path, config: TrainerConfig, *, first_step: int, settings: dict[str, Any]):
-        """Rows after `first_step` are those of steps that will be made again: they are cut. Raises UserError for a missing package."""
-        self.path = output / "metrics.jsonl"
+        """Rows after `first_step` are those of steps that will be made again: the first `write` cuts them. Raises UserError for a missing package."""
+        self.path, self._cut_after = output / "metrics.jsonl", first_step
+        self._is_cut = False
         self._sinks: list[Any] = []
-        write_jsonl(self.path, [row for row in read_jsonl(self.path) if isinstance(row.get("step"), int) and row["step"] <= first_step])
         if "tensorboard" in config.loggers:
             self._sinks.append(_TensorBoard(output / "tensorboard", first_step))
         if "wandb" in config.loggers:
             self._sinks.append(_WandB(output, config.wandb_project, settings))
 
     def write(self, row: dict[str, Any]) -> None:
+        if not self._is_cut:
+            rows = read_jsonl(self.path)
+            write_jsonl(self.path, [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= self._cut_after])
+            self._is_cut = True
         append_jsonl(self.path, row)
         scalars = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for sink in self._sinks:
@@ -180,15 +184,18 @@ class _TensorBoard:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
             raise UserError("loggers has 'tensorboard', which is not installed; pip install tensorboard, or take it out") from None
-        self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._open = lambda: SummaryWriter(str(folder), purge_step=first_step + 1)
+        self.writer: Any = None
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
+        self.writer = self.writer or self._open()
         for key, value in scalars.items():
             self.writer.add_scalar(key, value, step)
         self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class _WandB:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_opd.config import SftStage, TrainerConfig, TrainStage
+from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
 from megatron_opd.data.calibration import check_calibration
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
-from megatron_opd.errors import LineageError, StoreError, UserError
+from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
 from megatron_opd.train.batches import check_lengths
 from megatron_opd.train.endings import check_endings, sft_facts
+from megatron_opd.train.identity import RunIdentity, plan_resume, run_identity
 from megatron_opd.turns import check_stored_format, own_stop_ids
 
 
@@ -24,15 +26,48 @@ class Readiness:
     arch: Architecture
     init: ModelFingerprint
     lineage: Lineage
+    identity: RunIdentity
     notes: list[str]
 
 
-def check_sft(stage: SftStage) -> Readiness:
-    """Raises UserError unless the base student can be fine-tuned on this store of teacher answers."""
+def check_stage(recipe: Recipe, name: str) -> Readiness:
+    """`check_sft` or `check_train`, with the teacher that the recipe names. Raises UserError."""
+    if name == "sft":
+        return check_sft(recipe.sft, recipe.generate.model if recipe.generate else recipe.models.teacher)
+    return check_train(recipe.train, recipe.score)
+
+
+def check_start(recipe: Recipe, name: str, *, ranks: int | None = None, allow_changes: bool = False) -> Readiness:
+    """All that `ranks` processes would refuse of stage `name` once they are up, a run in its output folder included. Raises UserError."""
+    config: TrainerConfig = getattr(recipe, name)
+    if ranks is not None:
+        check_ranks(config, name, ranks)
+    ready = check_stage(recipe, name)
+    plan_resume(name, config, ready.identity, allow_changes=allow_changes)
+    return ready
+
+
+def check_ranks(config: TrainerConfig, name: str, ranks: int) -> None:
+    """Raise ConfigError unless `ranks` processes can make the groups of parallelism, each data-parallel one with a rollout a step."""
+    p = config.parallel
+    try:
+        p.check_ranks(ranks)
+    except ConfigError as error:
+        raise ConfigError(f"{name}.parallel: {error}") from None
+    if config.global_batch < (dp := ranks // (p.tp * p.pp * p.cp)):
+        raise ConfigError(
+            f"{name}.global_batch = {config.global_batch} is smaller than {dp} data-parallel ranks; raise it, or start fewer ranks"
+        )
+
+
+def check_sft(stage: SftStage, teacher_model: str | None = None) -> Readiness:
+    """Raises UserError unless the base student can be fine-tuned on this store of teacher answers, by the model in `teacher_model`."""
     reader, arch, init = _check_common("sft", stage)
     if reader.manifest.sampler_role != "teacher":
         raise StoreError(f"{stage.store}: rollouts of a student; SFT needs teacher answers (megatron-opd generate)")
     teacher = reader.manifest.sampler
+    remedy = "name that one (generate.model=DIR, or models.teacher=DIR), or generate into another store (generate.store=..., sft.store=...)"
+    compared = _compare_teacher(teacher_model, teacher, f"{stage.store} holds answers of", remedy)
     earlier = read_lineage(stage.init) or Lineage()
     overrides = list(earlier.overrides)
     if earlier.sft_teacher is not None and not same_model(earlier.sft_teacher, teacher):
@@ -40,11 +75,15 @@ def check_sft(stage: SftStage) -> Readiness:
     overrides += check_endings(reader, set(own_stop_ids(stage.init)), None, allow=stage.allow_stop_mismatch)
     facts = sft_facts(reader)
     lineage = Lineage(base=init, sft_teacher=teacher, sft=facts, overrides=overrides)
-    return Readiness(arch, init, lineage, [*_notes(reader, overrides), _describe_endings(facts)])
+    notes = [*_notes(reader, overrides), *compared, _describe_endings(facts)]
+    return Readiness(arch, init, lineage, run_identity(stage, reader, arch, init, teacher), notes)
 
 
-def check_train(stage: TrainStage) -> Readiness:
-    """Raises UserError unless the student can be distilled on this store: right student, right teacher, every score there."""
+def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readiness:
+    """Raises UserError unless the student can be distilled on this store: right student, right teacher, every score there.
+
+    `scoring`: the recipe's section that says which model scores.
+    """
     reader, arch, init = _check_common("train", stage, teacher=stage.teacher)
     manifest = reader.manifest
     if manifest.sampler_role != "student":
@@ -64,6 +103,12 @@ def check_train(stage: TrainStage) -> Readiness:
     overrides = [*lineage.overrides, *(text for text in endings if text not in lineage.overrides)]
     records = [record for part in reader.parts if (record := reader.score_manifest(part, stage.teacher))]
     teacher = records[0].teacher
+    if other := next((record for record in records if not same_model(record.teacher, teacher)), None):
+        raise StoreError(
+            f"{stage.store}: teacher {stage.teacher!r} of part {records[0].part} is {teacher.short()}, of part {other.part} {other.teacher.short()} "
+            "(weights, or table of tokens); delete the odd parts' scores and score again"
+        )
+    compared = _compare_scorer(stage, scoring, teacher)
     check_same_tokenizer(manifest.sampler, teacher)
     allowed = stage.allow_teacher_mismatch or any(record.allow_teacher_mismatch for record in records)
     override = check_teacher(lineage, teacher, allow_mismatch=allowed)
@@ -71,7 +116,37 @@ def check_train(stage: TrainStage) -> Readiness:
         overrides.append(override)
     lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
     noise = check_calibration(reader.location, teacher.weights_sha256, stage.max_engine_gap)
-    return Readiness(arch, init, lineage, [*_notes(reader, overrides), noise])
+    identity = run_identity(stage, reader, arch, init, teacher)
+    return Readiness(arch, init, lineage, identity, [*_notes(reader, overrides), *compared, noise])
+
+
+def _compare_scorer(stage: TrainStage, scoring: ScoreStage | None, teacher: ModelFingerprint) -> list[str]:
+    """As `_compare_teacher`, for the model that [score] names."""
+    if scoring is not None and scoring.teacher != stage.teacher:
+        return [
+            f"train.teacher = {stage.teacher!r} is {teacher.short()}; the recipe's score.model is for score.teacher = {scoring.teacher!r}, and not compared"
+        ]
+    remedy = "name that one (score.model=DIR, or models.teacher=DIR), or score with this one under another name (score.teacher=NAME train.teacher=NAME)"
+    return _compare_teacher(scoring.model if scoring else None, teacher, f"{stage.store}: teacher {stage.teacher!r} is", remedy)
+
+
+def _compare_teacher(directory: str | None, teacher: ModelFingerprint, recorded: str, remedy: str) -> list[str]:
+    """What to say where the recipe's teacher can't be compared with the one on record. Raises LineageError where it is another model."""
+    if directory is None:
+        return []
+    if not Path(directory).exists():
+        return [f"{recorded} {teacher.short()}; the recipe's teacher {directory} is not on this machine, and not compared"]
+    try:
+        own = fingerprint_model(directory)
+    except UserError as error:
+        return [f"{recorded} {teacher.short()}; the recipe's teacher is not compared: {error}"]
+    if not same_model(own, teacher):
+        tokens = f", tables of tokens {own.tokenizer.vocab_sha256[:12]} and {teacher.tokenizer.vocab_sha256[:12]}"
+        raise LineageError(
+            f"{recorded} {teacher.short()}, but the recipe's teacher {directory} is now {own.short()}"
+            f"{tokens if own.weights_sha256 == teacher.weights_sha256 else ''}; {remedy}"
+        )
+    return []
 
 
 def _describe_endings(facts: SftFacts) -> str:

@@ -1,73 +1,32 @@
-"""Going on with a run: what must be as it was, what may change and is said, and that one run at a time writes to its folder."""
+"""A run's folder: one run at a time writes to it, and what a resume changed is written down there."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.config import TrainerConfig
-from megatron_opd.data.store import StoreReader
-from megatron_opd.errors import CheckpointError, UserError
-from megatron_opd.train.batches import BatchSource
+from megatron_opd.cost import read_jsonl, write_jsonl
+from megatron_opd.errors import UserError
+from megatron_opd.train.identity import Resumption
 
 LOCK_FILE = ".lock"
+HISTORY_FILE = "history.jsonl"
 _LOCK_SECONDS = 60.0  # a run that was asked to stop may still be saving when its successor starts
-# Settings that decide which rollouts are in which step, and the one that decides how the optimizer's state is laid out.
-_FIXED = ("seed", "global_batch", "max_response_tokens", "teacher", "distributed_optimizer")
-_PATHS = {"init", "store", "output", "allow_incomplete", "allow_teacher_mismatch", "allow_stop_mismatch"}
 
 
-def fixed_settings(config: TrainerConfig, source: BatchSource) -> dict[str, Any]:
-    """What can't change between a run and its resume, for the checkpoint; data are known by their content, wherever they lie."""
-    settings = {key: getattr(config, key) for key in _FIXED if hasattr(config, key)}
-    return settings | {"num_rollouts": len(source.reader), "store": content_of(source.reader, source.teacher)}
-
-
-def content_of(reader: StoreReader, teacher: str | None) -> str:
-    """Hash of the checksums of a store's arrays, with those of `teacher`'s scores."""
-    sums = []
-    for part in sorted(reader.parts):
-        record = reader.score_manifest(part, teacher) if teacher else None
-        sums.append([part, reader.parts[part].crc32c, record.crc32c if record else {}])
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def free_settings(config: TrainerConfig) -> dict[str, Any]:
-    """What may change, for the checkpoint: so that a resumed run can say what did."""
-    return config.model_dump(mode="json", exclude=_PATHS | set(_FIXED))
-
-
-def check_fixed(checkpoint: Path, state: dict[str, Any], now: dict[str, Any], store: str) -> None:
-    """Raise CheckpointError if a checkpoint's state is of a run with other data or another layout of the optimizer's state."""
-    before = state.get("fixed")
-    if not isinstance(before, dict):
-        raise CheckpointError(
-            f"{checkpoint}: its state has no field 'fixed'; point 'latest' to another step folder, or take another output"
-        )
-    for key, value in now.items():
-        if before.get(key) != value:
-            what = f"{key} = {before.get(key)!r}, now {value!r}"
-            if key == "store":
-                what = f"other rollouts or scores than {store} has now"
-            raise CheckpointError(f"{checkpoint}: made with {what}; a resumed run can't change that: use it as it was, or another output")
-
-
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """'lr 0.001 -> 1e-05' for each setting that is not what it was."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} {old} -> {new}")
-    return found
+def write_history(output: Path, going: Resumption) -> None:
+    """Put what changed at this resume, with its step, into the folder's history; rows of steps that are made again are cut first."""
+    path = output / HISTORY_FILE
+    rows = [row for row in read_jsonl(path) if isinstance(row.get("after_step"), int) and row["after_step"] < going.step]
+    changed = {key: found for key, found in (("objective", going.new), ("settings", going.settings)) if found}
+    if changed:
+        rows.append({"after_step": going.step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **changed})
+    if rows or path.exists():
+        write_jsonl(path, rows)
 
 
 class OutputLock:

@@ -115,7 +115,10 @@ def test_a_wrong_teacher_and_going_on_with_it(work: Workplace) -> None:
     assert record is not None
     assert record.allow_teacher_mismatch
     # It is in the store for good: every later stage says so without being asked.
-    assert "WARNING: teacher mismatch allowed" in work.run("check")
+    assert "WARNING: teacher mismatch allowed" in work.run("check", f"score.model={work.path('other')}")
+    message = work.refused("check")
+    assert "teacher 'teacher' is other (" in message
+    assert f"but the recipe's teacher {work.path('teacher')} is now teacher (" in message
     assert main(["inspect", str(work.store)]) == 0
     assert work.capsys is not None
     assert "TEACHER MISMATCH ALLOWED" in work.capsys.readouterr().out

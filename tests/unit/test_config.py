@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from megatron_opd.cli import build_parser
 from megatron_opd.config import Recipe, apply_overrides, build_recipe, load_recipe, parse_override, require, shipped_recipes
 from megatron_opd.errors import ConfigError
 
@@ -234,3 +235,80 @@ def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"broken.toml: not TOML: .+"):
         load_recipe(str(path))
+
+
+def test_paths_are_expanded_once_and_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Home and variables, in every path field; a placeholder of an expanded path is expanded too; a variable's value is taken as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/$ODD")
+    recipe = load_recipe(
+        "tiny",
+        [
+            "run_dir=~/runs/x",
+            "models.teacher=${SCRATCH}/teacher",
+            "train.store=s3://bucket/~/a",
+            "rollout.sft_teacher=$HOME/t",
+            "eval.teacher=~/e",
+        ],
+    )
+    assert recipe.run_dir == "/home/me/runs/x"
+    assert (recipe.sft.store, recipe.train.output) == ("/home/me/runs/x/sft.opd.zarr", "/home/me/runs/x/opd")
+    assert recipe.score.model == recipe.models.teacher == "/scratch/$ODD/teacher"
+    assert recipe.train.store == "s3://bucket/~/a"
+    assert recipe.rollout is not None
+    assert recipe.eval is not None
+    assert (recipe.rollout.sft_teacher, recipe.eval.teacher) == ("/home/me/t", "/home/me/e")
+    assert load_recipe("tiny", ["eval.teacher=none"]).eval.teacher is None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def path_fields() -> list[str]:
+    """Every text field that means a place on a disk, by its name."""
+    recipe = load_recipe("tiny", ["rollout.sft_teacher=x", "eval.baseline=b"])
+    found = []
+    for section in ("generate", "sft", "rollout", "score", "train", "eval", "models"):
+        for name in type(getattr(recipe, section)).model_fields:
+            is_path = name in ("model", "prompts", "store", "output", "init", "sft_teacher", "student")
+            if is_path or (name == "teacher" and section in ("eval", "models")):
+                found.append(f"{section}.{name}")
+    return [*found, "run_dir"]
+
+
+@pytest.mark.parametrize("field", path_fields())
+def test_a_path_that_can_not_be_expanded_is_named(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNSET", raising=False)
+    with pytest.raises(
+        ConfigError, match=rf"^{re.escape(field)}: the environment variable \$\{{UNSET\}} is not set \(got '\$\{{UNSET\}}/x'\)$"
+    ):
+        load_recipe("tiny", [f"{field}=${{UNSET}}/x"])
+    with pytest.raises(ConfigError, match=rf"^{re.escape(field)}: no home directory is known for ~nobody-of-that-name "):
+        load_recipe("tiny", [f"{field}=~nobody-of-that-name/x"])
+
+
+def test_what_is_no_path_keeps_its_signs() -> None:
+    recipe = load_recipe("tiny", ["rollout.encoding.system=~ costs $UNSET", 'engine.launch.options=["--x=$UNSET"]', "run_dir=a$/b~"])
+    assert recipe.rollout is not None
+    assert recipe.rollout.encoding.system == "~ costs $UNSET"
+    assert recipe.engine.launch is not None
+    assert recipe.engine.launch.options == ["--x=$UNSET"]
+    assert recipe.run_dir == "a$/b~"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "PATH"],
+        ["convert", "to-hf", "PATH", "x"],
+        ["convert", "to-mcore", "x", "PATH"],
+        ["report", "PATH"],
+        ["demo", "--run-dir", "PATH"],
+    ],
+)
+def test_paths_of_the_command_line(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    args = build_parser().parse_args([word.replace("PATH", "~/runs") for word in words])
+    assert any(value in ("/home/me/runs", ["/home/me/runs"]) for value in vars(args).values())
+    monkeypatch.delenv("UNSET", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([word.replace("PATH", "$UNSET/runs") for word in words])
+    assert ended.value.code == 2
+    assert "the environment variable $UNSET is not set" in capsys.readouterr().err

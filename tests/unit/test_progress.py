@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,20 +65,37 @@ def test_an_unfinished_run_is_not_converted(inputs: list[str], tmp_path: Path, c
     assert "3 of 4 steps" in capsys.readouterr().err
 
 
-def test_a_converted_model_is_left_alone_and_an_outdated_one_is_named(
+def test_a_directory_that_is_of_no_known_checkpoint_is_compared_by_its_weights(
     inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_checkpoint(tmp_path / "sft", 4)
-    config = tmp_path / "sft-hf/config.json"
-    config.parent.mkdir()
-    config.write_text("{}")
+    """What an older version converted, and a model that somebody put there."""
+    checkpoint = tmp_path / "sft/checkpoints/step_000004"
+    student, teacher = (Path(inputs[number].split("'")[1]) for number in (2, 1))
+    assert main(["convert", "to-mcore", str(student), str(checkpoint)]) == 0
+    state = json.loads((checkpoint / "opd_state.json").read_text())
+    (checkpoint / "opd_state.json").write_text(json.dumps(state | {"step": 4}))
     command = ["convert", "trained", *inputs, f"run_dir={str(tmp_path)!r}", "sft.steps=4", "--stage", "sft"]
+    target = tmp_path / "sft-hf"
+    shutil.copytree(student, target)
     assert main(command) == 0
-    assert "is there already" in capsys.readouterr().out
-    os.utime(config, (1, 1))
+    assert "is there already, of step 4" in capsys.readouterr().out
+    shutil.rmtree(target)
+    shutil.copytree(teacher, target)
     assert main(command) == 2
-    assert "is older than" in capsys.readouterr().err
-    assert config.read_text() == "{}"
+    assert "made of another model, it is not recorded which, but the latest checkpoint" in capsys.readouterr().err
+    assert not (target / "opd_converted.json").exists()
+    (target / "opd_converted.json").write_text("[]")
+    assert main(command) == 2
+    assert "opd_converted.json can't be read" in capsys.readouterr().err
+
+
+def test_a_layout_that_the_ranks_do_not_fit(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["train.parallel.tp=2", "train.parallel.pp=2"]
+    assert main(["check", *inputs, *layout, "--stage", "inputs", "--ranks", "4"]) == 0
+    assert main(["check", *inputs, *layout, "--stage", "inputs", "--ranks", "6"]) == 2
+    assert "train.parallel: 6 ranks do not fit tp=2 pp=2 cp=1 ep=1; start 4 ranks, or a multiple" in capsys.readouterr().err
+    assert main(["check", *inputs, *layout, "--ranks", "6"]) == 2
+    assert "train.parallel: 6 ranks" in capsys.readouterr().err, "before the store is looked for"
 
 
 def test_check_of_the_inputs_names_what_is_missing(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
