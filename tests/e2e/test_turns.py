@@ -143,6 +143,7 @@ def test_another_template_is_refused_or_recorded(run: Run, tmp_path: Path, capsy
     (student / "chat_template.jinja").write_text(CHATML)
     changes = [f"rollout.model={str(student)!r}", f"rollout.store={str(tmp_path / 'store.opd.zarr')!r}", f"train.init={str(student)!r}"]
     changes += [f"{stage}.store={str(tmp_path / 'store.opd.zarr')!r}" for stage in ("score", "train")]
+    changes += [f"train.output={str(tmp_path / 'opd')!r}"]
     run.here("rollout", "tiny", *changes, code=2)
     message = capsys.readouterr().err
     assert "its chat template is not the one that wrote the prompts of the SFT answers" in message
