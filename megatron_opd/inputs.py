@@ -10,10 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_opd.config import Recipe
+from megatron_opd.convert.source import check_served, open_source
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import check_same_tokenizer, fingerprint_model
+from megatron_opd.hf_config import refuse_quantised, remote_code
+from megatron_opd.lineage import fingerprint_model
 from megatron_opd.model.architecture import read_architecture
+from megatron_opd.records import ModelFingerprint
+from megatron_opd.serve.engine import SERVE_QUANTISED, uses_sglang
+from megatron_opd.tokenizer import check_rows, check_same_tokenizer, load_tokenizer
 
 T = TypeVar("T")
 
@@ -30,7 +35,8 @@ class Findings:
         try:
             return check(*args, **options)
         except UserError as error:
-            self.faults.append(str(error))
+            if str(error) not in self.faults:  # two checks may meet the same one
+                self.faults.append(str(error))
             return None
 
 
@@ -47,14 +53,31 @@ def _check_models(recipe: Recipe, found: Findings) -> None:
     if arch is not None:
         for name, stage in (("sft", recipe.sft), ("train", recipe.train)):
             found.attempt(arch.check_stage, stage, name)
-    student = found.attempt(fingerprint_model, recipe.models.student)
-    teacher = found.attempt(fingerprint_model, recipe.models.teacher)
+        found.attempt(open_source, recipe.models.student, arch)
+    if not uses_sglang(recipe.engine):
+        found.attempt(refuse_quantised, recipe.models.teacher, "engine 'transformers'", SERVE_QUANTISED)
+    found.attempt(check_served, recipe.models.teacher)
+    student = _fingerprint(recipe.models.student, "student", found)
+    teacher = _fingerprint(recipe.models.teacher, "teacher", found)
     if student is not None and arch is not None:
         found.lines.append(f"student: {student.short()}, {arch.num_parameters / 1e9:.2f} billion parameters")
     if teacher is not None:
         found.lines.append(f"teacher: {teacher.short()}")
-    if student is not None and teacher is not None:
-        found.attempt(check_same_tokenizer, student, teacher)
+    if student is not None and teacher is not None and (foreign := found.attempt(check_same_tokenizer, student, teacher)):
+        tokens = ", ".join(f"{token!r} ({number})" for number, token in sorted(foreign.items())[:5])
+        found.lines.append(f"tokenizers: {len(foreign)} added tokens are known to one model alone and must not occur in the data: {tokens}")
+
+
+def _fingerprint(directory: str, name: str, found: Findings) -> ModelFingerprint | None:
+    """The model's fingerprint, with what its files say aloud; of one without sound weights, the tokenizer is looked at all the same."""
+    if (code := found.attempt(remote_code, directory)) is not None:
+        found.lines.append(f"{name}: {code}")
+    fingerprint = found.attempt(fingerprint_model, directory)
+    if fingerprint is None:
+        found.attempt(load_tokenizer, directory)
+    else:
+        found.attempt(check_rows, fingerprint)
+    return fingerprint
 
 
 def _check_prompts(recipe: Recipe, found: Findings) -> None:

@@ -161,7 +161,7 @@ def test_a_config_that_makes_no_sense_is_named(tmp_path: Path, capsys: pytest.Ca
     assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 2
     error = capsys.readouterr().err
     assert f"{model}/config.json" in error
-    assert {"rope_scaling": "rope_scaling" if value == 3 else "factor", "architectures": "architecture 3"}.get(
+    assert {"rope_scaling": "rope_scaling" if value == 3 else "factor", "architectures": "architectures is 3"}.get(
         field, f"{field} = {value!r}"
     ) in error
 
