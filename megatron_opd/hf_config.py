@@ -21,6 +21,7 @@ MODEL_TYPES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 DEFAULT_THETA = 10000.0  # of these architectures, in transformers 4 and 5 alike
+EXPERT_FIELDS = ("num_experts", "num_local_experts")  # of version 4 and of version 5
 ADAPTER_CONFIG = "adapter_config.json"
 # Files that quantisers leave beside config.json, and the field that names their work in it.
 _QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -145,9 +146,12 @@ def _normal_rope(table: Any, where: str) -> tuple[str, dict[str, Any]]:
     }
 
 
-def spell_rope_for_all(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The config with RoPE in the fields of transformers 4 and in those of version 5. Raises UserError."""
+def spell_for_all(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config with RoPE and the number of experts in the fields of transformers 4 and in those of version 5. Raises UserError."""
     rope = read_rope(config, where)
+    experts = next((config[key] for key in EXPERT_FIELDS if config.get(key) is not None), None)
+    if config.get("model_type") == "qwen3_moe" and experts is not None:
+        config = config | dict.fromkeys(EXPERT_FIELDS, experts)
     if any(isinstance(value, dict) for value in rope.options.values()):  # a table for each kind of layer: version 5 alone has it
         return config
     table = {"rope_type": rope.kind, **rope.options}
@@ -156,9 +160,9 @@ def spell_rope_for_all(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def carried_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """config.json for weights that were converted: RoPE for every engine, no word of quantisation or remote code, which stay behind."""
+    """config.json for weights that were converted: for every engine, no word of quantisation or remote code, which stay behind."""
     kept = {key: value for key, value in config.items() if key not in (*_QUANTISER_FIELDS, "auto_map")}
-    return spell_rope_for_all(kept, where)
+    return spell_for_all(kept, where)
 
 
 def quantisation(directory: str | Path) -> str | None:
@@ -184,4 +188,4 @@ def remote_code(directory: str | Path) -> str | None:
     if not auto_map:
         return None
     files = sorted({str(name).split("--")[-1].split(".")[0] + ".py" for name in (auto_map.values() if isinstance(auto_map, dict) else ())})
-    return f"config.json has auto_map ({', '.join(files) or auto_map!r}): this code is not run; the model is read as its architecture says"
+    return f"config.json has auto_map ({', '.join(files) or auto_map}): this code is not run; the model is read as its architecture says"

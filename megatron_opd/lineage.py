@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_opd.errors import LineageError, UserError
-from megatron_opd.hf_config import read_config, read_json, spell_rope_for_all
+from megatron_opd.hf_config import read_config, read_json, spell_for_all
 from megatron_opd.records import Lineage, ModelFingerprint
 from megatron_opd.tokenizer import fingerprint_loaded_tokenizer, load_tokenizer
 
@@ -48,7 +48,7 @@ def fingerprint_model(directory: str | Path, *, name: str | None = None) -> Mode
     latter is computed again only if a file changed (`_stamp`). Raises UserError for what is not a model.
     """
     directory = Path(directory)
-    config = spell_rope_for_all(read_config(directory), f"{directory}/config.json")
+    config = spell_for_all(read_config(directory), f"{directory}/config.json")
     return ModelFingerprint(
         name=name or directory.resolve().name,
         config_sha256=_sha256_json({key: value for key, value in config.items() if not key.startswith("_")}),

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_opd.config import Fp8Config, ParallelConfig, TrainerConfig
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import MODEL_TYPES, architecture_name, check_model_type, read_config, read_rope
+from megatron_opd.hf_config import EXPERT_FIELDS, MODEL_TYPES, architecture_name, check_model_type, read_config, read_rope
 
 SUPPORTED = tuple(MODEL_TYPES)
 # Megatron-Core's llama3 RoPE scaling has these built in; another value would be silently another model.
@@ -238,8 +238,8 @@ def _foreign_fields(config: dict[str, Any], name: str) -> list[str]:
 
 
 def _num_experts(config: dict[str, Any], where: str) -> int:
-    """transformers 4 writes `num_experts`, version 5 `num_local_experts`."""
-    found = {key: config[key] for key in ("num_experts", "num_local_experts") if config.get(key) is not None}
+    """Raises UserError if the two fields that say it differ."""
+    found = {key: config[key] for key in EXPERT_FIELDS if config.get(key) is not None}
     if len(set(map(str, found.values()))) > 1:
         raise UserError(f"{where}: {' and '.join(f'{key} = {value!r}' for key, value in found.items())} differ; keep the right one")
     return _size({"num_experts": None} | config, next(iter(found), "num_experts"), where)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import MODEL_TYPES, read_rope, spell_rope_for_all
+from megatron_opd.hf_config import MODEL_TYPES, read_rope, spell_for_all
 
 _TOLERANCE = 1e-5  # relative; two RoPE bases that people use differ by far more
 
@@ -31,7 +31,7 @@ def check_loaded(model: Any, config: dict[str, Any], where: str) -> None:
     rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
     if rotary is None:
         return
-    spelled = type(model.config).from_dict(spell_rope_for_all(config, where))
+    spelled = type(model.config).from_dict(spell_for_all(config, where))
     wanted, found = type(rotary)(config=spelled).inv_freq.float().cpu(), rotary.inv_freq.float().cpu()
     if wanted.shape != found.shape or not torch.allclose(wanted, found, rtol=_TOLERANCE, atol=0):
         rope = read_rope(config, where)
