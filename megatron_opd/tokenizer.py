@@ -169,4 +169,4 @@ def check_rows(model: ModelFingerprint) -> None:
 def _clashes(left: dict[str, int], right: dict[str, int]) -> list[str]:
     """Added tokens that have two ids, or whose id is another token's."""
     tokens = {number: token for token, number in right.items()}
-    return [token for token, number in left.items() if right.get(token, number) != number or tokens.get(number, token) != token]
+    return [token for token, number in sorted(left.items()) if right.get(token, number) != number or tokens.get(number, token) != token]
