@@ -169,6 +169,7 @@ def _weights_sha256(directory: Path) -> str:
     stamp, place = _stamp(directory), directory.resolve()
     for cached in (_read_cache(directory / CACHE_FILE), _read_cache(_run_cache()).get(str(place))):
         if isinstance(cached, dict) and cached.get("files") == stamp and isinstance(digest := cached.get("weights_sha256"), str):
+            _known[place] = stamp, digest
             return digest
     known, digest = _known.get(place, (None, ""))
     return _remember(directory, stamp, digest if known == stamp else _hash_all(hash_tensors(directory)))
