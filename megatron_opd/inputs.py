@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_opd.config import Recipe
-from megatron_opd.convert.source import check_served, open_source
+from megatron_opd.convert.source import open_source
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
 from megatron_opd.hf_config import refuse_quantised, remote_code
@@ -56,7 +56,6 @@ def _check_models(recipe: Recipe, found: Findings) -> None:
         found.attempt(open_source, recipe.models.student, arch)
     if not uses_sglang(recipe.engine):
         found.attempt(refuse_quantised, recipe.models.teacher, "engine 'transformers'", SERVE_QUANTISED)
-    found.attempt(check_served, recipe.models.teacher)
     student = _fingerprint(recipe.models.student, "student", found)
     teacher = _fingerprint(recipe.models.teacher, "teacher", found)
     if student is not None and arch is not None:

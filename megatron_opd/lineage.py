@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_opd.errors import LineageError, UserError
-from megatron_opd.hf_config import read_config, read_json, spell_for_all
+from megatron_opd.hf_config import MODEL_TYPES, quantisation, read_config, read_json, spell_for_all
 from megatron_opd.records import Lineage, ModelFingerprint
-from megatron_opd.tokenizer import fingerprint_loaded_tokenizer, load_tokenizer
+from megatron_opd.tokenizer import fingerprint_tokenizer
+from megatron_opd.tokenizer import load_tokenizer as load_tokenizer
 
 LINEAGE_FILE = "opd_lineage.json"
 CACHE_FILE = ".opd_fingerprint.json"  # beside the weights
 RUN_CACHE_FILE = "fingerprints.json"  # in the run directory, for model directories that can't be written
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_INDEX, WHOLE_MODEL = "model.safetensors.index.json", "model.safetensors"
 _BLOCK = 16 << 20
 _MAX_HEADER = 1 << 30
@@ -45,16 +47,17 @@ def fingerprint_model(directory: str | Path, *, name: str | None = None) -> Mode
     """Fingerprint a Hugging Face directory from its files alone.
 
     The hash of the config does not depend on the spelling of RoPE, nor that of the weights on how tensors are split into files. The
-    latter is computed again only if a file changed (`_stamp`). Raises UserError for what is not a model.
+    latter is computed again only if a file changed (`_stamp`). Raises UserError for what is not a model, or not one model to every engine.
     """
     directory = Path(directory)
+    check_head(directory)
     config = spell_for_all(read_config(directory), f"{directory}/config.json")
     return ModelFingerprint(
         name=name or directory.resolve().name,
         config_sha256=_sha256_json({key: value for key, value in config.items() if not key.startswith("_")}),
         weights_sha256=_weights_sha256(directory),
         vocab_size=config["vocab_size"],
-        tokenizer=fingerprint_loaded_tokenizer(load_tokenizer(directory)),
+        tokenizer=fingerprint_tokenizer(directory),
     )
 
 
@@ -162,6 +165,28 @@ def same_bits(left: StoredTensor, right: StoredTensor) -> bool:
     return (left.dtype, left.shape) == (right.dtype, right.shape) and all(
         a == b for a, b in zip(_blocks(left), _blocks(right), strict=True)
     )
+
+
+def check_head(directory: Path) -> None:
+    """Raise UserError if the LM head in the files is not what `tie_word_embeddings` says: engines follow the one or the other.
+
+    A copy of the embedding, bit for bit, is no contradiction. Of unknown architectures and quantised weights nothing is said.
+    """
+    config = read_config(directory)
+    if config.get("architectures") not in [[name] for name in MODEL_TYPES] or quantisation(directory) is not None:
+        return
+    index, where = tensor_index(directory), f"{directory}/config.json"
+    tied = bool(config.get("tie_word_embeddings"))
+    if tied and {EMBEDDING, HEAD} <= index.keys() and not same_bits(index[HEAD], index[EMBEDDING]):
+        raise UserError(
+            f"{where}: tie_word_embeddings = true, but {index[HEAD].path.name} has an {HEAD} that is not the embedding; set the field to false "
+            "if the head belongs to the model, or remove the tensor"
+        )
+    if not tied and EMBEDDING in index and HEAD not in index:
+        raise UserError(
+            f"{where}: tie_word_embeddings = false (or not set), but no file has an {HEAD}; set the field to true if the embedding is the head, "
+            "or copy the missing weights"
+        )
 
 
 def _weights_sha256(directory: Path) -> str:

@@ -25,6 +25,7 @@ PROBE = (
     "\\boxed{\\frac{1}{2}} A b C UPPER lower_case CamelCase",
 )
 _said: set[Path] = set()  # directories whose tokenizer needed a word
+_fingerprints: dict[tuple[Any, ...], TokenizerFingerprint] = {}  # by directory and its files' sizes and times
 _MOST_ADDED = 1000  # added tokens that a fingerprint lists; with more, two tables are compared as wholes
 
 
@@ -100,8 +101,16 @@ def encode_plain(tokenizer: Any, text: str) -> list[int]:
 
 
 def fingerprint_tokenizer(directory: str | Path) -> TokenizerFingerprint:
-    """Fingerprint a tokenizer by what it does (token table, special ids, chat template, reading), not by its files' bytes."""
-    return fingerprint_loaded_tokenizer(load_tokenizer(directory))
+    """Fingerprint a tokenizer by what it does (token table, special ids, chat template, reading), not by its files' bytes.
+
+    Seconds for a large one; a process does it once for the same files.
+    """
+    folder = Path(directory)
+    facts = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.suffix != ".safetensors"] if folder.is_dir() else []
+    key = (folder.resolve(), *((name, fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in facts))
+    if key not in _fingerprints:
+        _fingerprints[key] = fingerprint_loaded_tokenizer(load_tokenizer(folder))
+    return _fingerprints[key]
 
 
 def fingerprint_loaded_tokenizer(tokenizer: Any) -> TokenizerFingerprint:

@@ -10,11 +10,10 @@ import torch
 from megatron_opd.convert.hf_files import DTYPE_NAMES, HfTensors
 from megatron_opd.convert.mapping import Entry, Index, table
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import MODEL_TYPES, quantisation, read_config, refuse_quantised
-from megatron_opd.lineage import StoredTensor, same_bits, tensor_index
+from megatron_opd.hf_config import refuse_quantised
+from megatron_opd.lineage import HEAD, StoredTensor, check_head, tensor_index
 from megatron_opd.model.architecture import Architecture
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_TRAINED = "rotary_emb.inv_freq"  # old Llama directories hold these; every engine computes them
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # How quantisers (FP8 blocks, GPTQ, AWQ, compressed-tensors, bitsandbytes) name what they keep beside or instead of a weight.
@@ -39,7 +38,7 @@ def open_source(directory: str | Path, arch: Architecture) -> HfTensors:
     source = HfTensors(directory)
     if marks := sorted(name for name in source.names() if name.endswith(_QUANTISED)):
         raise UserError(f"{source.directory}: quantised weights ({marks[0]} and the like), but training needs plain ones; {PLAIN_WEIGHTS}")
-    check_head(source.directory, source.index, tied=arch.tied_embeddings)
+    check_head(source.directory)
     if faults := _structure_faults(source.index, arch):
         raise UserError(f"{source.directory}: {'; '.join(faults)}")
     return source
@@ -71,32 +70,6 @@ def _structure_faults(index: dict[str, StoredTensor], arch: Architecture) -> lis
     if odd := [name for name in there if index[name].dtype not in _DTYPES]:
         faults.append(f"{len(odd)} tensors are of type {index[odd[0]].dtype} (first: {odd[0]}); supported: {', '.join(_DTYPES)}")
     return faults
-
-
-def check_head(directory: str | Path, index: dict[str, StoredTensor], *, tied: bool) -> None:
-    """Raise UserError if the LM head in the files is not what `tie_word_embeddings` says: engines follow the one or the other.
-
-    A copy of the embedding, bit for bit, is no contradiction.
-    """
-    if EMBEDDING not in index:
-        return
-    if tied and HEAD in index and not same_bits(index[HEAD], index[EMBEDDING]):
-        raise UserError(
-            f"{directory}/config.json: tie_word_embeddings = true, but {index[HEAD].path.name} has an {HEAD} that is not the embedding; set the "
-            f"field to false if the head belongs to the model, or remove the tensor"
-        )
-    if not tied and HEAD not in index:
-        raise UserError(
-            f"{directory}/config.json: tie_word_embeddings = false (or not set), but no file has an {HEAD}; set the field to true if the "
-            "embedding is the head, or copy the missing weights"
-        )
-
-
-def check_served(directory: str | Path) -> None:
-    """Raise UserError for weights of a model that is only served, if engines would read them in different ways."""
-    config = read_config(directory)
-    if config.get("architectures") in [[name] for name in MODEL_TYPES] and quantisation(directory) is None:
-        check_head(directory, tensor_index(directory), tied=bool(config.get("tie_word_embeddings")))
 
 
 def stored_dtype(model: str) -> torch.dtype:

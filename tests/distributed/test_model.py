@@ -50,6 +50,7 @@ SPELLINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "no-word-of-ties": ("qwen2", {"tie_word_embeddings": None}),
     "no-head-dim": ("llama", {"head_dim": None, "mlp_bias": None, "attention_bias": None, "hidden_act": None}),
     "experts-of-version-4": ("qwen3-moe", {"num_local_experts": None, "num_experts": 4}),
+    "one-expert": ("qwen3-moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
     "no-word-of-normalisation": ("qwen3-moe", {"norm_topk_prob": None}),
 }
 
