@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -32,9 +33,9 @@ _MOST_ADDED = 1000  # added tokens that a fingerprint lists; with more, two tabl
 def load_tokenizer(directory: str | Path) -> Any:
     """The directory's tokenizer, from local files only and without remote code; it reads and writes text as tokenizer.json says.
 
-    Versions of transformers choose their own class by `tokenizer_class` and the model's type, and some of these classes put rules of
-    their own in the place of the file's (Qwen2Tokenizer of 5.x in every model of type qwen2) or don't know the name. Then the plain
-    class, which takes tokenizer.json as it is, is used, and that is printed. Raises UserError.
+    Versions of transformers choose their own class by `tokenizer_class` and the model's type. Some of these classes put rules of their
+    own in the place of the file's (Qwen2Tokenizer of 5.x in every model of type qwen2), some add tokens (those of 4.x), and some versions
+    don't know the name. Then the plain class, which takes tokenizer.json as it is, is used, and that is printed. Raises UserError.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -43,31 +44,36 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise UserError(f"{directory}: no such directory; a Hugging Face model directory is expected")
     if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise UserError(f"{directory}: no tokenizer in it (tokenizer.json); copy the tokenizer files of the model that it was made from")
+    own: Any = None
+    tokenizer: Any = None
     try:
+        own = _own_reading(directory)
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        fault = _misreading(tokenizer, directory)
+        fault = _misreading(tokenizer, own, directory)
     except Exception as error:  # for a damaged file the tokenizers library raises the bare class
-        tokenizer, fault = None, f"no tokenizer could be loaded: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
-    if fault is None:
+        fault = f"no tokenizer could be loaded: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
+    if fault is None and (own is None or tokenizer.get_vocab() == own.get_vocab()):
         return tokenizer
-    try:
-        plain = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        if not (directory / "tokenizer.json").exists() or _misreading(plain, directory) is not None:
-            plain = None
-    except Exception:
-        plain = None
+    plain: Any = None
+    if own is not None:
+        with contextlib.suppress(Exception):
+            candidate = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+            if _misreading(candidate, own, directory) is None and (fault is not None or candidate.get_vocab() == own.get_vocab()):
+                plain = candidate
     if plain is None:
+        if fault is None:  # tokens that a file beside tokenizer.json adds
+            return tokenizer
         raise UserError(f"{directory}: {fault}")
     if directory not in _said:
         _said.add(directory)
+        fault = fault or f"{_describe(tokenizer, directory)} adds tokens that are not in tokenizer.json"
         print(f"{directory}: {fault}; it is read as tokenizer.json says", flush=True)
     return plain
 
 
-def _misreading(tokenizer: Any, directory: Path) -> str | None:
-    """What the tokenizer encodes or decodes otherwise than the tokenizers library does from tokenizer.json; None if nothing."""
+def _own_reading(directory: Path) -> Any:
+    """tokenizer.json, read by the library that it is the format of; None if there is none."""
     import tokenizers
-    import transformers
 
     path = directory / "tokenizer.json"
     if not path.exists():
@@ -75,15 +81,29 @@ def _misreading(tokenizer: Any, directory: Path) -> str | None:
     own = tokenizers.Tokenizer.from_file(str(path))
     own.no_truncation()
     own.no_padding()
+    return own
+
+
+def _misreading(tokenizer: Any, own: Any, directory: Path) -> str | None:
+    """What `tokenizer` encodes or decodes otherwise than `own`; None if nothing."""
+    if own is None:
+        return None
     for text in PROBE:
         wanted, found = own.encode(text, add_special_tokens=False).ids, encode_plain(tokenizer, text)
         back = tokenizer.decode(found, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if found != wanted or back != own.decode(wanted, skip_special_tokens=False):
-            return (
-                f"transformers {transformers.__version__} makes a {type(tokenizer).__name__} of it (tokenizer_config.json has tokenizer_class = "
-                f"{tokenizer_class(directory)!r}), which reads {text!r} otherwise than tokenizer.json (tokenizers {tokenizers.__version__})"
-            )
+            return f"{_describe(tokenizer, directory)} reads {text!r} otherwise than tokenizer.json"
     return None
+
+
+def _describe(tokenizer: Any, directory: Path) -> str:
+    import tokenizers
+    import transformers
+
+    return (
+        f"transformers {transformers.__version__} makes a {type(tokenizer).__name__} of it (tokenizer_class = {tokenizer_class(directory)!r} in "
+        f"tokenizer_config.json, tokenizers {tokenizers.__version__}), which"
+    )
 
 
 def tokenizer_class(directory: Path) -> str | None:

@@ -55,7 +55,7 @@ def test_a_class_that_reads_otherwise_is_named_once(tmp_path: Path, capsys: pyte
         str(folder),
         "makes a Qwen2Tokenizer of it",
         "tokenizer_class = 'Qwen2TokenizerFast'",
-        "(tokenizers ",
+        "tokenizers ",
         "as tokenizer.json says",
     ):
         assert said in out
@@ -66,7 +66,7 @@ def test_a_reading_that_nothing_mends_is_refused(tmp_path: Path) -> None:
     token = {"content": "fox", "special": False, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     folder = directory(tmp_path, tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder={"259": token})
     with pytest.raises(
-        UserError, match=r"tokenizer_class = 'PreTrainedTokenizerFast'\), which reads 'The quick brown fox .*' otherwise than"
+        UserError, match=r"tokenizer_class = 'PreTrainedTokenizerFast' in .*, which reads 'The quick brown fox .*' otherwise than"
     ):
         load_tokenizer(folder)
 
