@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
+from transformers import AutoModelForCausalLM
 
+from megatron_opd.config import EngineConfig
 from megatron_opd.convert.source import open_source
 from megatron_opd.errors import UserError
 from megatron_opd.hf_config import read_config, read_rope, remote_code, spell_for_all
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.model.architecture import Architecture, parse_architecture, read_architecture
+from megatron_opd.serve.loaded import check_loaded
+from megatron_opd.serve.transformers_engine import TransformersEngine
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -179,8 +184,6 @@ def test_published_configs_of_both_generations() -> None:
 @pytest.mark.parametrize("field", ["tie_word_embeddings", "num_key_value_heads", "head_dim", "rope_theta", "norm_topk_prob"])
 @pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen2Config", "Qwen3Config", "Qwen3MoeConfig"])
 def test_a_field_that_is_not_there_is_what_transformers_takes(kind: str, field: str) -> None:
-    import transformers
-
     config_class: Any = getattr(transformers, kind)
     name = kind.removesuffix("Config") + "ForCausalLM"
     sizes = {"num_attention_heads": 32, "hidden_size": 4096, "num_key_value_heads": 8, "head_dim": 64, "norm_topk_prob": True}
@@ -330,3 +333,32 @@ def test_the_spelling_of_rope_is_no_other_model(copy: Callable[..., Path]) -> No
         {"rope_parameters": table, "rope_theta": None}, {"rope_parameters": None, "rope_theta": 1e6}, {"rope_parameters": table, "rope_theta": 1e6},
     ]  # fmt: skip
     assert len({fingerprint_model(copy("qwen3", **fields)).config_sha256 for fields in spellings}) == 1
+
+
+def test_what_transformers_loaded_is_compared_with_the_config(copy: Callable[..., Path]) -> None:
+    """The loaded model stands for a version that reads other fields than the config's."""
+    plain, tied = copy("qwen3"), copy("qwen3-tied")
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    config = read_config(plain)
+    for same in (config, spell_for_all(config, ""), {key: value for key, value in config.items() if key != "rope_parameters"}):
+        check_loaded(model, same, "config.json")
+    others: list[dict[str, Any]] = [{"rope_theta": 1e6, "rope_parameters": None}, {"rope_parameters": {"rope_theta": 10000.0} | YARN}]
+    for other in others:
+        with pytest.raises(UserError, match=rf"config.json: RoPE is .* but transformers {transformers.__version__} reads other fields"):
+            check_loaded(model, config | other, "config.json")
+    with pytest.raises(UserError, match="has an LM head of its own, but tie_word_embeddings = True"):
+        check_loaded(model, config | {"tie_word_embeddings": True}, "config.json")
+    with pytest.raises(UserError, match="ties the LM head to the embedding, but tie_word_embeddings = False"):
+        check_loaded(AutoModelForCausalLM.from_pretrained(tied), read_config(tied) | {"tie_word_embeddings": False}, "config.json")
+
+
+def test_a_teacher_may_have_what_a_student_may_not(copy: Callable[..., Path]) -> None:
+    """YaRN is the engine's business, as long as every engine reads the same."""
+    folder = copy("qwen3", rope_parameters=YARN | {"rope_theta": 1e6})
+    with pytest.raises(UserError, match="RoPE type 'yarn' is not supported"):
+        read_architecture(folder)
+    TransformersEngine(EngineConfig(kind="transformers", device="cpu"), folder).close()
+    with pytest.raises(UserError, match=r"rope_parameters \(yarn.*\) and rope_scaling \(default\) differ"):
+        TransformersEngine(
+            EngineConfig(kind="transformers", device="cpu"), copy("qwen3", rope_parameters=YARN, rope_scaling={"type": "default"})
+        )
