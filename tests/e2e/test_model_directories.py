@@ -140,11 +140,20 @@ def test_what_sft_would_refuse_is_refused_first(
     assert "Traceback" not in error
 
 
-def scored(work: Path, *, sampler: str, teacher: str, ids: list[int], candidates: list[int] | None = None, scores: bool = True) -> Path:
+def scored(
+    work: Path,
+    *,
+    sampler: str,
+    teacher: str,
+    ids: list[int],
+    candidates: list[int] | None = None,
+    scores: bool = True,
+    role: str = "student",
+) -> Path:
     """A store of one part: two prompts, whose responses are `ids`, and the teacher's candidates."""
     student_fp, teacher_fp = fingerprint_model(work / sampler), fingerprint_model(work / teacher)
     manifest = StoreManifest(
-        sampler_role="student", sampler=student_fp, lineage=Lineage(base=student_fp, sft_teacher=teacher_fp),
+        sampler_role=role, sampler=student_fp, lineage=Lineage(base=student_fp, sft_teacher=teacher_fp),
         prompts=PromptFile(name="prompts.jsonl", sha256="0" * 64, num_prompts=2), prompts_per_part=2, sampling=SamplingParams(max_new_tokens=60),
     )  # fmt: skip
     path = work / "store.opd.zarr"
@@ -200,6 +209,17 @@ def test_a_candidate_that_the_student_has_no_row_for(work: Path, capsys: pytest.
     capsys.readouterr()
     assert main(arguments(work, "check", *train, "train.loss={name='forward_kl'}")) == 2
     assert "part 0 has the candidate id 319 of teacher 'teacher', but the student has 300 embedding rows" in capsys.readouterr().err
+
+
+def test_an_answer_with_an_id_that_the_student_has_no_row_for(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a teacher with more rows: named before fine-tuning."""
+    store = scored(work, sampler="large", teacher="large", ids=[7, 310], scores=False, role="teacher")
+    sft = [f"sft.store={str(store)!r}", f"sft.init={str(work / 'student')!r}", "sft.global_batch=2"]
+    assert main([*arguments(work, "check", *sft), "--stage", "sft"]) == 2
+    assert f"{store}, prompt 0, sample 0: token id 310, but student student (" in capsys.readouterr().err
+    shutil.rmtree(store)
+    scored(work, sampler="large", teacher="large", ids=[7, 299], scores=False, role="teacher")
+    assert main([*arguments(work, "check", *sft), "--stage", "sft"]) == 0
 
 
 @pytest.mark.parametrize(
