@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_opd.config import Recipe
@@ -16,9 +17,8 @@ from megatron_opd.errors import UserError
 from megatron_opd.hf_config import refuse_quantised, remote_code
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.model.architecture import read_architecture
-from megatron_opd.records import ModelFingerprint
 from megatron_opd.serve.engine import SERVE_QUANTISED, uses_sglang
-from megatron_opd.tokenizer import check_rows, check_same_tokenizer, load_tokenizer
+from megatron_opd.tokenizer import check_rows, compare_tokenizers, fingerprint_tokenizer
 
 T = TypeVar("T")
 
@@ -56,27 +56,26 @@ def _check_models(recipe: Recipe, found: Findings) -> None:
         found.attempt(open_source, recipe.models.student, arch)
     if not uses_sglang(recipe.engine):
         found.attempt(refuse_quantised, recipe.models.teacher, "engine 'transformers'", SERVE_QUANTISED)
-    student = _fingerprint(recipe.models.student, "student", found)
-    teacher = _fingerprint(recipe.models.teacher, "teacher", found)
-    if student is not None and arch is not None:
-        found.lines.append(f"student: {student.short()}, {arch.num_parameters / 1e9:.2f} billion parameters")
-    if teacher is not None:
-        found.lines.append(f"teacher: {teacher.short()}")
-    if student is not None and teacher is not None and (foreign := found.attempt(check_same_tokenizer, student, teacher)):
+    for name, directory in (("student", recipe.models.student), ("teacher", recipe.models.teacher)):
+        if (code := found.attempt(remote_code, directory)) is not None:
+            found.lines.append(f"{name}: {code}")
+        if (model := found.attempt(fingerprint_model, directory)) is not None:
+            size = f", {arch.num_parameters / 1e9:.2f} billion parameters" if name == "student" and arch is not None else ""
+            found.lines.append(f"{name}: {model.short()}{size}")
+            found.attempt(check_rows, model)
+    _check_tokenizers(recipe.models.student, recipe.models.teacher, found)
+
+
+def _check_tokenizers(student: str, teacher: str, found: Findings) -> None:
+    """Also of models without sound weights."""
+    left, right = found.attempt(fingerprint_tokenizer, student), found.attempt(fingerprint_tokenizer, teacher)
+    if (
+        left is not None
+        and right is not None
+        and (foreign := found.attempt(compare_tokenizers, Path(student).name, left, Path(teacher).name, right))
+    ):
         tokens = ", ".join(f"{token!r} ({number})" for number, token in sorted(foreign.items())[:5])
         found.lines.append(f"tokenizers: {len(foreign)} added tokens are known to one model alone and must not occur in the data: {tokens}")
-
-
-def _fingerprint(directory: str, name: str, found: Findings) -> ModelFingerprint | None:
-    """The model's fingerprint, with what its files say aloud; of one without sound weights, the tokenizer is looked at all the same."""
-    if (code := found.attempt(remote_code, directory)) is not None:
-        found.lines.append(f"{name}: {code}")
-    fingerprint = found.attempt(fingerprint_model, directory)
-    if fingerprint is None:
-        found.attempt(load_tokenizer, directory)
-    else:
-        found.attempt(check_rows, fingerprint)
-    return fingerprint
 
 
 def _check_prompts(recipe: Recipe, found: Findings) -> None:

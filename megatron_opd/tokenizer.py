@@ -163,11 +163,15 @@ def _sha256(value: Any) -> str:
 
 
 def check_same_tokenizer(student: ModelFingerprint, teacher: ModelFingerprint) -> dict[int, str]:
+    """`compare_tokenizers` of two models."""
+    return compare_tokenizers(student.name, student.tokenizer, teacher.name, teacher.tokenizer)
+
+
+def compare_tokenizers(student: str, s: TokenizerFingerprint, teacher: str, t: TokenizerFingerprint) -> dict[int, str]:
     """Raise LineageError unless both read text alike and give every token that both have the same id (embedding padding may differ).
 
     Returns the tokens that one of them alone has, by id: added tokens, which must not occur in the data.
     """
-    s, t = student.tokenizer, teacher.tokenizer
     if s.reading_sha256 != t.reading_sha256 and None not in (s.reading_sha256, t.reading_sha256):
         why = "they split text differently (merges, normaliser or pre-tokenizer)"
     elif s.vocab_sha256 == t.vocab_sha256:
@@ -180,8 +184,8 @@ def check_same_tokenizer(student: ModelFingerprint, teacher: ModelFingerprint) -
             return {number: token for token, number in set(s.added.items()) ^ set(t.added.items())}
         why = f"the ids of added tokens clash ({', '.join(map(repr, clashes[:3]))})"
     raise LineageError(
-        f"tokenizers differ: student {student.name} has {s.num_tokens} tokens (table {s.vocab_sha256[:12]}), "
-        f"teacher {teacher.name} has {t.num_tokens} (table {t.vocab_sha256[:12]}), and {why}; "
+        f"tokenizers differ: student {student} has {s.num_tokens} tokens (table {s.vocab_sha256[:12]}), "
+        f"teacher {teacher} has {t.num_tokens} (table {t.vocab_sha256[:12]}), and {why}; "
         "scores are by token id, so both need one tokenizer: choose a teacher of the student's family"
     )
 

@@ -25,6 +25,7 @@ _NEUTRAL: dict[str, Any] = {
     "attention_multiplier": None,
     "attention_scaling": 1,
     "attn_logit_softcapping": None,
+    "attn_output_gate": False,
     "clip_qkv": None,
     "embedding_multiplier": 1,
     "final_logit_softcapping": None,
@@ -39,10 +40,12 @@ _NEUTRAL: dict[str, Any] = {
     "qk_layernorm": False,
     "query_pre_attn_scalar": None,
     "residual_multiplier": 1,
+    "rope_interleaved": False,
     "routed_scaling_factor": 1,
     "scale_depth": None,
     "scale_emb": 1,
     "shared_expert_intermediate_size": 0,
+    "use_mrope": False,
     "use_parallel_residual": False,
 }
 # What transformers takes for a field that config.json does not have, where it is not what the sizes say.

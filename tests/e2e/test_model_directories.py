@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from stores import make_scored_store, random_candidates
-from tiny_models import make_model, write_prompts
+from tiny_models import make_model, make_tokenizer, write_prompts
 
 from megatron_opd import lineage
 from megatron_opd.cli import main
@@ -88,6 +88,16 @@ def test_all_faults_of_both_models_at_once(work: Path, capsys: pytest.CaptureFix
         "no such prompt file",
     ):
         assert error.count(said) == 1
+
+
+def test_tokenizers_are_compared_though_the_weights_are_damaged(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tokenizer(work / "teacher", extra_token="<another>")
+    (work / "student" / "model.safetensors").write_bytes(b"")
+    assert inputs(work) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("megatron-opd: error: 2 faults")
+    assert "not a whole safetensors file" in error
+    assert "tokenizers differ: student student has 259 tokens" in error
 
 
 def test_a_quantised_teacher_is_served_by_sglang_alone(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
