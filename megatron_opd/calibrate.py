@@ -15,10 +15,11 @@ from megatron_opd.cost import provenance
 from megatron_opd.data.calibration import read_calibration, write_calibration
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
-from megatron_opd.lineage import check_same_tokenizer, fingerprint_model, same_model
+from megatron_opd.lineage import fingerprint_model, same_model
 from megatron_opd.records import Calibration, Gap, Rollout
 from megatron_opd.serve.engine import Engine, ScoreRequest, open_engine
 from megatron_opd.serve.stage import closing_engine
+from megatron_opd.tokenizer import check_same_tokenizer
 
 
 def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64, max_gap: float = 0.1, log_dir: str | Path = "logs") -> int:

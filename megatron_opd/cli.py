@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from megatron_opd import __version__
 from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, expand_path, load_recipe, require, shipped_recipes
 from megatron_opd.errors import INTERRUPTED, ConfigError, Interrupted, QuarantineError, UserError
+from megatron_opd.lineage import keep_hashes_in
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
 
@@ -179,6 +180,7 @@ def _recipe_stage(
         if args.dry_run:
             print(recipe.to_toml(), end="")
             return 0
+        keep_hashes_in(recipe.run_dir)
         if trains:
             return _run_ranks(run, recipe, name, args, arguments)
         return run(recipe, args)

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_opd.config import EncodingConfig, EvalStage, Recipe
+from megatron_opd.convert.source import open_source
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import check_package
 from megatron_opd.evaluate.grading_pool import check_answers
-from megatron_opd.lineage import check_same_tokenizer, fingerprint_model, load_tokenizer
+from megatron_opd.hf_config import refuse_quantised, remote_code
+from megatron_opd.lineage import fingerprint_model, load_tokenizer
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.records import Prompt
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, uses_template
+from megatron_opd.serve.engine import SERVE_QUANTISED, uses_sglang
+from megatron_opd.tokenizer import check_rows, compare_tokenizers, fingerprint_tokenizer
 from megatron_opd.turns import chat_templates, describe_tokens, own_stop_ids, read_turns, turn_end, visible
 
 T = TypeVar("T")
@@ -37,7 +41,8 @@ class Findings:
         try:
             return check(*args, **options)
         except UserError as error:
-            self.faults.append(str(error))
+            if str(error) not in self.faults:  # two checks may meet the same one
+                self.faults.append(str(error))
             return None
 
 
@@ -60,14 +65,29 @@ def _check_models(recipe: Recipe, found: Findings) -> None:
     if arch is not None:
         for name, stage in (("sft", recipe.sft), ("train", recipe.train)):
             found.attempt(arch.check_stage, stage, name)
-    student = found.attempt(fingerprint_model, recipe.models.student)
-    teacher = found.attempt(fingerprint_model, recipe.models.teacher)
-    if student is not None and arch is not None:
-        found.lines.append(f"student: {student.short()}, {arch.num_parameters / 1e9:.2f} billion parameters")
-    if teacher is not None:
-        found.lines.append(f"teacher: {teacher.short()}")
-    if student is not None and teacher is not None:
-        found.attempt(check_same_tokenizer, student, teacher)
+        found.attempt(open_source, recipe.models.student, arch)
+    if not uses_sglang(recipe.engine):
+        found.attempt(refuse_quantised, recipe.models.teacher, "engine 'transformers'", SERVE_QUANTISED)
+    for name, directory in (("student", recipe.models.student), ("teacher", recipe.models.teacher)):
+        if (code := found.attempt(remote_code, directory)) is not None:
+            found.lines.append(f"{name}: {code}")
+        if (model := found.attempt(fingerprint_model, directory)) is not None:
+            size = f", {arch.num_parameters / 1e9:.2f} billion parameters" if name == "student" and arch is not None else ""
+            found.lines.append(f"{name}: {model.short()}{size}")
+            found.attempt(check_rows, model)
+    _check_tokenizers(recipe.models.student, recipe.models.teacher, found)
+
+
+def _check_tokenizers(student: str, teacher: str, found: Findings) -> None:
+    """Also of models without sound weights."""
+    left, right = found.attempt(fingerprint_tokenizer, student), found.attempt(fingerprint_tokenizer, teacher)
+    if (
+        left is not None
+        and right is not None
+        and (foreign := found.attempt(compare_tokenizers, Path(student).name, left, Path(teacher).name, right))
+    ):
+        tokens = ", ".join(f"{token!r} ({number})" for number, token in sorted(foreign.items())[:5])
+        found.lines.append(f"tokenizers: {len(foreign)} added tokens are known to one model alone and must not occur in the data: {tokens}")
 
 
 def _check_prompts(recipe: Recipe, found: Findings) -> None:

@@ -10,6 +10,7 @@ _QWEN3 = {
     "head_dim": 128,
     "hidden_act": "silu",
     "max_position_embeddings": 32768,
+    "model_type": "qwen3",
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000,
@@ -29,6 +30,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 KNOWN["Qwen3-30B-A3B"] = _QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "hidden_size": 2048,
     "num_hidden_layers": 48,
     "num_attention_heads": 32,

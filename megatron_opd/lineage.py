@@ -1,32 +1,57 @@
-"""Who made what: fingerprints of models and tokenizers, lineage files, and the teacher-consistency rule."""
+"""Who made what: fingerprints of models, lineage files, and the teacher-consistency rule."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_opd.errors import LineageError, UserError
-from megatron_opd.records import Lineage, ModelFingerprint, TokenizerFingerprint
+from megatron_opd.hf_config import MODEL_TYPES, quantisation, read_config, read_json, spell_for_all
+from megatron_opd.records import Lineage, ModelFingerprint
+from megatron_opd.tokenizer import fingerprint_tokenizer
+from megatron_opd.tokenizer import load_tokenizer as load_tokenizer
 
 LINEAGE_FILE = "opd_lineage.json"
-CACHE_FILE = ".opd_fingerprint.json"
+CACHE_FILE = ".opd_fingerprint.json"  # beside the weights
+RUN_CACHE_FILE = "fingerprints.json"  # in the run directory, for model directories that can't be written
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_INDEX, WHOLE_MODEL = "model.safetensors.index.json", "model.safetensors"
 _BLOCK = 16 << 20
+_MAX_HEADER = 1 << 30
+# Bits of an element; a type that is not here is not checked against its shape.
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
+_BITS |= {"I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
+# Where hashes are kept: in this process, and for a directory that can't be written in the run's.
+_known: dict[Path, tuple[Any, str]] = {}
+_run_directory: Path | None = None
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies: file, first byte, byte after the last, safetensors dtype, shape."""
+
+    path: Path
+    start: int
+    end: int
+    dtype: str
+    shape: list[int]
 
 
 def fingerprint_model(directory: str | Path, *, name: str | None = None) -> ModelFingerprint:
     """Fingerprint a Hugging Face directory from its files alone.
 
-    The weights' hash does not depend on how tensors are split into files. It is cached beside the weights, keyed by the
-    files' sizes and modification times, where the directory can be written. Raises UserError for what is not a model.
+    The hash of the config does not depend on the spelling of RoPE, nor that of the weights on how tensors are split into files. The
+    latter is computed again only if a file changed (`_stamp`). Raises UserError for what is not a model, or not one model to every engine.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    check_head(directory)
+    config = spell_for_all(read_config(directory), f"{directory}/config.json")
     return ModelFingerprint(
         name=name or directory.resolve().name,
         config_sha256=_sha256_json({key: value for key, value in config.items() if not key.startswith("_")}),
@@ -36,89 +61,60 @@ def fingerprint_model(directory: str | Path, *, name: str | None = None) -> Mode
     )
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory. Raises UserError."""
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{path}: no such file; a Hugging Face model directory is expected (config.json, *.safetensors, tokenizer)"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict) or "vocab_size" not in config:
-        raise UserError(f"{path}: no 'vocab_size'; only text models are supported")
-    if type(config["vocab_size"]) is not int:
-        raise UserError(f"{path}: vocab_size is {config['vocab_size']!r}, not a whole number")
-    return config
-
-
-def fingerprint_tokenizer(directory: str | Path) -> TokenizerFingerprint:
-    """Fingerprint a tokenizer by what it does (token table, special ids, chat template), not by its files' bytes."""
-    return fingerprint_loaded_tokenizer(load_tokenizer(directory))
-
-
-def fingerprint_loaded_tokenizer(tokenizer: Any) -> TokenizerFingerprint:
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    template = tokenizer.chat_template
-    return TokenizerFingerprint(
-        vocab_sha256=_sha256_json(vocab),
-        num_tokens=len(vocab),
-        eos_token_id=tokenizer.eos_token_id,
-        chat_template_sha256=None if template is None else _sha256_json(template),
-    )
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The directory's tokenizer, from local files only and without remote code. Raises UserError."""
-    from transformers import AutoTokenizer
-
-    if not Path(directory).is_dir():
-        raise UserError(f"{directory}: no such directory; a Hugging Face model directory is expected")
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # for a damaged file the tokenizers library raises the bare class
-        raise UserError(f"{directory}: no tokenizer could be loaded: {error}") from None
+def keep_hashes_in(run_directory: str | Path) -> None:
+    """Hashes of model directories that can't be written are kept in this directory from now on."""
+    global _run_directory
+    _run_directory = Path(run_directory)
 
 
 def _sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def tensor_index(directory: str | Path) -> dict[str, tuple[Path, int, int, str, list[int]]]:
-    """name -> (file, first byte, byte after the last, safetensors dtype, shape) over all *.safetensors. Raises UserError."""
+def tensor_index(directory: str | Path) -> dict[str, StoredTensor]:
+    """name -> tensor over all *.safetensors. Raises UserError."""
     directory = Path(directory)
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: no *.safetensors files; pickled weights (.bin, .pt) are not read")
     _check_shards(directory, {path.name for path in files})
-    index: dict[str, tuple[Path, int, int, str, list[int]]] = {}
+    index: dict[str, StoredTensor] = {}
     for path in files:
         try:
-            with path.open("rb") as file:
-                header_len = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_len)) if 0 < header_len < 1 << 30 else None
-            if not isinstance(header, dict):
-                raise ValueError("no header")
-            size = path.stat().st_size
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, end = (8 + header_len + offset for offset in entry["data_offsets"])
-                if end > size:
-                    raise ValueError(f"tensor {name} ends at byte {end} of {size}")
-                if name in index:
-                    both = f"{path} and {index[name][0].name} both hold tensor {name}"
-                    raise UserError(
-                        f"{both}: two copies of weights lie side by side (shards with their index, and a whole file?); move one away"
-                    )
-                index[name] = (path, start, end, entry["dtype"], entry["shape"])
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
+            found = _read_header(path)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise UserError(f"{path}: not a whole safetensors file ({error}); copy or convert it again") from None
+        if both := sorted(found.keys() & index.keys()):
+            raise UserError(
+                f"{path} and {index[both[0]].path.name} both hold tensor {both[0]}: two copies of weights lie side by side "
+                "(shards with their index, and a whole file?); move one away"
+            )
+        index |= found
     return index
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Raises ValueError and its like for what is no safetensors file, or a part of one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_len = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_len)) if 0 < header_len < min(size, _MAX_HEADER) else None
+    if not isinstance(header, dict):
+        raise ValueError("no header")
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in [*shape, *offsets]) or len(offsets) != 2:
+            raise ValueError(f"tensor {name} has shape {shape} and offsets {offsets}")
+        start, end = (8 + header_len + offset for offset in offsets)
+        if end > size or start > end:
+            raise ValueError(f"tensor {name} ends at byte {end} of {size}")
+        if dtype in _BITS and (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
+            raise ValueError(f"tensor {name} of shape {shape} and type {dtype} has {end - start} bytes")
+        found[name] = StoredTensor(path, start, end, dtype, shape)
+    return found
 
 
 def _check_shards(directory: Path, files: set[str]) -> None:
@@ -127,62 +123,123 @@ def _check_shards(directory: Path, files: set[str]) -> None:
     if not path.exists():
         return
     try:
-        named = set(json.loads(path.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        named = set(read_json(path)["weight_map"].values())
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an index of shards ({error}); copy it again") from None
-    if missing := sorted(named - files):
+    if missing := sorted(str(name) for name in named - files):
         stale = " (or remove the index, if model.safetensors is the whole model)" if WHOLE_MODEL in files else ""
         raise UserError(
             f"{directory}: {', '.join(missing[:5])} ({len(missing)} of {len(named)} files that {path.name} names) missing; copy again{stale}"
         )
 
 
+def _blocks(tensor: StoredTensor) -> Iterator[bytes]:
+    """The tensor's bytes, a block at a time. Raises UserError."""
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.end - tensor.start
+        while left:
+            block = file.read(min(_BLOCK, left))
+            if not block:
+                raise UserError(f"{tensor.path}: became shorter while it was read; is it still being written?")
+            left -= len(block)
+            yield block
+
+
 def hash_tensors(directory: str | Path) -> dict[str, str]:
     """sha256 of each tensor's name, dtype, shape and bytes."""
 
-    def one(item: tuple[str, tuple[Path, int, int, str, list[int]]]) -> tuple[str, str]:
-        name, (path, start, end, dtype, shape) = item
-        digest = hashlib.sha256(json.dumps([name, dtype, shape]).encode())
-        with path.open("rb") as file:
-            file.seek(start)
-            while start < end:
-                block = file.read(min(_BLOCK, end - start))
-                if not block:
-                    raise UserError(f"{path}: became shorter while it was read; is it still being written?")
-                digest.update(block)
-                start += len(block)
+    def one(item: tuple[str, StoredTensor]) -> tuple[str, str]:
+        name, tensor = item
+        digest = hashlib.sha256(json.dumps([name, tensor.dtype, tensor.shape]).encode())
+        for block in _blocks(tensor):
+            digest.update(block)
         return name, digest.hexdigest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(pool.map(one, tensor_index(directory).items()))
 
 
+def same_bits(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two tensors have one type, shape and bytes."""
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and all(
+        a == b for a, b in zip(_blocks(left), _blocks(right), strict=True)
+    )
+
+
+def check_head(directory: Path) -> None:
+    """Raise UserError if the LM head in the files is not what `tie_word_embeddings` says: engines follow the one or the other.
+
+    A copy of the embedding, bit for bit, is no contradiction. Of unknown architectures and quantised weights nothing is said.
+    """
+    config = read_config(directory)
+    if config.get("architectures") not in [[name] for name in MODEL_TYPES] or quantisation(directory) is not None:
+        return
+    index, where = tensor_index(directory), f"{directory}/config.json"
+    tied = bool(config.get("tie_word_embeddings"))
+    if tied and {EMBEDDING, HEAD} <= index.keys() and not same_bits(index[HEAD], index[EMBEDDING]):
+        raise UserError(
+            f"{where}: tie_word_embeddings = true, but {index[HEAD].path.name} has an {HEAD} that is not the embedding; set the field to false "
+            "if the head belongs to the model, or remove the tensor"
+        )
+    if not tied and EMBEDDING in index and HEAD not in index:
+        raise UserError(
+            f"{where}: tie_word_embeddings = false (or not set), but no file has an {HEAD}; set the field to true if the embedding is the head, "
+            "or copy the missing weights"
+        )
+
+
 def _weights_sha256(directory: Path) -> str:
-    stamp = _stamp(directory)
-    try:
-        cached = json.loads((directory / CACHE_FILE).read_text())
-        if cached["files"] == stamp:
-            return cached["weights_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return _remember(directory, stamp, hash_tensors(directory))
+    """One hash of all tensors, whatever files they lie in; computed again only if a file changed (`_stamp`). Raises UserError."""
+    stamp, place = _stamp(directory), directory.resolve()
+    for cached in (_read_cache(directory / CACHE_FILE), _read_cache(_run_cache()).get(str(place))):
+        if isinstance(cached, dict) and cached.get("files") == stamp and isinstance(digest := cached.get("weights_sha256"), str):
+            _known[place] = stamp, digest
+            return digest
+    known, digest = _known.get(place, (None, ""))
+    return _remember(directory, stamp, digest if known == stamp else _hash_all(hash_tensors(directory)))
 
 
 def remember_hashes(directory: Path, hashes: dict[str, str]) -> None:
     """Cache the weights' hash where those of the tensors (of `hash_tensors`) are known, so that nobody reads the files for it."""
-    _remember(directory, _stamp(directory), hashes)
+    _remember(directory, _stamp(directory), _hash_all(hashes))
+
+
+def _hash_all(hashes: dict[str, str]) -> str:
+    return _sha256_json(sorted(hashes.items()))
 
 
 def _stamp(directory: Path) -> list[Any]:
-    """What changes when the weights do: names, sizes and modification times."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(directory.glob("*.safetensors"))]
+    """What changes when the weights do. The time of the last change of the inode can't be set back, that of the content can."""
+    facts = [(path.name, path.stat()) for path in sorted(directory.glob("*.safetensors"))]
+    return [[name, fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns] for name, fact in facts]
 
 
-def _remember(directory: Path, stamp: list[Any], hashes: dict[str, str]) -> str:
-    digest = _sha256_json(sorted(hashes.items()))
-    with contextlib.suppress(OSError):  # a read-only model directory: the hash is made again next time
-        write_json_atomic(directory / CACHE_FILE, {"files": stamp, "weights_sha256": digest})
+def _remember(directory: Path, stamp: list[Any], digest: str) -> str:
+    place = directory.resolve()
+    _known[place] = stamp, digest
+    entry = {"files": stamp, "weights_sha256": digest}
+    try:
+        write_json_atomic(directory / CACHE_FILE, entry)
+    except OSError:
+        if (cache := _run_cache()) is not None:
+            with contextlib.suppress(OSError):
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                write_json_atomic(cache, _read_cache(cache) | {str(place): entry})
     return digest
+
+
+def _run_cache() -> Path | None:
+    return None if _run_directory is None else _run_directory / RUN_CACHE_FILE
+
+
+def _read_cache(path: Path | None) -> dict[str, Any]:
+    """A cache that can't be read is none."""
+    try:
+        content = {} if path is None else read_json(path)
+    except (OSError, UserError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -224,17 +281,6 @@ def write_lineage(directory: str | Path, lineage: Lineage, *, for_weights: bool)
 def same_model(left: ModelFingerprint, right: ModelFingerprint) -> bool:
     """Equal weights and equal token table; names and config spelling may differ."""
     return left.weights_sha256 == right.weights_sha256 and left.tokenizer.vocab_sha256 == right.tokenizer.vocab_sha256
-
-
-def check_same_tokenizer(student: ModelFingerprint, teacher: ModelFingerprint) -> None:
-    """Raise LineageError unless both give every token the same id (embedding padding may differ)."""
-    s, t = student.tokenizer, teacher.tokenizer
-    if s.vocab_sha256 != t.vocab_sha256:
-        raise LineageError(
-            f"tokenizers differ: student {student.name} has {s.num_tokens} tokens (table {s.vocab_sha256[:12]}), "
-            f"teacher {teacher.name} has {t.num_tokens} (table {t.vocab_sha256[:12]}); "
-            "scores are by token id, so both need one tokenizer: choose a teacher of the student's family"
-        )
 
 
 def check_teacher(lineage: Lineage, teacher: ModelFingerprint, *, allow_mismatch: bool) -> str | None:

@@ -132,12 +132,19 @@ class _Record(BaseModel):
 
 
 class TokenizerFingerprint(_Record):
-    """Identity of a tokenizer: its token-to-id table, its special ids and its chat template."""
+    """Identity of a tokenizer: its token-to-id table, its special ids, its chat template and how it splits text.
+
+    `base_sha256` is of the table without the tokens that were added to the model's own, which `added` lists; `reading_sha256` of merges
+    and of the ids of a fixed text. Fingerprints of older versions lack these.
+    """
 
     vocab_sha256: str
     num_tokens: int
     eos_token_id: int | None = None
     chat_template_sha256: str | None = None
+    base_sha256: str | None = None
+    added: dict[str, int] | None = None
+    reading_sha256: str | None = None
 
 
 class ModelFingerprint(_Record):
@@ -273,12 +280,14 @@ class ScoreManifest(_Record):
     """Attributes of a teacher's group in a part; written last.
 
     `excluded` rollouts have no scores (NaN), and those longer than `max_tokens` are scored up to there; training leaves both out.
+    `largest_candidate` is the highest token id among the teacher's candidates, None without any.
     """
 
     part: int
     teacher: ModelFingerprint
     top_k: int = Field(default=0, ge=0)
     max_tokens: int | None = None
+    largest_candidate: int | None = None
     excluded: list[Excluded] = Field(default_factory=list)
     allow_teacher_mismatch: bool = False
     part_crc32c: dict[str, int]

@@ -8,7 +8,6 @@ template of the SFT store is the student's.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import numpy as np
 from megatron_opd.config import DATE_FORMAT, EncodingConfig
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
-from megatron_opd.lineage import load_tokenizer, read_config
+from megatron_opd.hf_config import read_config, read_json
+from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import Lineage, SftFacts, StoreManifest
 
 GENERATION_CONFIG = "generation_config.json"
@@ -33,12 +33,9 @@ _CONTENT = "opdprobe"
 _NOW_CALL = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object of a model directory, empty where there is no file. Raises UserError."""
-    try:
-        content = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {str(error) or type(error).__name__}; copy it again") from None
+    content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: {type(content).__name__}, not an object; copy it again")
     return content
@@ -65,7 +62,7 @@ def own_stop_ids(directory: str | Path, tokenizer: Any = None) -> dict[int, list
             if source not in (sources := found.setdefault(token, [])):
                 sources.append(source)
 
-    add(GENERATION_CONFIG, read_json(folder / GENERATION_CONFIG).get("eos_token_id"))
+    add(GENERATION_CONFIG, read_object(folder / GENERATION_CONFIG).get("eos_token_id"))
     add("config.json", config.get("eos_token_id"))
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer  # after config.json, whose faults it would report in its own way
     add("the tokenizer", tokenizer.eos_token_id)

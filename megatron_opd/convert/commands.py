@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,18 @@ import torch
 
 from megatron_opd.checksums import content_id, record_checksums, sum_files, write_part
 from megatron_opd.config import Recipe, require
-from megatron_opd.convert.hf_files import DTYPE_NAMES, ORIGIN_FILE, copy_side_files, hash_tensor
+from megatron_opd.convert.hf_files import ORIGIN_FILE, copy_side_files, hash_tensor
 from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoint
+from megatron_opd.convert.source import global_tensor, open_source, stored_dtype
 from megatron_opd.convert.staging import whole_directory
 from megatron_opd.convert.to_hf import HF_FOLDER, checkpoint_origin, convert_to_hf, hf_tensors
-from megatron_opd.convert.to_mcore import global_tensor, open_source
 from megatron_opd.cost import provenance
 from megatron_opd.errors import CheckpointError, UserError
-from megatron_opd.lineage import hash_tensors, read_lineage, tensor_index, write_json_atomic, write_lineage
+from megatron_opd.lineage import hash_tensors, read_lineage, write_json_atomic, write_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
 from megatron_opd.train.saved import STATE_FILE, latest_checkpoint
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
@@ -120,13 +117,3 @@ def _check_same_tensors(written: McoreTensors, arch: Architecture, model: str) -
         raise CheckpointError(
             f"{len(wrong)} tensors read back from disk are not what was written ({', '.join(wrong[:5])}); is the disk sound?"
         )
-
-
-def stored_dtype(model: str) -> torch.dtype:
-    """The one dtype of the weights. Raises UserError for a mixture, as one would silently be cast to the other."""
-    counts = Counter(dtype for _, _, _, dtype, _ in tensor_index(model).values())
-    if len(counts) != 1 or next(iter(counts)) not in _DTYPES:
-        raise UserError(
-            f"{model}: tensors of {', '.join(f'{dtype} ({n})' for dtype, n in counts.items())}; one of {', '.join(_DTYPES)} for all is expected"
-        )
-    return _DTYPES[next(iter(counts))]

@@ -16,25 +16,30 @@ from safetensors.torch import save_file
 from megatron_opd.convert.staging import not_written, whole_directory
 from megatron_opd.convert.turn_files import write_turns
 from megatron_opd.errors import UserError
+from megatron_opd.hf_config import carried_config, read_json
 from megatron_opd.lineage import hash_tensors, remember_hashes, tensor_index, write_json_atomic, write_lineage
 from megatron_opd.records import Lineage
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 ORIGIN_FILE = "opd_converted.json"
-# What travels with a model besides its weights.
+# What travels with a model besides its weights: configuration, every kind of tokenizer file, chat templates.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "tekken.json",
+    "chat_template*.json",
+    "additional_chat_templates/*.jinja",
 )
+_CODE = (".py", ".pyc")  # remote code, which is never run, stays behind
 
 
 class HfTensors:
@@ -60,11 +65,13 @@ class HfTensors:
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:
-    """Copy configuration and tokenizer files."""
+    """Copy configuration, tokenizer files and chat templates; of a link (as in a download cache) the content."""
     Path(target).mkdir(parents=True, exist_ok=True)
-    for name in SIDE_FILES:
-        if (Path(source) / name).exists():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+    for path in sorted({path for pattern in SIDE_FILES for path in Path(source).glob(pattern)}):
+        name = path.relative_to(source)
+        if path.is_file() and path.suffix not in _CODE and not path.name.startswith((".", "opd_")):
+            (Path(target) / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, Path(target) / name)
 
 
 def write_hf_directory(
@@ -93,16 +100,29 @@ def write_hf_directory(
             )
         remember_hashes(staging, given)
         copy_side_files(side_files, staging)
-        config = json.loads((staging / "config.json").read_text())
-        for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
-            config[key] = str(dtype).removeprefix("torch.")
-        write_json_atomic(staging / "config.json", config)
+        _write_configs(staging, dtype)
         if lineage is not None:
             if lineage.sft is not None:
                 write_turns(staging, lineage.sft)
             write_lineage(staging, lineage, for_weights=True)
         if origin is not None:
             write_json_atomic(staging / ORIGIN_FILE, origin)
+
+
+def _write_configs(folder: Path, dtype: torch.dtype) -> None:
+    """config.json as the weights now are; both it and tokenizer_config.json for every version, without remote code. Raises UserError."""
+    path = folder / "config.json"
+    config = carried_config(read_json(path), str(path))
+    for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
+        config[key] = str(dtype).removeprefix("torch.")
+    write_json_atomic(path, config)
+    path = folder / "tokenizer_config.json"
+    tokenizer = read_json(path) if path.exists() else None
+    if isinstance(tokenizer, dict):
+        tokenizer.pop("auto_map", None)
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # what version 5 calls it, which version 4 doesn't know
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json_atomic(path, tokenizer)
 
 
 def hash_tensor(name: str, tensor: torch.Tensor) -> str:
@@ -118,6 +138,9 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], ma
     files: list[list[str]] = []
     total = 0
     held: dict[str, torch.Tensor] = {}
+    (probe := folder / "mode").touch()  # has the mode that the umask gives, which nothing else tells without a change to it
+    mode = probe.stat().st_mode
+    probe.unlink()
 
     def flush() -> None:
         if held:
@@ -126,6 +149,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], ma
                 save_file(held, path, metadata={"format": "pt"})
             except (SafetensorError, OSError) as error:  # a full disk
                 raise not_written(path, error) from None
+            path.chmod(mode)  # safetensors writes for the owner alone
             files.append(list(held))
             held.clear()
 

@@ -11,6 +11,7 @@ Legend: H hidden, G key-value heads, R query heads a key-value head, D head dime
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,10 @@ class Entry:
         """Sizes of the stacked axes."""
         layers = (arch.num_layers,) if "{layer}" in self.hf[0] else ()
         return (*layers, arch.num_experts) if "{expert}" in self.hf[0] else layers
+
+    def count(self, arch: Architecture) -> int:
+        """How many of it a model has."""
+        return math.prod(self.stacked(arch))
 
     def indices(self, arch: Architecture) -> list[Index]:
         """Every index on the stacked axes, in the order of a checkpoint."""
@@ -111,8 +116,3 @@ def table(arch: Architecture) -> list[Entry]:
     if not arch.tied_embeddings:
         entries.append(_vocab("output_layer.weight", "lm_head.weight", V, H))
     return entries
-
-
-def expected_names(arch: Architecture) -> set[str]:
-    """Hugging Face names of all tensors of the model."""
-    return {name for entry in table(arch) for index in entry.indices(arch) for name in entry.hf_names(index)}

@@ -12,6 +12,7 @@ from megatron_opd.checksums import NO_CHECKSUMS, check_files, content_id
 from megatron_opd.convert.hf_files import write_hf_directory
 from megatron_opd.convert.mcore_files import McoreTensors, pieces_by_layer
 from megatron_opd.cost import provenance
+from megatron_opd.errors import UserError
 from megatron_opd.lineage import read_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.train.saved import read_state
@@ -52,4 +53,16 @@ def hf_tensors(source: McoreTensors, arch: Architecture, dtype: torch.dtype) -> 
     for group in pieces_by_layer(arch):
         for (entry, index), tensor in zip(group, source.read(group), strict=True):
             for name, part in zip(entry.hf_names(index), entry.to_hf(tensor, arch), strict=True):
-                yield name, part.to(dtype).clone()
+                yield name, _cast(name, part, dtype).clone()
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Raises UserError for a value that `dtype` can't hold."""
+    cast = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and bool((cast.isinf() & ~tensor.isinf()).any()):
+        largest = tensor[~tensor.isinf()].abs().max().item()
+        raise UserError(
+            f"{name} has values up to {largest:.6g}, which {str(dtype).removeprefix('torch.')} can't hold (at most {torch.finfo(dtype).max:.6g}); "
+            "convert to bfloat16 or float32"
+        )
+    return cast

@@ -1,4 +1,4 @@
-"""Hugging Face weights into a live Megatron-Core model of any layout, and into a Megatron checkpoint."""
+"""Hugging Face weights into a live Megatron-Core model of any layout."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from megatron.core import fp8_utils
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from megatron_opd.convert.hf_files import HfTensors
-from megatron_opd.convert.mapping import Entry, Index, expected_names, table
-from megatron_opd.errors import UserError
+from megatron_opd.convert.mapping import Index, table
+from megatron_opd.convert.source import global_tensor, open_source
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.model.student import Student
 
@@ -69,31 +68,3 @@ def sharded_tensors(tree: object) -> list[ShardedTensor]:
         return [tree]
     values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
     return [shard for value in values for shard in sharded_tensors(value)]
-
-
-def global_tensor(source: HfTensors, entry: Entry, arch: Architecture, index: Index) -> torch.Tensor:
-    """One global tensor, from the Hugging Face tensors that make it."""
-    return entry.to_mcore([source.read(name) for name in entry.hf_names(index)], arch)
-
-
-def open_source(directory: str | Path, arch: Architecture) -> HfTensors:
-    """The directory's tensors. Raises UserError unless they are just those of the architecture, in its shapes."""
-    source = HfTensors(directory)
-    expected = expected_names(arch)
-    ignorable = {name for name in source.names() if name.endswith("rotary_emb.inv_freq")} | (
-        {"lm_head.weight"} if arch.tied_embeddings else set()
-    )
-    for names, what in (
-        (expected - source.names(), "are missing"),
-        (source.names() - expected - ignorable, f"are not part of a {arch.name}"),
-    ):
-        if names:
-            raise UserError(f"{source.directory}: {len(names)} tensors {what}: {', '.join(sorted(names)[:5])}")
-    for entry in table(arch):
-        shapes = [tuple(part.shape) for part in entry.to_hf(torch.empty(entry.shape, device="meta"), arch)]
-        for index in entry.indices(arch):
-            for name, shape in zip(entry.hf_names(index), shapes, strict=True):
-                found = tuple(source.index[name][4])
-                if found != shape:
-                    raise UserError(f"{source.directory}: {name} has shape {found}; config.json asks for {shape}")
-    return source

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import load_tokenizer, write_json_atomic
 from megatron_opd.records import SftFacts
-from megatron_opd.turns import GENERATION_CONFIG, chat_templates, own_stop_ids, read_json
+from megatron_opd.turns import GENERATION_CONFIG, chat_templates, own_stop_ids, read_object
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Names and layout of transformers since 4.50, which SGLang and vLLM read through it.
@@ -44,7 +44,7 @@ def _write_stop_ids(directory: Path, stop_ids: list[int]) -> None:
 
 
 def _write_templates(directory: Path, templates: dict[str, str]) -> None:
-    config = read_json(directory / TOKENIZER_CONFIG)
+    config = read_object(directory / TOKENIZER_CONFIG)
     if config.pop("chat_template", None) is not None:
         write_json_atomic(directory / TOKENIZER_CONFIG, config)
     folder = directory / TEMPLATE_FOLDER
@@ -57,4 +57,4 @@ def _write_templates(directory: Path, templates: dict[str, str]) -> None:
 
 
 def _set(path: Path, **fields: Any) -> None:
-    write_json_atomic(path, read_json(path) | fields)
+    write_json_atomic(path, read_object(path) | fields)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.errors import UserError
+from megatron_opd.hf_config import spell_for_all
 
 DIGITS = 4
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -151,8 +152,7 @@ def save_model_dir(model: Any, directory: str | Path) -> None:
     model.save_pretrained(str(temporary))
     # transformers 5 writes the RoPE base in `rope_parameters` alone, where version 4 (in many serving containers) doesn't look.
     path = temporary / "config.json"
-    config = json.loads(path.read_text())
-    config["rope_theta"] = model.config.rope_parameters["rope_theta"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(spell_for_all(json.loads(path.read_text()), str(path)), indent=2, sort_keys=True) + "\n")
+    (temporary / "model.safetensors").chmod(path.stat().st_mode)  # safetensors writes for the owner alone
     build_tokenizer(temporary)
     temporary.replace(directory)

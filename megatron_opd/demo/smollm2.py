@@ -76,6 +76,7 @@ def _save(model: Any, tokenizer: Any, directory: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(str(staging))
     tokenizer.save_pretrained(str(staging))
+    (staging / "model.safetensors").chmod((staging / "config.json").stat().st_mode)  # safetensors writes for the owner alone
     staging.rename(directory)
 
 

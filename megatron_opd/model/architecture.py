@@ -8,11 +8,55 @@ from typing import Any
 
 from megatron_opd.config import Fp8Config, ParallelConfig, TrainerConfig
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import read_config
+from megatron_opd.hf_config import EXPERT_FIELDS, MODEL_TYPES, architecture_name, check_model_type, read_config, read_rope
 
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+SUPPORTED = tuple(MODEL_TYPES)
 # Megatron-Core's llama3 RoPE scaling has these built in; another value would be silently another model.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Fields that make another model unless they have this value (or null): of the architectures themselves ...
+_NEUTRAL: dict[str, Any] = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1,
+    # ... and of their relatives, which some engines read whatever the architecture is called.
+    "alibi": False,
+    "attention_multiplier": None,
+    "attention_scaling": 1,
+    "attn_logit_softcapping": None,
+    "attn_output_gate": False,
+    "clip_qkv": None,
+    "embedding_multiplier": 1,
+    "final_logit_softcapping": None,
+    "first_k_dense_replace": 0,
+    "is_encoder_decoder": False,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "n_shared_experts": 0,
+    "no_rope_layers": [],
+    "num_nextn_predict_layers": 0,
+    "parallel_attn": False,
+    "qk_layernorm": False,
+    "query_pre_attn_scalar": None,
+    "residual_multiplier": 1,
+    "rope_interleaved": False,
+    "routed_scaling_factor": 1,
+    "scale_depth": None,
+    "scale_emb": 1,
+    "shared_expert_intermediate_size": 0,
+    "use_mrope": False,
+    "use_parallel_residual": False,
+}
+# What transformers takes for a field that config.json does not have, where it is not what the sizes say.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {"num_key_value_heads": 4},
+}
+# No model has more: a slip that would be counted through for hours.
+_MOST = {"num_hidden_layers": 10_000, "num_attention_heads": 10_000, "num_key_value_heads": 10_000, "num_experts": 10_000}
 
 
 @dataclass(frozen=True)
@@ -124,50 +168,101 @@ def read_architecture(directory: str | Path) -> Architecture:
 
 def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     """See `read_architecture`; `where` names the file in errors."""
-    names = config.get("architectures") or ["(none)"]
-    name = names[0] if isinstance(names, list) else names
+    name = architecture_name(config, where)
     if name not in SUPPORTED:
         raise UserError(f"{where}: architecture {name} is not supported; supported: {', '.join(SUPPORTED)}")
-    wanted = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1}
+    check_model_type(config, where)
     mixture = name == "Qwen3MoeForCausalLM"
-    if mixture:  # every layer is a mixture
-        wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    if name != "Qwen2ForCausalLM":
-        wanted["attention_bias"] = False
-    for key, value in wanted.items():
-        if config.get(key, value) not in (value, None):
-            raise UserError(f"{where}: {key} = {config[key]!r} is not supported (only {value!r})")
+    if faults := _foreign_fields(config, name):
+        raise UserError(f"{where}: {'; '.join(faults)}")
+    config = {key: value for key, value in _DEFAULTS[name].items() if key not in config} | config
     theta, factor = _rope(config, where)
     heads, hidden = _size(config, "num_attention_heads", where), _size(config, "hidden_size", where)
-    has_head_dim, has_groups = config.get("head_dim") is not None, config.get("num_key_value_heads") is not None
-    experts = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"  # transformers 4 and 5
-    return Architecture(
+    kv_heads = heads if config.get("num_key_value_heads") is None else _size(config, "num_key_value_heads", where)
+    if heads % kv_heads:
+        raise UserError(f"{where}: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}")
+    head_dim = hidden // heads if config.get("head_dim") is None else _size(config, "head_dim", where)
+    if config.get("head_dim") is None and hidden % heads:
+        raise UserError(f"{where}: num_attention_heads = {heads} does not divide hidden_size = {hidden}, and there is no head_dim")
+    if head_dim % 2:
+        raise UserError(f"{where}: heads of {head_dim} dimensions can't be rotated in pairs")
+    arch = Architecture(
         name=name,
         num_layers=_size(config, "num_hidden_layers", where),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=_size(config, "num_key_value_heads", where) if has_groups else heads,
-        head_dim=_size(config, "head_dim", where) if has_head_dim else hidden // heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         ffn_size=_size(config, "moe_intermediate_size" if mixture else "intermediate_size", where),
         vocab_size=_size(config, "vocab_size", where),
         max_positions=_size(config, "max_position_embeddings", where),
         norm_eps=_number(config, "rms_norm_eps", where),
         rope_theta=theta,
         rope_scaling_factor=factor,
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=_switch(config, "tie_word_embeddings", where),
         qk_norm=name in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         qkv_bias=name == "Qwen2ForCausalLM",
-        num_experts=_size(config, experts, where) if mixture else 0,
+        num_experts=_num_experts(config, where) if mixture else 0,
         experts_per_token=_size(config, "num_experts_per_tok", where) if mixture else 0,
-        renormalized_router=bool(config.get("norm_topk_prob", False)),
+        renormalized_router=_switch(config, "norm_topk_prob", where),
     )
+    if arch.experts_per_token > arch.num_experts:
+        raise UserError(f"{where}: num_experts_per_tok = {arch.experts_per_token}, but there are {arch.num_experts} experts")
+    if arch.experts_per_token == 1 and arch.renormalized_router:
+        raise UserError(
+            f"{where}: norm_topk_prob with num_experts_per_tok = 1 is not supported: every weight is 1, and the router learns nothing"
+        )
+    return arch
+
+
+def _foreign_fields(config: dict[str, Any], name: str) -> list[str]:
+    """A sentence about each field that would make another model."""
+    neutral = dict(_NEUTRAL)
+    if name == "Qwen3MoeForCausalLM":  # every layer is a mixture
+        neutral |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    else:
+        neutral |= {"num_experts": 0, "num_local_experts": 0}
+    if name != "Qwen2ForCausalLM":
+        neutral["attention_bias"] = False
+    if "Qwen3" not in name:
+        neutral["use_qk_norm"] = False
+    if name == "LlamaForCausalLM" and config.get("use_sliding_window") is not False:  # transformers ignores it, others don't
+        neutral["sliding_window"] = None
+    faults = [
+        f"{key} = {config[key]!r} is not supported (only {value!r})"
+        for key, value in neutral.items()
+        if config.get(key) is not None and config[key] != value
+    ]
+    kinds = config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        other = next(kind for kind in kinds if kind != "full_attention") if isinstance(kinds, list) else kinds
+        faults.append(f"layer_types has {other!r}, which is not supported (only 'full_attention')")
+    return faults
+
+
+def _num_experts(config: dict[str, Any], where: str) -> int:
+    """Raises UserError if the two fields that say it differ."""
+    found = {key: config[key] for key in EXPERT_FIELDS if config.get(key) is not None}
+    if len(set(map(str, found.values()))) > 1:
+        raise UserError(f"{where}: {' and '.join(f'{key} = {value!r}' for key, value in found.items())} differ; keep the right one")
+    return _size({"num_experts": None} | config, next(iter(found), "num_experts"), where)
+
+
+def _switch(config: dict[str, Any], key: str, where: str) -> bool:
+    """A field that transformers takes for false where it is not there."""
+    value = config.get(key)
+    if value not in (None, True, False) or isinstance(value, int) != isinstance(value, bool):
+        raise UserError(f"{where}: {key} = {value!r}, but true or false is expected")
+    return bool(value)
 
 
 def _size(config: dict[str, Any], key: str, where: str) -> int:
-    value = _number(config, key, where)
-    if value != int(value):
+    value, most = _number(config, key, where), _MOST.get(key.replace("local_", ""), 1 << 31)
+    if not isinstance(value, int):
         raise UserError(f"{where}: {key} = {config[key]!r}, but a whole number is expected")
-    return int(value)
+    if value > most:
+        raise UserError(f"{where}: {key} = {value!r}, but no model has more than {most}; copy the file again from where the model is from")
+    return value
 
 
 def _number(config: dict[str, Any], key: str, where: str) -> float:
@@ -181,19 +276,20 @@ def _number(config: dict[str, Any], key: str, where: str) -> float:
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, float | None]:
-    """(theta, llama3 scaling factor or None); transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    scaling = config.get(key) or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"{where}: {key} = {scaling!r}, but a table is expected")
-    theta_from = next((table for table in (scaling, config) if table.get("rope_theta") is not None), {"rope_theta": 10000.0})
-    theta = float(_number(theta_from, "rope_theta", where))
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
+    """(theta, llama3 scaling factor or None)."""
+    rope = read_rope(config, where)
+    theta = float(_number({"rope_theta": rope.theta}, "rope_theta", where))
+    known = {"factor", *_LLAMA3_ROPE} if rope.kind == "llama3" else set()
+    if rope.kind not in ("default", "llama3"):
+        raise UserError(f"{where}: RoPE type {rope.kind!r} is not supported; supported: default, llama3")
+    if unknown := sorted(set(rope.options) - known):
+        raise UserError(
+            f"{where}: RoPE type {rope.kind!r} with {', '.join(f'{key} = {rope.options[key]!r}' for key in unknown)} is not supported"
+        )
+    if rope.kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise UserError(f"{where}: RoPE type {kind!r} is not supported; supported: default, llama3")
     for name, value in _LLAMA3_ROPE.items():
-        if scaling.get(name, value) != value:
-            raise UserError(f"{where}: llama3 RoPE with {name} = {scaling[name]!r} is not supported (only {value})")
-    return theta, float(_number(scaling, "factor", f"{where}, {key}"))
+        if rope.options.get(name) != value:
+            said = f"{name} = {rope.options[name]!r}" if name in rope.options else f"no {name}"
+            raise UserError(f"{where}: llama3 RoPE with {said} is not supported (only {value})")
+    return theta, float(_number(rope.options, "factor", f"{where}, llama3 RoPE"))

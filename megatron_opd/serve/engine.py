@@ -116,6 +116,14 @@ def check_requests(requests: Sequence[GenerateRequest] | Sequence[ScoreRequest],
             raise EngineError(f"request {number}: scoring from position {request.start} of {len(tokens)} tokens")
 
 
+SERVE_QUANTISED = "serve it with SGLang (--url or --launch, also for 'check'), or use the model's unquantised weights"
+
+
+def uses_sglang(config: EngineConfig) -> bool:
+    """Whether `open_engine` opens SGLang."""
+    return config.kind == "sglang" or (config.kind == "auto" and bool(config.urls or config.launch))
+
+
 def open_engine(config: EngineConfig, model: str | Path, *, log_dir: str | Path = "logs") -> Engine:
     """The engine that `config` names for a Hugging Face directory. 'auto': SGLang if urls or launch are given, else transformers.
 
@@ -123,7 +131,7 @@ def open_engine(config: EngineConfig, model: str | Path, *, log_dir: str | Path 
     """
     if config.urls and config.launch is not None:
         raise ConfigError("engine.urls and engine.launch are both given; use running servers, or let the stage start its own")
-    if config.kind == "sglang" or (config.kind == "auto" and (config.urls or config.launch)):
+    if uses_sglang(config):
         if not config.urls and config.launch is None:
             raise ConfigError(
                 "engine.kind is 'sglang' but there are no servers; give addresses (--url http://127.0.0.1:30000) or start some (--launch 1)"

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from megatron_opd.config import EngineConfig, Recipe, ScoreStage
 from megatron_opd.cost import StageCost, provenance
 from megatron_opd.data.store import StoreReader, write_scores
+from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import StoreError
-from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, load_tokenizer, same_model
+from megatron_opd.lineage import check_teacher, fingerprint_model, load_tokenizer, same_model
 from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
 from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
+from megatron_opd.tokenizer import check_same_tokenizer
 from megatron_opd.turns import check_stored_format, teacher_writes_otherwise
 
 
 def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
     """Score with the recipe's teacher; refuses a teacher that is not the student's SFT teacher. Raises UserError."""
     stage = recipe.score
-    return score_store(stage, recipe.engine, run_dir=recipe.run_dir, shard=shard)
+    return score_store(stage, recipe.engine, run_dir=recipe.run_dir, shard=shard, trains_on_candidates=recipe.train.loss.needs_topk)
 
 
 def score_store(
@@ -29,15 +31,16 @@ def score_store(
     name: str = "score",
     shard: Shard = Shard(),
     check_lineage: bool = True,
+    trains_on_candidates: bool = False,
 ) -> StoreReader:
     """Score every sealed part of `shard` that teacher `stage.teacher` has not scored. Goes on where an earlier run stopped.
 
     `name` is the stage's, for people and for the account. `check_lineage=False` is for evaluation, where the sampler may be any model.
-    Raises UserError.
+    With `trains_on_candidates`, a candidate of the teacher that the student does not know is an error. Raises UserError.
     """
     reader = StoreReader(stage.store)
-    fingerprint = fingerprint_model(stage.model)
-    check_same_tokenizer(reader.manifest.sampler, fingerprint)
+    fingerprint, student = fingerprint_model(stage.model), reader.manifest.sampler
+    foreign = check_same_tokenizer(student, fingerprint)
     override = None
     if check_lineage:
         check_stored_format(reader)
@@ -56,6 +59,8 @@ def score_store(
         )
         _account(reader, parts, stage, name, run_dir)
         return reader
+    Vocabulary(f"teacher {fingerprint.short()}", fingerprint.vocab_size, foreign).check_store(reader, todo, known_rows=student.vocab_size)
+    known = Vocabulary(f"student {student.short()}", student.vocab_size, foreign)
     with (
         StageCost(run_dir, name, meter=engine_meter(engine_config)) as cost,
         closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
@@ -77,12 +82,15 @@ def score_store(
                 part = todo[number]
                 work = works.pop(part)
                 scores = work.sort_out(results)
+                if trains_on_candidates:
+                    _check_candidates(known, work.rollouts, scores)
                 guard.check()
                 record = ScoreManifest(
                     part=part,
                     teacher=engine.fingerprint,
                     top_k=stage.top_k,
                     max_tokens=work.max_tokens,
+                    largest_candidate=_largest_candidate(scores),
                     excluded=work.excluded,
                     allow_teacher_mismatch=override is not None,
                     part_crc32c=reader.parts[part].crc32c,
@@ -100,6 +108,18 @@ def score_store(
     )
     _account(reader, parts, stage, name, run_dir)
     return reader
+
+
+def _check_candidates(known: Vocabulary, rollouts: Sequence[Rollout], scores: Sequence[TeacherScores | None]) -> None:
+    """Raise StoreError for a teacher's candidate that the student does not know."""
+    for rollout, score in zip(rollouts, scores, strict=True):
+        if score is not None and score.topk_ids is not None:
+            where = f"the teacher's candidates at prompt {rollout.prompt_index}, sample {rollout.sample_index}"
+            known.check(score.topk_ids, where, "lower score.top_k, or set score.top_k = 0 and train.loss.name = 'opd', which needs none")
+
+
+def _largest_candidate(scores: Sequence[TeacherScores | None]) -> int | None:
+    return max((int(score.topk_ids.max()) for score in scores if score is not None and score.topk_ids is not None), default=None)
 
 
 def _account(reader: StoreReader, parts: Sequence[int], stage: ScoreStage, name: str, run_dir: str) -> None:

@@ -16,9 +16,19 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 
 from megatron_opd.config import EngineConfig
 from megatron_opd.errors import EngineError, UserError
-from megatron_opd.lineage import fingerprint_model, read_config
+from megatron_opd.hf_config import read_config, refuse_quantised
+from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import Finish, SamplingParams, TeacherScores
-from megatron_opd.serve.engine import Engine, Generated, GenerateRequest, ScoreRequest, all_stop_ids, check_requests
+from megatron_opd.serve.engine import (
+    SERVE_QUANTISED,
+    Engine,
+    Generated,
+    GenerateRequest,
+    ScoreRequest,
+    all_stop_ids,
+    check_requests,
+)
+from megatron_opd.serve.loaded import check_loaded
 from megatron_opd.turns import own_stop_ids
 
 
@@ -27,6 +37,7 @@ class TransformersEngine(Engine):
 
     def __init__(self, config: EngineConfig, model: str | Path):
         self.config = config
+        refuse_quantised(model, "engine 'transformers'", SERVE_QUANTISED)
         self.fingerprint = fingerprint_model(model)
         self.device = _open_device(config.device)
         self.num_gpus = int(self.device.type == "cuda")
@@ -47,6 +58,7 @@ class TransformersEngine(Engine):
         missing = sorted(found["missing_keys"])
         if missing:  # transformers would draw them at random
             raise UserError(f"{model}: {len(missing)} tensors are in no *.safetensors file (first: {missing[0]}); copy or convert it again")
+        check_loaded(loaded, hf_config, f"{model}/config.json")
         self.model: Any = loaded.to(self.device).eval()
         # transformers fills what our own config leaves unset from the model's: penalties there would change the distribution.
         self.model.generation_config = GenerationConfig()

@@ -17,7 +17,9 @@ from megatron_opd.data.context import context_parallel_tokens
 from megatron_opd.data.order import cut_lengths, step_rollouts
 from megatron_opd.data.packing import plan_micro_batches
 from megatron_opd.data.store import StoreReader
+from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import StoreError, UserError
+from megatron_opd.hf_config import read_config
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class BatchSource:
         record = self.reader.score_manifest(next(iter(self.reader.parts)), self.teacher) if self.teacher else None
         return record.top_k if record else 0
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What the student can look up and be trained on."""
+        return Vocabulary(f"the student ({self.config.init})", read_config(self.config.init)["vocab_size"])
+
     def _measures_overlap(self, index: int) -> bool:
         return self.num_candidates > 0 and index % OVERLAP_EVERY == 0
 
@@ -142,6 +149,7 @@ class BatchSource:
         for index in sorted(rollouts, key=lambda index: not self._measures_overlap(index)):
             rollout = self.reader.rollout(index)
             length, start = int(self.all_lengths[index]), rollout.prompt_len
+            self.vocabulary.check(rollout.tokens[:length], f"{self.reader.location.url}, rollout {index}", "use models of one tokenizer")
             offset = sum(lengths)
             padded = length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
             tokens.append(np.pad(rollout.tokens[:length], (0, padded - length)))
@@ -161,6 +169,8 @@ class BatchSource:
                 teacher.append(scores.logp[start:length])
                 if scores.topk_ids is not None and scores.topk_logp is not None:
                     if self.topk:
+                        where = f"{self.reader.location.url}, rollout {index}, candidates of {self.teacher!r}"
+                        self.vocabulary.check(scores.topk_ids[start:length], where, "score with a lower score.top_k")
                         topk_ids.append(scores.topk_ids[start:length])
                         topk_logp.append(scores.topk_logp[start:length])
                     if measured:

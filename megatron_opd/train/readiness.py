@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
+from megatron_opd.convert.source import open_source
 from megatron_opd.data.calibration import check_calibration
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
+from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
-from megatron_opd.lineage import check_same_tokenizer, check_teacher, fingerprint_model, read_lineage, same_model
+from megatron_opd.lineage import check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
+from megatron_opd.tokenizer import check_rows, check_same_tokenizer
 from megatron_opd.train.batches import check_lengths
 from megatron_opd.train.endings import check_endings, sft_facts
 from megatron_opd.train.identity import RunIdentity, plan_resume, run_identity
@@ -99,7 +102,7 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
     endings = check_endings(reader, stop_ids, lineage.sft, allow=stage.allow_stop_mismatch)
     reader.check_scored(stage.teacher)
     if stage.loss.needs_topk:
-        _check_topk(reader, stage)
+        _check_topk(reader, stage, arch)
     overrides = [*lineage.overrides, *(text for text in endings if text not in lineage.overrides)]
     records = [record for part in reader.parts if (record := reader.score_manifest(part, stage.teacher))]
     teacher = records[0].teacher
@@ -109,7 +112,8 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
             "(weights, or table of tokens); delete the odd parts' scores and score again"
         )
     compared = _compare_scorer(stage, scoring, teacher)
-    check_same_tokenizer(manifest.sampler, teacher)
+    foreign = check_same_tokenizer(manifest.sampler, teacher)
+    Vocabulary(f"teacher {teacher.short()}", teacher.vocab_size, foreign).check_store(reader, reader.parts, known_rows=arch.vocab_size)
     allowed = stage.allow_teacher_mismatch or any(record.allow_teacher_mismatch for record in records)
     override = check_teacher(lineage, teacher, allow_mismatch=allowed)
     if override is not None:
@@ -156,9 +160,16 @@ def _describe_endings(facts: SftFacts) -> str:
     )
 
 
-def _check_topk(reader: StoreReader, stage: TrainStage) -> None:
-    """Raises StoreError unless the teacher's candidates are stored, as many in every part."""
-    counts = {part: record.top_k for part in reader.parts if (record := reader.score_manifest(part, stage.teacher))}
+def _check_topk(reader: StoreReader, stage: TrainStage, arch: Architecture) -> None:
+    """Raises StoreError unless the teacher's candidates are stored, as many in every part, and the student knows them."""
+    records = {part: record for part in reader.parts if (record := reader.score_manifest(part, stage.teacher))}
+    counts = {part: record.top_k for part, record in records.items()}
+    for part, record in records.items():
+        if record.largest_candidate is not None and record.largest_candidate >= arch.vocab_size:
+            raise StoreError(
+                f"{stage.store}: part {part} has the candidate id {record.largest_candidate} of teacher {stage.teacher!r}, but the student has {arch.vocab_size} "
+                "embedding rows; score again with a lower score.top_k, or train with train.loss.name=opd, which needs none"
+            )
     without = [part for part, top_k in counts.items() if not top_k]
     if without:
         raise StoreError(
@@ -175,6 +186,7 @@ def _check_topk(reader: StoreReader, stage: TrainStage) -> None:
 def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -> tuple[StoreReader, Architecture, ModelFingerprint]:
     arch = read_architecture(stage.init)
     arch.check_stage(stage, name)
+    open_source(stage.init, arch)
     reader = StoreReader(stage.store, teacher=teacher)
     if not stage.allow_incomplete:
         reader.check_complete()
@@ -185,12 +197,10 @@ def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -
             f"{stage.store}: {len(reader)} rollouts, fewer than global_batch = {stage.global_batch}: a step would have some of them twice; "
             "lower global_batch, or collect more"
         )
-    init = fingerprint_model(stage.init)
-    check_same_tokenizer(init, reader.manifest.sampler)
-    if reader.manifest.sampler.tokenizer.num_tokens > arch.vocab_size:
-        raise LineageError(
-            f"{stage.init}: an embedding of {arch.vocab_size} rows for a tokenizer of {reader.manifest.sampler.tokenizer.num_tokens} tokens"
-        )
+    init, sampler = fingerprint_model(stage.init), reader.manifest.sampler
+    foreign = check_same_tokenizer(init, sampler)
+    check_rows(init)
+    Vocabulary(f"student {init.short()}", arch.vocab_size, foreign).check_store(reader, reader.parts, known_rows=sampler.vocab_size)
     check_lengths(reader, stage)
     longest = int(cut_lengths(reader, stage).max())
     if longest > arch.max_positions:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from stores import make_scored_store
 from tiny_models import ARCHITECTURES, make_model
 from worker import DENSE, MIXTURE
@@ -29,6 +33,40 @@ def test_logits_agree_with_transformers(folder: Path) -> None:
     worst = run_ranks("parity", 4, folder, kinds=list(ARCHITECTURES))
     assert len(worst) == sum("cp" not in sizes for sizes in [*DENSE * (len(ARCHITECTURES) - 1), *MIXTURE])
     assert max(worst.values()) < 1e-4, worst
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+THETA = {"rope_theta": 1e6, "rope_type": "default"}
+# name -> (kind of model, fields of config.json, None: without the field)
+SPELLINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rope-theta-only": ("qwen3", {"rope_theta": 1e6, "rope_parameters": None}),
+    "rope-parameters-only": ("qwen3", {"rope_parameters": THETA}),
+    "rope-both": ("qwen3", {"rope_parameters": THETA, "rope_theta": 1e6, "rope_scaling": {"type": "default"}}),
+    "rope-neither": ("qwen3", {"rope_parameters": None}),
+    "llama3-scaling": ("llama", {"rope_theta": 1e6, "rope_scaling": LLAMA3, "rope_parameters": None}),
+    "llama3-parameters": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1e6}}),
+    "llama3-both": ("llama", {"rope_theta": 1e6, "rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 1e6}}),
+    "tied-with-the-same-head": ("qwen3-tied", {}),
+    "no-word-of-ties": ("qwen2", {"tie_word_embeddings": None}),
+    "no-head-dim": ("llama", {"head_dim": None, "mlp_bias": None, "attention_bias": None, "hidden_act": None}),
+    "experts-of-version-4": ("qwen3-moe", {"num_local_experts": None, "num_experts": 4}),
+    "one-expert": ("qwen3-moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
+    "no-word-of-normalisation": ("qwen3-moe", {"norm_topk_prob": None}),
+}
+
+
+def test_every_spelling_that_is_accepted_is_the_model_of_transformers(folder: Path) -> None:
+    for name, (kind, fields) in SPELLINGS.items():
+        directory = shutil.copytree(folder / kind, folder / name)
+        config = json.loads((directory / "config.json").read_text()) | fields
+        (directory / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    tied = folder / "tied-with-the-same-head" / "model.safetensors"
+    tensors = load_file(tied)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tied, metadata={"format": "pt"})
+    worst = run_ranks("parity", 1, folder, kinds=list(SPELLINGS), layouts=[{}])
+    assert len(worst) == len(SPELLINGS)
+    assert max(worst.values()) < 1e-4, worst
+    assert read_architecture(folder / "rope-neither").rope_theta != read_architecture(folder / "rope-both").rope_theta
 
 
 def test_opd_gradients_agree_with_float64(folder: Path) -> None:

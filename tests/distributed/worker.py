@@ -124,7 +124,7 @@ def label(sizes: dict[str, Any]) -> str:
     return " ".join(f"{name}{value if isinstance(value, str) else int(value)}" for name, value in sizes.items()) or "dp"
 
 
-def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
+def parity(folder: Path, kinds: list[str], layouts: list[dict[str, Any]] | None = None) -> dict[str, float]:
     """Largest difference of log-probabilities between transformers and Megatron in fp32, for every architecture and layout."""
     worst = {}
     for kind in kinds:
@@ -134,7 +134,7 @@ def parity(folder: Path, kinds: list[str]) -> dict[str, float]:
         reference = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
         with torch.no_grad():
             expected = torch.cat([reference(ids[None]).logits[0] for ids in sequences]).log_softmax(-1)
-        for sizes in MIXTURE if arch.num_experts else DENSE:
+        for sizes in layouts or (MIXTURE if arch.num_experts else DENSE):
             if "cp" in sizes:  # the logits of a sequence would be spread over ranks; its gradients are compared
                 continue
             config = stage_config(str(folder), init=str(directory), parallel=layout(**sizes))

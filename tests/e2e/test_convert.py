@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_model
 
 from megatron_opd import lineage
@@ -161,7 +162,7 @@ def test_a_config_that_makes_no_sense_is_named(tmp_path: Path, capsys: pytest.Ca
     assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 2
     error = capsys.readouterr().err
     assert f"{model}/config.json" in error
-    assert {"rope_scaling": "rope_scaling" if value == 3 else "factor", "architectures": "architecture 3"}.get(
+    assert {"rope_scaling": "rope_scaling" if value == 3 else "factor", "architectures": "architectures is 3"}.get(
         field, f"{field} = {value!r}"
     ) in error
 
@@ -213,6 +214,7 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch
+from safetensors.torch import load_file, save_file
 from megatron_opd.convert.commands import to_mcore
 from megatron_opd.convert.to_hf import convert_to_hf
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -249,3 +251,104 @@ def test_the_script_is_the_subcommand(tmp_path: Path) -> None:
     for arguments in (["to-mcore", str(model), str(tmp_path / "mcore")], ["to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]):
         subprocess.run([sys.executable, str(script), *arguments], check=True)
     assert hash_tensors(tmp_path / "back") == hash_tensors(model)
+
+
+SIDE_FILES = {
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "qwen.tiktoken", "vocab.txt", "special_tokens_map.json", "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja", "generation_config.json", "added_tokens.json", "tokenizer.json",
+    "tokenizer_config.json", "config.json",
+}  # fmt: skip
+LEFT_BEHIND = {
+    "modeling_abacus.py", "tokenization_abacus.py", "tokenizer.py", "README.md", "optimizer.pt", "rng_state.pth", "trainer_state.json", "training_args.bin",
+    "pytorch_model.bin", ".gitattributes", ".tokenizer.json.swp", "opd_other.json", "preprocessor_config.json", "additional_chat_templates/code.py", "original/params.json",
+}  # fmt: skip
+
+
+def test_what_belongs_to_a_model_travels_and_nothing_else(tmp_path: Path) -> None:
+    """Both ways, from a directory of links into a cache, as a download makes it."""
+    blobs = make_model(tmp_path / "blobs")
+    for name in (SIDE_FILES | LEFT_BEHIND) - {path.name for path in blobs.iterdir()}:
+        (blobs / name).parent.mkdir(exist_ok=True)
+        (blobs / name).write_text("{}" if name.endswith(".json") else name)
+    config = json.loads((blobs / "config.json").read_text())
+    (blobs / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_abacus.Abacus"}, "quantization_config": None})
+    )
+    settings = json.loads((blobs / "tokenizer_config.json").read_text())
+    (blobs / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": ["tokenization_abacus.A", None]}}))
+    model = tmp_path / "model"
+    for path in blobs.rglob("*"):
+        if path.is_file():
+            (model / path.relative_to(blobs)).parent.mkdir(parents=True, exist_ok=True)
+            (model / path.relative_to(blobs)).symlink_to(path)
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    found = {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*") if path.is_file()}
+    assert found == SIDE_FILES | {"model.safetensors", lineage.CACHE_FILE, lineage.LINEAGE_FILE}
+    assert not any(path.is_symlink() for path in (tmp_path / "back").rglob("*"))
+    for name in SIDE_FILES - {"config.json", "tokenizer_config.json"}:
+        assert (tmp_path / "back" / name).read_bytes() == (blobs / name).read_bytes()
+    carried = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert not {"auto_map", "quantization_config"} & set(carried)
+    tokenizer = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert "auto_map" not in tokenizer
+    assert tokenizer["tokenizer_class"] in ("PreTrainedTokenizerFast", settings["tokenizer_class"])
+    assert tokenizer["tokenizer_class"] != "TokenizersBackend"
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("qwen3", {}), ("llama", {"rope_scaling": None}), ("qwen3-moe", {})])
+def test_a_converted_config_is_written_for_every_version(tmp_path: Path, kind: str, fields: dict[str, object]) -> None:
+    """Whichever of the fields the source has."""
+    model = make_model(tmp_path / "model", kind, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    assert config["rope_scaling"] is None
+    if kind == "qwen3-moe":
+        assert config["num_experts"] == config["num_local_experts"] == 4
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    model = make_model(tmp_path / "model")
+    before = os.umask(umask)
+    try:
+        assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+        assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    finally:
+        os.umask(before)
+    for path in [*(tmp_path / "mcore").rglob("*"), *(tmp_path / "back").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_a_value_that_float16_can_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(tmp_path / "model", dtype=torch.bfloat16)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][0, 0] = 65504.0 + 512
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back"), "--dtype", "float16"]) == 2
+    assert (
+        f"{name} has values up to 66048, which float16 can't hold (at most 65504); convert to bfloat16 or float32"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "back").exists()
+    tensors[name][0, 0] = 65280.0
+    tensors[name][0, 1] = torch.inf
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore-2")]) == 0
+    assert main(["convert", "to-hf", str(tmp_path / "mcore-2"), str(tmp_path / "back"), "--dtype", "float16"]) == 0
+
+
+def test_old_weights_with_frequencies_in_them(tmp_path: Path) -> None:
+    """Early Llama directories hold rotary_emb.inv_freq, in fp32 beside weights in bf16: no mixture."""
+    model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, model / "model.safetensors", metadata={"format": "pt"}
+    )
+    assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
+    assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
+    assert set(load_file(tmp_path / "back" / "model.safetensors")) == set(tensors)

@@ -63,7 +63,7 @@ def test_write_prompts_refuses(tmp_path):
 
 
 def test_tokenizer_round_trip(tmp_path):
-    from megatron_opd.lineage import fingerprint_loaded_tokenizer, load_tokenizer
+    from megatron_opd.tokenizer import fingerprint_loaded_tokenizer, load_tokenizer
 
     built = arithmetic.build_tokenizer(tmp_path)
     loaded = load_tokenizer(tmp_path)
@@ -87,8 +87,9 @@ def test_make_model_dir(tmp_path):
     from transformers import AutoModelForCausalLM
 
     from megatron_opd.config import ParallelConfig
-    from megatron_opd.lineage import check_same_tokenizer, fingerprint_model
+    from megatron_opd.lineage import fingerprint_model
     from megatron_opd.model.architecture import read_architecture
+    from megatron_opd.tokenizer import check_same_tokenizer
 
     sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 64}
     state = torch.random.get_rng_state()
