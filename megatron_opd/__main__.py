@@ -1,5 +1,7 @@
 """`python -m megatron_opd` is the same as `megatron-opd`; torchrun starts ranks this way."""
 
+import locale
+import os
 import signal
 import sys
 
@@ -7,12 +9,24 @@ import sys
 def run() -> int:
     """The command line, with an answer to Ctrl-C from its first import on."""
     try:
+        use_utf8()
         from megatron_opd.cli import main
 
         return main()
     except KeyboardInterrupt:
         print("interrupted before anything had started", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def use_utf8() -> None:
+    """Under a locale of another encoding (Latin-1, say), begin anew in Python's UTF-8 mode.
+
+    Recipes, prompts and models are UTF-8 wherever they lie; file names, the command line and what libraries read are no exception.
+    """
+    if sys.flags.utf8_mode or {sys.getfilesystemencoding().lower(), locale.getencoding().lower()} == {"utf-8"}:
+        return
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

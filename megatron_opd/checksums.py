@@ -48,7 +48,7 @@ def record_checksums(folder: Path) -> None:
     """
     sums: Sums = {}
     for part in folder.glob(f".*.{CHECKSUM_FILE}"):
-        sums |= json.loads(part.read_text())
+        sums |= json.loads(part.read_text(encoding="utf-8"))
         part.unlink()
     left = [path for path in folder.iterdir() if path.is_file() and path.name not in sums]
     if lacking := [path.name for path in left if path.suffix == ".distcp"]:
@@ -86,7 +86,7 @@ def check_files(checkpoint: Path, *, share: int = 0, shares: int = 1) -> bool:
 def _recorded(checkpoint: Path) -> Sums | None:
     record = checkpoint / CHECKSUM_FILE
     try:
-        return {name: (int(size), int(checksum)) for name, (size, checksum) in json.loads(record.read_text()).items()}
+        return {name: (int(size), int(checksum)) for name, (size, checksum) in json.loads(record.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -365,10 +365,10 @@ def read_recipe_text(name: str) -> str:
     """Text of a recipe: a file, or a shipped recipe by name (with or without .toml). Raises ConfigError."""
     path = Path(name)
     if path.is_file():
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     shipped = shipped_recipes()
     if path.parent == Path(".") and path.name.removesuffix(".toml") in shipped:
-        return (resources.files("megatron_opd") / "recipes" / f"{path.name.removesuffix('.toml')}.toml").read_text()
+        return (resources.files("megatron_opd") / "recipes" / f"{path.name.removesuffix('.toml')}.toml").read_text(encoding="utf-8")
     raise ConfigError(f"no recipe {name!r}: neither a file nor one of the shipped recipes {', '.join(shipped)}")
 
 

@@ -143,7 +143,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put these rows, and no others, into the file; it is replaced whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -178,13 +178,13 @@ def git_commit(checkout: Path = Path(__file__).resolve().parent.parent) -> str |
     """Commit of the checkout that this package lies in; OPD_GIT_COMMIT in images that have no checkout."""
     git = checkout / ".git"
     try:
-        text = (git / "HEAD").read_text().strip()
+        text = (git / "HEAD").read_text(encoding="utf-8").strip()
         if not text.startswith("ref: "):
             return text
         ref = text.removeprefix("ref: ")
         if (git / ref).exists():
-            return (git / ref).read_text().strip()
-        packed = (git / "packed-refs").read_text().splitlines()  # where `git gc` puts them
+            return (git / ref).read_text(encoding="utf-8").strip()
+        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()  # where `git gc` puts them
         return next(line.split()[0] for line in packed if line.endswith(f" {ref}"))
     except (OSError, StopIteration):
         return os.environ.get("OPD_GIT_COMMIT")

@@ -245,7 +245,7 @@ def _read_cache(path: Path | None) -> dict[str, Any]:
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write JSON under a temporary name, then rename, so that the file appears whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -258,7 +258,7 @@ def read_lineage(directory: str | Path) -> Lineage | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         lineage = Lineage.model_validate(content["lineage"])
     except (ValueError, KeyError, TypeError) as error:
         raise LineageError(f"{path}: not a lineage file: {error}") from None

@@ -253,7 +253,7 @@ def main() -> None:
         "rows": rows,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draw(rows, name, arguments.output.with_suffix(".png"))
     absent = {row["contestant"]: row["absent"] for row in rows if "absent" in row and "alone" not in row["absent"]}
     for contestant, reason in absent.items():

@@ -43,8 +43,8 @@ PER_PART = 64
 def make_model(folder: Path) -> Path:
     """The shipped demo teacher with the vocabulary size of Qwen3 in its config: the stand-in reads nothing else of it."""
     shutil.copytree(Path(str(resources.files("megatron_opd") / "demo" / "teacher")), folder)
-    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": VOCAB, "max_position_embeddings": 1 << 15}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"vocab_size": VOCAB, "max_position_embeddings": 1 << 15}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -153,7 +153,7 @@ def main() -> None:
             )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

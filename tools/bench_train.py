@@ -79,7 +79,9 @@ def main() -> None:
             results[side] = json.loads(run.stdout.splitlines()[-1])
     print(table(results))
     if args.json:
-        args.json.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, **results}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, **results}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,13 +104,13 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
     """Random weights in bf16 on a GPU, fp32 on a CPU."""
     on_gpu = torch.cuda.is_available()
     directory.mkdir()
-    values = KNOWN[args.model] if args.model in KNOWN else json.loads(Path(args.model).read_text())
+    values = KNOWN[args.model] if args.model in KNOWN else json.loads(Path(args.model).read_text(encoding="utf-8"))
     kinds = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}  # which KNOWN has no need to say
     values = {"model_type": kinds.get(values["architectures"][0])} | values
     if args.layers is not None:
         values["num_hidden_layers"] = args.layers
         values.pop("layer_types", None)  # one a layer; transformers makes it
-    (directory / "config.json").write_text(json.dumps(values))
+    (directory / "config.json").write_text(json.dumps(values), encoding="utf-8")
     torch.manual_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16 if on_gpu else torch.float32)

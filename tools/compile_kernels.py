@@ -154,7 +154,7 @@ def _longest_loop(sass: str) -> int:
 def _assemble(ptx: str, arch: int, folder: Path) -> str:
     """What `ptxas -v` says. Triton carries two, and the PTX of one may be too new for the other."""
     source = folder / "kernel.ptx"
-    source.write_text(ptx)
+    source.write_text(ptx, encoding="utf-8")
     said = ""
     for tool in (knobs.nvidia.ptxas_blackwell, knobs.nvidia.ptxas) if arch >= 100 else (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell):
         command = [tool.path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", str(source), "-o", str(folder / "checked.cubin")]
@@ -197,7 +197,7 @@ def main() -> int:
             )
     if arguments.output is not None:
         record = {"triton": triton.__version__, "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "kernels": rows}
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for fault in bad:
         print(f"FAULT {fault}", file=sys.stderr)
     return int(bool(bad))

@@ -32,7 +32,7 @@ class Model:
     """Numbers as a model would give them."""
 
     def __init__(self, directory: Path):
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self.vocab = int(config["vocab_size"])
         self.eos = int(config.get("eos_token_id") or 0)
         self.context = int(config.get("max_position_embeddings", 1 << 20))

@@ -70,7 +70,7 @@ def _read_origin(target: Path) -> dict[str, Any] | None:
     """What `target` was converted from, None if that is not recorded. Raises UserError."""
     path = target / ORIGIN_FILE
     try:
-        origin = json.loads(path.read_text())
+        origin = json.loads(path.read_text(encoding="utf-8"))
         return {key: origin[key] for key in ("step", "content", "checkpoint")}
     except FileNotFoundError:
         return None

@@ -74,7 +74,7 @@ def write_prompts(path: str | Path, *, split: str, count: int, seed: int, digits
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rows = ({"prompt": prompt, "answer": worked_solution(prompt).rpartition("=")[2]} for prompt in prompts)
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -152,7 +152,10 @@ def save_model_dir(model: Any, directory: str | Path) -> None:
     model.save_pretrained(str(temporary))
     # transformers 5 writes the RoPE base in `rope_parameters` alone, where version 4 (in many serving containers) doesn't look.
     path = temporary / "config.json"
-    path.write_text(json.dumps(spell_for_all(json.loads(path.read_text()), str(path)), indent=2, sort_keys=True) + "\n")
+    path.write_text(
+        json.dumps(spell_for_all(json.loads(path.read_text(encoding="utf-8")), str(path)), indent=2, sort_keys=True) + "\n",
+        encoding="utf-8",
+    )
     (temporary / "model.safetensors").chmod(path.stat().st_mode)  # safetensors writes for the owner alone
     build_tokenizer(temporary)
     temporary.replace(directory)

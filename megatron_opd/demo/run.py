@@ -77,7 +77,7 @@ def _run(command: list[str]) -> int:
 
 def summary(folder: Path, *, seconds: float) -> str:
     """The closing table: models, then the cost of every stage."""
-    evaluations = [json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("teacher", "sft", "opd")]
+    evaluations = [json.loads((folder / "eval" / f"{name}.json").read_text(encoding="utf-8")) for name in ("teacher", "sft", "opd")]
     models = [["model", "accuracy (95 % interval)", "reverse KL to the teacher, nat/token", "tokens a response", "ended by itself"]]
     models += [evaluation_cells(evaluation) for evaluation in evaluations]
     stages = [["stage", "seconds", "tokens", "tokens/s", "GPU hours"], *(stage_cells(row) for row in read_stages(folder / "stages.jsonl"))]

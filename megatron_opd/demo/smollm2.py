@@ -101,5 +101,5 @@ def write_prompts(path: Path, *, count: int, seed: int) -> None:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(path)

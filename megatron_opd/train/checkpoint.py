@@ -143,7 +143,7 @@ class CheckpointWriter:
         _remove(folder / step_name(step))
         staging.rename(folder / step_name(step))
         pointer = folder / LATEST
-        pointer.with_suffix(".tmp").write_text(step_name(step) + "\n")
+        pointer.with_suffix(".tmp").write_text(step_name(step) + "\n", encoding="utf-8")
         pointer.with_suffix(".tmp").replace(pointer)
         for old in outdated(
             [int(path.name.removeprefix(STEP_PREFIX)) for path in folder.glob(f"{STEP_PREFIX}*")], step, self.keep_last, self.keep_every

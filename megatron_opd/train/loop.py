@@ -232,7 +232,7 @@ def open_log(job: Job) -> MetricsLog | None:
 
 def start_files(job: Job) -> None:
     """Write down what the steps from here on are made with: the resolved recipe, and what of it changed."""
-    (job.output / "recipe.toml").write_text(job.recipe.to_toml())
+    (job.output / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
     write_history(job.output, job.going)
 
 

@@ -208,9 +208,11 @@ class _WandB:
             raise UserError("loggers has 'wandb', which is not installed; pip install wandb, or take it out") from None
         identity = output / "wandb_run_id"
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:8])
+            identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         try:
-            self.run = wandb.init(project=project, id=identity.read_text().strip(), resume="allow", dir=str(output), config=settings)
+            self.run = wandb.init(
+                project=project, id=identity.read_text(encoding="utf-8").strip(), resume="allow", dir=str(output), config=settings
+            )
         except Exception as error:  # no key, no network, a project that is not there: the client's errors have no common ground
             raise UserError(
                 f"loggers has 'wandb', which could not start: {type(error).__name__}: {error}; log in with `wandb login` (or WANDB_API_KEY), "

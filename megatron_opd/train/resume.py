@@ -39,7 +39,7 @@ class OutputLock:
     def acquire(self) -> None:
         """Raises UserError naming the holder if it does not end in time."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+")
+        self._file = self.path.open("a+", encoding="utf-8")
         end = time.monotonic() + self.wait_seconds
         while True:
             try:

@@ -41,7 +41,7 @@ def latest_checkpoint(output: Path) -> Path | None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Step, data position, what the run is and its settings. Raises CheckpointError, also for the state of another checkpoint."""
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text())
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         if not isinstance(state.get("step"), int):
             raise ValueError("it has no step")
     except (OSError, ValueError, AttributeError) as error:
