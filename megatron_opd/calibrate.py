@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.cost import provenance
 from megatron_opd.data.calibration import read_calibration, write_calibration
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
+from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model, same_model
 from megatron_opd.records import Calibration, Gap, Rollout
 from megatron_opd.serve.engine import Engine, ScoreRequest, open_engine

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from megatron_opd import __version__
-from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, expand_path, load_recipe, require, shipped_recipes
+from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, load_recipe, require, shipped_recipes
 from megatron_opd.errors import INTERRUPTED, ConfigError, Interrupted, QuarantineError, UserError
 from megatron_opd.lineage import keep_hashes_in
+from megatron_opd.paths import expand_path
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
 

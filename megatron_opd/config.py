@@ -7,10 +7,8 @@ given"; there are no magic numbers for that.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import tomllib
-from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,22 +17,19 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from megatron_opd.errors import ConfigError
+from megatron_opd.inference import EncodingConfig, EngineConfig
 from megatron_opd.layout import Fp8Config, ParallelConfig
 from megatron_opd.layout import Section as _Section
 from megatron_opd.objective import DriftConfig, LossConfig
+from megatron_opd.paths import PathText, expand_paths
 from megatron_opd.records import SamplingParams
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 # Text for the model may hold braces of its own.
 _FREE_TEXT = {"system"}
-DATE_FORMAT = "%d %b %Y"
 # Adam divides the rate by 1 - beta1 at its first step, and the result must be a float32 number.
 _LARGEST_RATE = 1e30
-
-_PATH = "path"  # marks the fields that `build_recipe` expands
-PathText = Annotated[str, _PATH]
 
 
 class ModelsConfig(_Section):
@@ -42,73 +37,6 @@ class ModelsConfig(_Section):
 
     teacher: PathText = Field(description="teacher model; must be the one whose answers the student was fine-tuned on")
     student: PathText = Field(description="base student, before SFT")
-
-
-class LaunchConfig(_Section):
-    """SGLang servers that a stage starts as its children and ends with itself; the model is the stage's."""
-
-    servers: int = Field(default=1, gt=0)
-    tp: int = Field(default=1, gt=0, description="GPUs that share one copy of the model")
-    dp: int = Field(default=1, gt=0, description="copies of the model in one server")
-    options: list[str] = Field(default_factory=list, description="further options of sglang.launch_server, a word each")
-    command: list[str] = Field(default_factory=list, description="by default PYTHON -m sglang.launch_server with this Python")
-    environment: dict[str, str] = Field(default_factory=dict, description="further variables")
-    start_seconds: float = Field(default=1800.0, gt=0, description="until a server must answer")
-    restarts: int = Field(default=3, ge=0, description="times that a server that died is started again")
-
-
-class EngineConfig(_Section):
-    """What runs inference for generate, rollout, score and eval."""
-
-    kind: Literal["auto", "transformers", "sglang"] = "auto"
-    urls: list[str] = Field(default_factory=list, description="running SGLang servers; 'auto' uses them when given")
-    launch: LaunchConfig | None = Field(default=None, description="start SGLang servers for the stage")
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_tokens: int = Field(default=16384, gt=0, description="transformers: tokens (with padding) a forward pass")
-    batch_sequences: int = Field(default=256, gt=0, description="transformers: sequences generated together")
-    tokens_under_way: int = Field(default=1 << 19, gt=0, description="sglang: tokens of the requests that a server has at once")
-    timeout: float = Field(default=300.0, gt=0, description="sglang: seconds for a request, to which come those for its length")
-    slowest_decode: float = Field(default=2.0, gt=0, description="sglang: tokens/s; a response may take its length at this speed")
-    slowest_prefill: float = Field(default=200.0, gt=0, description="sglang: tokens/s; reading a sequence may take as long")
-    retries: int = Field(default=4, ge=0, description="sglang: repeats of a request that failed for a passing reason")
-    patience: float = Field(default=600.0, ge=0, description="sglang: seconds to wait for a server at engine.urls that is away")
-    context_length: int | None = Field(default=None, gt=0, description="longest sequence; from the model's config when not given")
-
-
-class EncodingConfig(_Section):
-    """How prompts become token ids, once; the ids are stored."""
-
-    chat_template: Literal["auto", "always", "never"] = Field(
-        default="auto", description="'auto': chat messages by the template, text as it is"
-    )
-    system: str | None = None
-    enable_thinking: bool | None = Field(default=None, description="for templates that know it")
-    date_string: str | None = Field(
-        default=None, description="the date that a template prints, as '26 Jul 2024' (the default); never that of the day"
-    )
-    overlong_prompt: Literal["error", "skip"] = Field(default="error", description="a prompt that leaves no room for a response")
-    max_prompt_tokens: int | None = Field(default=None, gt=0)
-    assistant_last: Literal["refuse", "continue"] = Field(
-        default="refuse", description="a prompt that ends in an assistant message: 'continue' has the model write on in that turn"
-    )
-    row_system: Literal["refuse", "keep", "replace"] = Field(
-        default="refuse", description="a row's own system message where `system` is given: 'keep' the row's, or 'replace' it"
-    )
-
-    def recorded(self) -> dict[str, Any]:
-        """What a store keeps of it. What would have been refused changed no prompt, and is not part of it."""
-        return {key: value for key, value in self.model_dump(exclude_none=True).items() if value != "refuse"}
-
-    @field_validator("date_string")
-    @classmethod
-    def _check_date(cls, date: str | None) -> str | None:
-        if date is not None:
-            try:
-                datetime.strptime(date, DATE_FORMAT)
-            except ValueError:
-                raise ValueError("a date such as '26 Jul 2024' is expected") from None
-        return date
 
 
 class SampleStage(_Section):
@@ -414,48 +342,13 @@ def build_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
         filled = recipe.model_dump()
-        _expand_paths(recipe, filled)
+        expand_paths(recipe, filled)
         names = {"name": recipe.name}
         names |= {"run_dir": _fill(filled["run_dir"], names, "run_dir")}
         names |= _fill(filled["models"], names, "models")
         return Recipe.model_validate(_fill(filled, names))
     except ValidationError as error:
         raise ConfigError(f"{name}: {_explain(error)}") from None
-
-
-def expand_path(text: str) -> str:
-    """`text` with ~ and environment variables ($HOME, ${SCRATCH}) filled in; addresses such as s3://... stay as they are.
-
-    Raises ConfigError for a variable that is not set, or a user that is not known.
-    """
-    if "://" in text:
-        return text
-    for match in _VARIABLE.finditer(text):
-        if (match[1] or match[2]) not in os.environ:
-            raise ConfigError(f"the environment variable {match[0]} is not set (got {text!r})")
-    filled = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
-    expanded = os.path.expanduser(filled)
-    if text.startswith("~") and expanded == filled:
-        raise ConfigError(f"no home directory is known for {text.split('/')[0]} (got {text!r}); a folder of that name is ./{text}")
-    return expanded if text.startswith("~") else filled
-
-
-def _expand_paths(section: BaseModel, tree: dict[str, Any], where: str = "") -> None:
-    """Expand the path fields of `tree`, a dump of `section`, in place. Raises ConfigError naming the field."""
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            _expand_paths(value, tree[name], f"{where}{name}.")
-        elif isinstance(value, str) and any(_PATH in marks for marks in _marks(field)):
-            try:
-                tree[name] = expand_path(value)
-            except ConfigError as error:
-                raise ConfigError(f"{where}{name}: {error}") from None
-
-
-def _marks(field: Any) -> list[Any]:
-    """What the field's annotation, or one of its alternatives, is marked with."""
-    return [field.metadata, *(getattr(kind, "__metadata__", ()) for kind in getattr(field.annotation, "__args__", ()))]
 
 
 def _fill(node: Any, names: dict[str, str], where: str = "") -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_opd.config import EncodingConfig, EvalStage, Recipe
+from megatron_opd.config import EvalStage, Recipe
 from megatron_opd.convert.source import open_source
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
@@ -18,6 +18,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import check_package
 from megatron_opd.evaluate.grading_pool import check_answers
 from megatron_opd.hf_config import refuse_quantised, remote_code
+from megatron_opd.inference import EncodingConfig
 from megatron_opd.lineage import fingerprint_model, load_tokenizer
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.records import Prompt

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.config import DATE_FORMAT, EncodingConfig
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
 from megatron_opd.hf_config import read_config, read_json
+from megatron_opd.inference import DATE_FORMAT, EncodingConfig
 from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import Lineage, SftFacts, StoreManifest
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.config import EncodingConfig
 from megatron_opd.errors import UserError
+from megatron_opd.inference import EncodingConfig
 from megatron_opd.records import Prompt
 from megatron_opd.serve.rendered import Messages, check_printed
 from megatron_opd.turns import render

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.errors import ConfigError, EngineError
+from megatron_opd.inference import EngineConfig
 from megatron_opd.records import Finish, ModelFingerprint, SamplingParams, TeacherScores
 
 Progress = Callable[[int], Any]

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_opd.config import EngineConfig, LaunchConfig
 from megatron_opd.errors import EngineError
+from megatron_opd.inference import EngineConfig, LaunchConfig
 
 STOP_SECONDS = 30.0
 TAIL_BYTES = 3000

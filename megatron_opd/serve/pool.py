@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.errors import EngineError, LineageError, UserError
 from megatron_opd.hf_config import read_config
+from megatron_opd.inference import EngineConfig
 from megatron_opd.serve.engine import ScoreRequest
 from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused
 from megatron_opd.serve.launch import ServerProcess

@@ -7,13 +7,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_opd.config import EngineConfig, Recipe, SampleStage, require
+from megatron_opd.config import Recipe, SampleStage, require
 from megatron_opd.cost import StageCost, provenance
 from megatron_opd.data.location import Location
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader, create_store, part_group, write_part
 from megatron_opd.errors import LineageError
+from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, find_overlong, uses_template

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_opd.config import EngineConfig, Recipe, ScoreStage
+from megatron_opd.config import Recipe, ScoreStage
 from megatron_opd.cost import StageCost, provenance
 from megatron_opd.data.store import StoreReader, write_scores
 from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import StoreError
+from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import check_teacher, fingerprint_model, load_tokenizer, same_model
 from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
 from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine

@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.errors import EngineError, UserError
+from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import SamplingParams, TeacherScores
 from megatron_opd.serve.engine import Engine, Failed, Generated, GenerateRequest, Progress, ScoreRequest, all_stop_ids, check_requests

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.cost import GpuMeter, StageCost, append_jsonl, open_meter
 from megatron_opd.errors import LineageError, QuarantineError, UserError
+from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import Excluded
 from megatron_opd.serve.engine import Engine

@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.errors import EngineError, UserError
 from megatron_opd.hf_config import read_config, refuse_quantised
+from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import Finish, SamplingParams, TeacherScores
 from megatron_opd.serve.engine import (

@@ -16,8 +16,8 @@ import pytest
 from serve.stub_server import LAUNCH_COMMAND, StubServer
 from tiny_models import make_model
 
-from megatron_opd.config import EngineConfig, LaunchConfig
 from megatron_opd.errors import EngineError, LineageError
+from megatron_opd.inference import EngineConfig, LaunchConfig
 from megatron_opd.records import SamplingParams
 from megatron_opd.serve.engine import Failed, GenerateRequest, ScoreRequest
 from megatron_opd.serve.sglang import SglangEngine

@@ -23,8 +23,8 @@ from serve.engine_conformance import (
 from serve.faulty_proxy import FaultyProxy
 from serve.sglang_server import HOW_TO_INSTALL, SglangServer, sglang_python
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.errors import EngineError, LineageError
+from megatron_opd.inference import EngineConfig
 from megatron_opd.records import SamplingParams
 from megatron_opd.serve.engine import GenerateRequest, ScoreRequest, open_engine
 from megatron_opd.serve.sglang import SglangEngine

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from serve.engine_conformance import CHECKS, Reference, random_prompts, random_score_requests, write_model
 
-from megatron_opd.config import EngineConfig
+from megatron_opd.inference import EngineConfig
 from megatron_opd.records import SamplingParams
 from megatron_opd.serve.engine import GenerateRequest
 from megatron_opd.serve.transformers_engine import TransformersEngine

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.cost import StageCost, append_jsonl, git_commit, open_meter, provenance, read_jsonl, read_stages, write_jsonl
+from megatron_opd.inference import EngineConfig
 from megatron_opd.serve.stage import engine_meter
 
 

@@ -3,11 +3,11 @@ import random
 
 import pytest
 
-from megatron_opd.config import EncodingConfig
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.demo import arithmetic
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import grade
+from megatron_opd.inference import EncodingConfig
 from megatron_opd.records import Prompt
 from megatron_opd.serve.encode import encode_prompt
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
-from megatron_opd.config import EngineConfig
 from megatron_opd.convert.source import open_source
 from megatron_opd.errors import UserError
 from megatron_opd.hf_config import read_config, read_rope, remote_code, spell_for_all
+from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.model.architecture import Architecture, parse_architecture, read_architecture
 from megatron_opd.serve.loaded import check_loaded

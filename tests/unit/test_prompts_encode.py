@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny_models import make_tokenizer
 
-from megatron_opd.config import EncodingConfig
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
+from megatron_opd.inference import EncodingConfig
 from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import Prompt
 from megatron_opd.serve.encode import encode_prompt, encode_prompts, find_overlong
