@@ -131,11 +131,12 @@ def _try_encoding(name: str, model: str, tokenizer: Any, prompts: list[Prompt], 
 
 def _check_turns(recipe: Recipe, found: Findings) -> None:
     """Where turns end, and by which template prompts are written."""
-    tokenizers: dict[str, Any] = {}
+    known: dict[str, tuple[Any, dict[int, list[str]]]] = {}
     for role, directory in (("student", recipe.models.student), ("teacher", recipe.models.teacher)):
-        tokenizers[role] = tokenizer = found.attempt(load_tokenizer, directory)
+        tokenizer = found.attempt(load_tokenizer, directory)
         if tokenizer is None or (own := found.attempt(own_stop_ids, directory, tokenizer)) is None:
             continue
+        known[role] = tokenizer, own
         end = turn_end(tokenizer)
         closing = (
             "no chat template"
@@ -143,13 +144,12 @@ def _check_turns(recipe: Recipe, found: Findings) -> None:
             else f"its chat template closes a turn with {describe_tokens(tokenizer, [end] if end is not None else [])}"
         )
         found.lines.append(f"{role}: stop ids {describe_tokens(tokenizer, own, own)}; {closing}")
-    student, teacher = tokenizers["student"], tokenizers["teacher"]
-    if student is None or teacher is None or recipe.generate is None:
+    if len(known) < 2 or recipe.generate is None:
         return
+    (student, own), (teacher, _) = known["student"], known["teacher"]
     if chat_templates(student) != chat_templates(teacher):
         found.lines.append("the chat templates differ: after SFT the student has the teacher's, by which 'generate' writes its prompts")
-    end = turn_end(teacher)
-    if end is not None and end not in own_stop_ids(recipe.models.student, student):
+    if (end := turn_end(teacher)) is not None and end not in own:
         found.lines.append(f"after SFT the student stops at {describe_tokens(teacher, [end])} too, which ends the teacher's turns")
 
 
