@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
+
 import numpy as np
 
 from megatron_opd.data.calibration import read_calibration
 from megatron_opd.data.store import StoreReader
-from megatron_opd.records import Finish, ModelFingerprint
+from megatron_opd.records import Finish, ModelFingerprint, StoreManifest
 
 _BAR = 40
 
@@ -24,7 +28,9 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
         *(("OVERRIDE", text) for text in lineage.overrides),
         ("tokenizer", f"{manifest.sampler.tokenizer.num_tokens} tokens, table {manifest.sampler.tokenizer.vocab_sha256[:12]}"),
         ("prompts", f"{manifest.prompts.name}: {manifest.prompts.num_prompts} (sha256 {manifest.prompts.sha256[:12]})"),
-        ("sampling", ", ".join(f"{key} {value}" for key, value in manifest.sampling.model_dump().items())),
+        ("sampling", ", ".join(f"{key} {value}" for key, value in manifest.sampling.model_dump(exclude={"stop_token_ids"}).items())),
+        ("prompts written", _prompt_format(manifest)),
+        ("stop ids", _endings(reader)),
         ("made", f"{manifest.provenance.get('created', '?')} at commit {manifest.provenance.get('git_commit', 'unknown')}"),
         ("parts", f"{len(reader.parts)} of {manifest.num_parts} sealed, {manifest.prompts_per_part} prompts each"),
         ("rollouts", _counts(reader)),
@@ -53,6 +59,23 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
 
 def _model(model: ModelFingerprint | None) -> str:
     return "not known" if model is None else f"{model.name} (weights {model.weights_sha256[:12]})"
+
+
+def _prompt_format(manifest: StoreManifest) -> str:
+    if not manifest.chat_templates:
+        return "as plain text"
+    allowed = "; OTHERWISE THAN THE SFT ANSWERS', WHICH WAS ALLOWED" if manifest.allow_template_mismatch else ""
+    texts = hashlib.sha256(json.dumps(manifest.chat_templates, sort_keys=True).encode()).hexdigest()
+    return f"by chat template {texts[:12]}, which ends them with the ids {manifest.prompt_suffix}{allowed}"
+
+
+def _endings(reader: StoreReader) -> str:
+    """Every stop id, and how many responses it ended."""
+    counts: Counter[int] = Counter()
+    for record in reader.parts.values():
+        counts.update(record.endings or {})
+    ids = dict.fromkeys([*reader.manifest.stop_ids, *counts])
+    return ", ".join(f"{token} ({counts[token]} responses)" for token in ids) or "not known: a store of an older version"
 
 
 def _counts(reader: StoreReader) -> str:

@@ -90,10 +90,12 @@ def _never_ending(reader: StoreReader, sft: SftFacts | None) -> str | None:
     """What is wrong with the share of responses that ended by themselves; their number is taken as binomial."""
     if sft is None or not len(reader):
         return None
+    # As they were sampled: a reader counts what the teacher could not score to its end as cut.
+    sampled = sum(record.num_rollouts for record in reader.parts.values())
     limit = reader.manifest.sampling.max_new_tokens
-    expected, share = sft.expected_stop_share(limit), float((reader.finishes == Finish.STOP).mean())
+    expected, share = sft.expected_stop_share(limit), _endings(reader).total() / sampled
     least = LEAST_OF_EXPECTED * expected
-    if share + _SIGMAS * (least * (1 - least) / len(reader)) ** 0.5 >= least:
+    if share + _SIGMAS * (least * (1 - least) / sampled) ** 0.5 >= least:
         return None
     return (
         f"{reader.location.url}: {share:.1%} of the responses ended by themselves, but of the SFT answers {expected:.1%} did within "

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_models import CHATML, ENDOFTEXT, IM_END, make_base, make_chat_tokenizer, make_instruct, write_chats
-from unit.store_parts import VOCAB, fake_fingerprint, fill, make_manifest, random_logp
+from unit.store_parts import VOCAB, fake_fingerprint, fill, make_manifest, make_scores, random_logp
 
 from megatron_opd.cli import main
 from megatron_opd.config import load_recipe
 from megatron_opd.convert.turn_files import write_turns
-from megatron_opd.data.store import StoreReader, create_store, write_part
+from megatron_opd.data.store import StoreReader, create_store, write_part, write_scores
 from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.inference import EncodingConfig
 from megatron_opd.lineage import CACHE_FILE, load_tokenizer
-from megatron_opd.records import Finish, Lineage, Rollout, SamplingParams, SftFacts
+from megatron_opd.records import Finish, Lineage, Rollout, SamplingParams, ScoreManifest, SftFacts
 from megatron_opd.train.endings import check_endings, sft_facts
 from megatron_opd.turns import (
     chat_templates,
@@ -289,6 +289,27 @@ def test_rollouts_that_end_far_less_often_than_the_sft_answers(tmp_path: Path, s
     ):
         check_endings(reader, {1}, facts, allow=False)
     assert len(check_endings(reader, {1}, facts, allow=True)) == 1
+
+
+def test_what_the_teacher_could_not_score_to_its_end_has_ended_all_the_same(tmp_path: Path) -> None:
+    """Endings are those of the sampling; a teacher of a shorter context cuts what training reads."""
+    facts = SftFacts(stop_ids=[1], num_answers=1000, stopped_within={32: 0.995})
+    url = str(tmp_path / "store")
+    reader = responses(url, [([9] * 30 + [1], Finish.STOP)] * 20, stop_ids=[1], sampling=SamplingParams(max_new_tokens=40))
+    rollouts = [rollout.cut(12) for rollout in reader.part_rollouts(0)]
+    record = ScoreManifest(part=0, teacher=fake_fingerprint("teacher"), max_tokens=12, part_crc32c=reader.parts[0].crc32c, crc32c={})
+    write_scores(reader.location, "teacher", record, reader.part_rollouts(0), make_scores(rollouts))
+    cut = StoreReader(url, teacher="teacher")
+    assert set(cut.finishes) == {Finish.LENGTH}
+    assert check_endings(cut, {1}, facts, allow=False) == []
+
+
+def test_inspect_shows_ends_and_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    responses(str(tmp_path / "store"), ENDED, stop_ids=[2, 1, 3], chat_templates={"default": "x"}, prompt_suffix=[5, 6])
+    assert main(["inspect", str(tmp_path / "store")]) == 0
+    printed = capsys.readouterr().out
+    assert "stop ids           2 (1 responses), 1 (2 responses), 3 (0 responses)" in printed
+    assert ", which ends them with the ids [5, 6]" in printed
 
 
 def test_short_responses_are_compared_with_short_answers(tmp_path: Path) -> None:
