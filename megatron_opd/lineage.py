@@ -19,6 +19,7 @@ from megatron_opd.tokenizer import fingerprint_tokenizer
 from megatron_opd.tokenizer import load_tokenizer as load_tokenizer
 
 LINEAGE_FILE = "opd_lineage.json"
+ORIGIN_FILE = "opd_converted.json"  # which checkpoint a model directory was converted from
 CACHE_FILE = ".opd_fingerprint.json"  # beside the weights
 RUN_CACHE_FILE = "fingerprints.json"  # in the run directory, for model directories that can't be written
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -191,13 +192,26 @@ def check_head(directory: Path) -> None:
 
 def _weights_sha256(directory: Path) -> str:
     """One hash of all tensors, whatever files they lie in; computed again only if a file changed (`_stamp`). Raises UserError."""
-    stamp, place = _stamp(directory), directory.resolve()
+    stamp = _stamp(directory)
+    if (digest := _cached_sha256(directory, stamp)) is not None:
+        return digest
+    known, digest = _known.get(directory.resolve(), (None, ""))
+    return _remember(directory, stamp, digest if known == stamp else _hash_all(hash_tensors(directory)))
+
+
+def known_weights(directory: str | Path) -> str | None:
+    """The weights' hash where it was made before and no file has changed since; reads no weights."""
+    folder = Path(directory)
+    return _cached_sha256(folder, _stamp(folder)) if folder.is_dir() else None
+
+
+def _cached_sha256(directory: Path, stamp: list[Any]) -> str | None:
+    place = directory.resolve()
     for cached in (_read_cache(directory / CACHE_FILE), _read_cache(_run_cache()).get(str(place))):
         if isinstance(cached, dict) and cached.get("files") == stamp and isinstance(digest := cached.get("weights_sha256"), str):
             _known[place] = stamp, digest
             return digest
-    known, digest = _known.get(place, (None, ""))
-    return _remember(directory, stamp, digest if known == stamp else _hash_all(hash_tensors(directory)))
+    return None
 
 
 def remember_hashes(directory: Path, hashes: dict[str, str]) -> None:

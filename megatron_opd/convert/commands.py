@@ -10,14 +10,14 @@ import torch
 
 from megatron_opd.checksums import content_id, record_checksums, sum_files, write_part
 from megatron_opd.config import Recipe, require
-from megatron_opd.convert.hf_files import ORIGIN_FILE, copy_side_files, hash_tensor
+from megatron_opd.convert.hf_files import copy_side_files, hash_tensor
 from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoint
 from megatron_opd.convert.source import global_tensor, open_source, stored_dtype
 from megatron_opd.convert.staging import whole_directory
 from megatron_opd.convert.to_hf import HF_FOLDER, checkpoint_origin, convert_to_hf, hf_tensors
 from megatron_opd.cost import provenance
 from megatron_opd.errors import CheckpointError, UserError
-from megatron_opd.lineage import hash_tensors, read_lineage, write_json_atomic, write_lineage
+from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, read_lineage, write_json_atomic, write_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage

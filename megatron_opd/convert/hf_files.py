@@ -17,11 +17,10 @@ from megatron_opd.convert.staging import not_written, whole_directory
 from megatron_opd.convert.turn_files import write_turns
 from megatron_opd.errors import UserError
 from megatron_opd.hf_config import carried_config, read_json
-from megatron_opd.lineage import hash_tensors, remember_hashes, tensor_index, write_json_atomic, write_lineage
+from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, remember_hashes, tensor_index, write_json_atomic, write_lineage
 from megatron_opd.records import Lineage
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
-ORIGIN_FILE = "opd_converted.json"
 # What travels with a model besides its weights: configuration, every kind of tokenizer file, chat templates.
 SIDE_FILES = (
     "config.json",

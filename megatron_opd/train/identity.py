@@ -50,8 +50,6 @@ def run_identity(
     config: TrainerConfig, reader: StoreReader, arch: Architecture, init: ModelFingerprint, teacher: ModelFingerprint
 ) -> RunIdentity:
     """`teacher` is the model that scored or, for SFT, that answered."""
-    kept = np.stack([reader.part_ids, reader.prompt_indices, reader.sample_indices.astype(np.int64)])  # not those that have no scores
-    rollouts = [[part, record.crc32c] for part, record in sorted(reader.parts.items())]
     scores = [
         [part, record.crc32c] for part in sorted(reader.parts) if reader.teacher and (record := reader.score_manifest(part, reader.teacher))
     ]
@@ -60,12 +58,18 @@ def run_identity(
     if isinstance(config, TrainStage):
         objective |= {"loss": config.loss.model_dump(mode="json"), "scores": _hash(scores)}
     return RunIdentity(
-        fixed={key: getattr(config, key) for key in _FIXED}
-        | {"num_rollouts": len(reader), "rollouts": _hash([rollouts, hashlib.sha256(kept.tobytes()).hexdigest()])},
+        fixed={key: getattr(config, key) for key in _FIXED} | {"num_rollouts": len(reader), "rollouts": rollouts_id(reader)},
         objective=objective,
         free=config.model_dump(mode="json", exclude=_BY_CONTENT | set(_FIXED)),
         rollouts_and_scores=content_of(reader),
     )
+
+
+def rollouts_id(reader: StoreReader) -> str:
+    """Hash of the rollouts that a reader gives, and of their order."""
+    kept = np.stack([reader.part_ids, reader.prompt_indices, reader.sample_indices.astype(np.int64)])  # not those that have no scores
+    rollouts = [[part, record.crc32c] for part, record in sorted(reader.parts.items())]
+    return _hash([rollouts, hashlib.sha256(kept.tobytes()).hexdigest()])
 
 
 def content_of(reader: StoreReader) -> str:

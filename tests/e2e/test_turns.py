@@ -56,7 +56,7 @@ class Run:
     def child(self, *command: str) -> str:
         """A stage that needs ranks."""
         run = subprocess.run(
-            [sys.executable, "-m", "megatron_opd", *command, *self.settings],
+            [sys.executable, "-m", "megatron_opd", *command[:2], *self.settings, *command[2:]],
             capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
@@ -171,3 +171,31 @@ def test_eos_fields_that_were_edited_change_nothing(run: Run, tmp_path: Path) ->
         reader = StoreReader(str(store))
         assert reader.manifest.stop_ids[0] == IM_END
         assert (reader.finishes == Finish.STOP).mean() > 0.8
+
+
+def test_a_new_sft_makes_stale_what_came_after_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last test: it trains the fixture's student again."""
+
+    folder = run.folder / "run"
+
+    def progress(code: int = 3) -> dict[str, str]:
+        capsys.readouterr()
+        run.here("progress", "tiny", code=code)
+        return {line.split()[0]: line.partition("STALE: ")[2] for line in capsys.readouterr().out.splitlines()}
+
+    assert not any(progress(0 if (folder / "eval").exists() else 3).values())
+    shutil.rmtree(folder / "sft")
+    run.child("sft", "tiny", "sft.lr=5e-3")  # the same rate would give the same weights
+    found = progress()
+    assert "sft-hf is of step 30 (" in found["rollout"]
+    assert "step_000030 (" in found["rollout"]
+    assert found["score"] == "rollout is"
+    assert found["sft"] == ""
+    shutil.rmtree(folder / "sft-hf")
+    run.here("convert", "trained", "tiny", "--stage", "sft")
+    found = progress()
+    assert found["rollout"].startswith("sampled from ")
+    assert "sft-hf is " in found["rollout"]
+    if (folder / "opd").exists():
+        assert found["train"].startswith("trained from ")
+        assert found["eval"] == "rollout is"
