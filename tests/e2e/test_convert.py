@@ -284,7 +284,7 @@ def test_what_belongs_to_a_model_travels_and_nothing_else(tmp_path: Path) -> Non
     assert main(["convert", "to-mcore", str(model), str(tmp_path / "mcore")]) == 0
     assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 0
     found = {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*") if path.is_file()}
-    assert found == SIDE_FILES | {"model.safetensors", lineage.CACHE_FILE, lineage.LINEAGE_FILE}
+    assert found == SIDE_FILES | {"model.safetensors", lineage.CACHE_FILE, lineage.LINEAGE_FILE, lineage.ORIGIN_FILE}
     assert not any(path.is_symlink() for path in (tmp_path / "back").rglob("*"))
     for name in SIDE_FILES - {"config.json", "tokenizer_config.json"}:
         assert (tmp_path / "back" / name).read_bytes() == (blobs / name).read_bytes()
