@@ -42,7 +42,7 @@ class Findings:
         try:
             return check(*args, **options)
         except UserError as error:
-            if str(error) not in self.faults:  # two checks may meet the same one
+            if not any(known in str(error) for known in self.faults):  # several checks may meet the same one
                 self.faults.append(str(error))
             return None
 

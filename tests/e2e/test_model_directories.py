@@ -215,6 +215,7 @@ def test_a_candidate_that_the_student_has_no_row_for(work: Path, capsys: pytest.
     assert record is not None
     assert record.largest_candidate == 319
     train = [f"train.store={str(store)!r}", f"train.init={str(work / 'student')!r}", "train.global_batch=2"]
+    train += [f"score.model={str(work / 'large')!r}"]
     assert main(arguments(work, "check", *train)) == 0
     capsys.readouterr()
     assert main(arguments(work, "check", *train, "train.loss={name='forward_kl'}")) == 2
@@ -225,6 +226,7 @@ def test_an_answer_with_an_id_that_the_student_has_no_row_for(work: Path, capsys
     """Of a teacher with more rows: named before fine-tuning."""
     store = scored(work, sampler="large", teacher="large", ids=[7, 310], scores=False, role="teacher")
     sft = [f"sft.store={str(store)!r}", f"sft.init={str(work / 'student')!r}", "sft.global_batch=2"]
+    sft += [f"generate.model={str(work / 'large')!r}"]
     assert main([*arguments(work, "check", *sft), "--stage", "sft"]) == 2
     assert f"{store}, prompt 0, sample 0: token id 310, but student student (" in capsys.readouterr().err
     shutil.rmtree(store)
