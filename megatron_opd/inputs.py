@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_opd.config import EvalStage, Recipe
+from megatron_opd.config import EvalStage, Recipe, SampleStage
 from megatron_opd.convert.source import open_source
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
@@ -18,7 +18,6 @@ from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import check_package
 from megatron_opd.evaluate.grading_pool import check_answers
 from megatron_opd.hf_config import refuse_quantised, remote_code
-from megatron_opd.inference import EncodingConfig
 from megatron_opd.lineage import fingerprint_model, load_tokenizer
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.records import Prompt
@@ -113,15 +112,16 @@ def _check_prompts(recipe: Recipe, found: Findings) -> None:
         model = stage.model if Path(stage.model).is_dir() else otherwise
         tokenizer = teacher if model == recipe.models.teacher else found.attempt(load_tokenizer, model)
         if tokenizer is not None:
-            found.lines += found.attempt(_try_encoding, name, model, tokenizer, read[1], stage.encoding) or []
+            found.lines += found.attempt(_try_encoding, name, model, tokenizer, read[1], stage) or []
         if isinstance(stage, EvalStage):
             _check_answers(stage, read[1], found)
 
 
-def _try_encoding(name: str, model: str, tokenizer: Any, prompts: list[Prompt], encoding: EncodingConfig) -> list[str]:
+def _try_encoding(name: str, model: str, tokenizer: Any, prompts: list[Prompt], stage: SampleStage | EvalStage) -> list[str]:
     """How `model` would get the prompts. Raises UserError for the first that can't be encoded."""
+    encoding, templated = stage.encoding, [uses_template(prompt, stage.encoding) for prompt in prompts]
     try:
-        turns = read_turns(model, tokenizer, encoding, templated=[uses_template(prompt, encoding) for prompt in prompts])
+        turns = read_turns(model, tokenizer, encoding, templated=templated, stop_token_ids=stage.sampling.stop_token_ids)
         encoded = encode_prompts(tokenizer, prompts, turns.encoding)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None

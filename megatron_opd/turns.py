@@ -89,9 +89,15 @@ class Turns:
 
 
 def read_turns(
-    directory: str | Path, tokenizer: Any, encoding: EncodingConfig, *, templated: Sequence[bool], sft: SftFacts | None = None
+    directory: str | Path,
+    tokenizer: Any,
+    encoding: EncodingConfig,
+    *,
+    templated: Sequence[bool],
+    sft: SftFacts | None = None,
+    stop_token_ids: Sequence[int] = (),
 ) -> Turns:
-    """See `Turns`. `templated`: for each prompt, whether the chat template renders it. Raises UserError."""
+    """See `Turns`. `templated`: for each prompt, whether the chat template renders it; `stop_token_ids`: the recipe's. Raises UserError."""
     some = any(templated)
     ends = {token: ["the SFT answers"] for token in (sft.stop_ids if sft is not None else [])}
     end = turn_end(tokenizer) if some else None
@@ -99,6 +105,11 @@ def read_turns(
         ends.setdefault(end, []).append("the chat template")
     for token, sources in own_stop_ids(directory, tokenizer).items():
         ends.setdefault(token, []).extend(sources)
+    vocab_size = read_config(directory)["vocab_size"]
+    for token in stop_token_ids:
+        if token >= vocab_size:
+            raise UserError(f"sampling.stop_token_ids has {token}, but {directory} has {vocab_size} tokens; leave it out")
+        ends.setdefault(token, []).append("sampling.stop_token_ids")
     encoding = resolve_encoding(tokenizer, encoding, templated=some)
     suffix = generation_prompt(tokenizer, encoding) if templated and all(templated) else []
     probe = _encoded_probe(tokenizer, encoding) if some else []

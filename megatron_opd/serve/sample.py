@@ -73,7 +73,14 @@ def sample_into_store(
     prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts, unique=stage.unique_prompts, answers=False)
     fingerprint, tokenizer, lineage = fingerprint_model(stage.model), load_tokenizer(stage.model), lineage or Lineage()
     templated = [uses_template(prompt, stage.encoding) for prompt in prompts]
-    turns = read_turns(stage.model, tokenizer, stage.encoding, templated=templated, sft=lineage.sft)
+    turns = read_turns(
+        stage.model,
+        tokenizer,
+        stage.encoding,
+        templated=templated,
+        sft=lineage.sft,
+        stop_token_ids=stage.sampling.stop_token_ids,
+    )
     if lineage.sft is not None:
         problem = check_prompt_format(lineage.sft, turns, stage.model, tokenizer)
         lineage = with_override(

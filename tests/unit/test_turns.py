@@ -107,6 +107,11 @@ def test_a_templates_turn_end_is_a_stop_id_where_the_template_is_used(pair: Path
     assert (list(plain.stop_ids), plain.chat_templates, plain.prompt_suffix, plain.prompt_probe) == ([ENDOFTEXT], {}, [], [])
     after_sft = read_turns(pair / "student", tokenizer, EncodingConfig(), templated=[False], sft=SftFacts(stop_ids=[65]))
     assert after_sft.stop_ids[65] == ["the SFT answers"]
+    asked = read_turns(pair / "student", tokenizer, EncodingConfig(), templated=[True], stop_token_ids=[7, IM_END])
+    assert asked.stop_ids[7] == ["sampling.stop_token_ids"]
+    assert asked.manifest_fields()["stop_ids"] == [IM_END, ENDOFTEXT, 7]
+    with pytest.raises(UserError, match=r"sampling.stop_token_ids has 272, but .*student has 272 tokens"):
+        read_turns(pair / "student", tokenizer, EncodingConfig(), templated=[True], stop_token_ids=[272])
 
 
 @pytest.mark.parametrize(("template", "printed"), [(DATED, "Today: 26 Jul 2024\n"), (CLOCK, "2024-07-26 July\n")])
