@@ -173,6 +173,24 @@ def test_eos_fields_that_were_edited_change_nothing(run: Run, tmp_path: Path) ->
         assert (reader.finishes == Finish.STOP).mean() > 0.8
 
 
+def test_tokens_behind_a_stop_id_are_refused_or_recorded(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The student's files name an id that the rollouts go on behind."""
+    student = tmp_path / "student"
+    shutil.copytree(run.folder / "run" / "sft-hf", student)
+    rollout = StoreReader(str(run.store)).rollout(0)
+    inside = int(rollout.tokens[rollout.prompt_len])
+    assert rollout.response_len > 1
+    settings = json.loads((student / "generation_config.json").read_text())
+    (student / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [inside, *settings["eos_token_id"]]}))
+    changes = [f"train.init={str(student)!r}", f"train.output={str(tmp_path / 'opd')!r}"]
+    run.here("check", "tiny", *changes, code=2)
+    message = capsys.readouterr().err
+    assert f"responses go on behind a stop id of [{inside}]" in message
+    assert "allow_stop_mismatch = true goes on all the same, and is recorded" in message
+    run.here("check", "tiny", *changes, "train.allow_stop_mismatch=true")
+    assert "WARNING: stop mismatch allowed: " in capsys.readouterr().out
+
+
 def test_a_new_sft_makes_stale_what_came_after_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The last test: it trains the fixture's student again."""
 
