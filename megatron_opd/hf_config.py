@@ -146,6 +146,20 @@ def _normal_rope(table: Any, where: str) -> tuple[str, dict[str, Any]]:
     }
 
 
+def check_version_reads(config: dict[str, Any], where: str, version: str) -> None:
+    """Raise UserError if transformers `version` would read another RoPE than config.json says: before version 5 it knows two fields alone."""
+    if int(version.split(".")[0]) >= 5 or config.get("model_type") not in MODEL_TYPES.values():
+        return
+    rope = read_rope(config, where)
+    theta = DEFAULT_THETA if config.get("rope_theta") is None else config["rope_theta"]
+    kind, options = _normal_rope(config.get("rope_scaling") or {}, f"{where}: rope_scaling")
+    if (theta, kind, options) != (rope.theta, rope.kind, rope.options):
+        raise UserError(
+            f"{where}: rope_parameters has {rope} with theta {rope.theta!r}, but transformers {version} reads rope_theta and rope_scaling alone "
+            f"({Rope(theta, kind, options)} with theta {theta!r}); write all three alike, or serve it with transformers 5"
+        )
+
+
 def spell_for_all(config: dict[str, Any], where: str) -> dict[str, Any]:
     """The config with RoPE and the number of experts in the fields of transformers 4 and in those of version 5. Raises UserError."""
     rope = read_rope(config, where)

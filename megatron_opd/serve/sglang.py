@@ -12,12 +12,14 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from megatron_opd.errors import EngineError, UserError
+from megatron_opd.hf_config import check_version_reads, read_config
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import SamplingParams, TeacherScores
@@ -46,6 +48,8 @@ class SglangEngine(Engine):
         self.model = Path(model)
         servers = [Server(checked_url(url)) for url in config.urls]
         if config.launch is not None:
+            if not config.launch.command:  # servers of this Python; of others the version is not known
+                check_version_reads(read_config(self.model), f"{self.model}/config.json", version("transformers"))
             children = (
                 ServerProcess(config, config.launch, self.model, number=number, log_dir=Path(log_dir))
                 for number in range(config.launch.servers)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd.convert.source import open_source
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import read_config, read_rope, remote_code, spell_for_all
+from megatron_opd.hf_config import check_version_reads, read_config, read_rope, remote_code, spell_for_all
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.model.architecture import Architecture, parse_architecture, read_architecture
@@ -362,3 +362,31 @@ def test_a_teacher_may_have_what_a_student_may_not(copy: Callable[..., Path]) ->
         TransformersEngine(
             EngineConfig(kind="transformers", device="cpu"), copy("qwen3", rope_parameters=YARN, rope_scaling={"type": "default"})
         )
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, False),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 1e6}, True),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, True),  # version 4's own default
+        ({"rope_theta": 1e6, "rope_scaling": None}, True),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_theta": 5e5}, False),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_theta": 5e5, "rope_scaling": LLAMA3}, True),
+        ({}, True),
+    ],
+)
+def test_a_config_that_transformers_4_would_read_otherwise(fields: dict[str, object], same: bool) -> None:
+    config = {"model_type": "qwen3", **fields}
+    check_version_reads(config, "config.json", "5.19.0")
+    check_version_reads(spell_for_all(config, "config.json"), "config.json", "4.57.3")  # as conversion writes it
+    if same:
+        check_version_reads(config, "config.json", "4.57.3")
+    else:
+        with pytest.raises(
+            UserError, match=r"config.json: rope_parameters has .*transformers 4.57.3 reads rope_theta and rope_scaling alone"
+        ):
+            check_version_reads(config, "config.json", "4.57.3")
