@@ -11,8 +11,8 @@ from pathlib import Path
 
 import google_crc32c
 
+from megatron_opd.durable import write_json
 from megatron_opd.errors import CheckpointError
-from megatron_opd.lineage import write_json_atomic
 
 CHECKSUM_FILE = "opd_checksums.json"  # file -> [bytes, CRC-32C]
 NO_CHECKSUMS = "has no checksums (an older version wrote it); its files are not checked"
@@ -38,7 +38,7 @@ def _sum_file(path: Path) -> tuple[int, int]:
 
 def write_part(folder: Path, part: int, sums: Sums) -> None:
     """Put down the sums of the files that one writer has made, for `record_checksums`."""
-    write_json_atomic(folder / f".{part}.{CHECKSUM_FILE}", sums)
+    write_json(folder / f".{part}.{CHECKSUM_FILE}", sums)
 
 
 def record_checksums(folder: Path) -> None:
@@ -53,7 +53,7 @@ def record_checksums(folder: Path) -> None:
     left = [path for path in folder.iterdir() if path.is_file() and path.name not in sums]
     if lacking := [path.name for path in left if path.suffix == ".distcp"]:
         raise CheckpointError(f"the process that wrote {', '.join(sorted(lacking)[:5])} ended before it had checked what it wrote")
-    write_json_atomic(folder / CHECKSUM_FILE, sums | sum_files(left))
+    write_json(folder / CHECKSUM_FILE, sums | sum_files(left))
 
 
 def content_id(checkpoint: Path) -> str | None:

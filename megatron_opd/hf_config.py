@@ -6,12 +6,12 @@ Serving engines and versions of transformers read the same fact from different f
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.errors import UserError
+from megatron_opd.untrusted import read_json
 
 # The model type that belongs to each architecture: transformers chooses the code by the one, SGLang and vLLM by the other.
 MODEL_TYPES = {
@@ -39,16 +39,6 @@ class Rope:
 
     def __str__(self) -> str:
         return ", ".join([self.kind, *(f"{key} = {value!r}" for key, value in sorted(self.options.items()))])
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError for what is none (also for one nested too deep to be read), OSError if it isn't there."""
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: not JSON of a sane depth; copy the file again from where the model is from") from None
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_opd.durable import write_json
 from megatron_opd.errors import LineageError, UserError
-from megatron_opd.hf_config import MODEL_TYPES, quantisation, read_config, read_json, spell_for_all
+from megatron_opd.hf_config import MODEL_TYPES, quantisation, read_config, spell_for_all
 from megatron_opd.records import Lineage, ModelFingerprint
 from megatron_opd.tokenizer import fingerprint_tokenizer
 from megatron_opd.tokenizer import load_tokenizer as load_tokenizer
+from megatron_opd.untrusted import read_json
 
 LINEAGE_FILE = "opd_lineage.json"
 ORIGIN_FILE = "opd_converted.json"  # which checkpoint a model directory was converted from
@@ -234,12 +236,12 @@ def _remember(directory: Path, stamp: list[Any], digest: str) -> str:
     _known[place] = stamp, digest
     entry = {"files": stamp, "weights_sha256": digest}
     try:
-        write_json_atomic(directory / CACHE_FILE, entry)
+        write_json(directory / CACHE_FILE, entry)
     except OSError:
         if (cache := _run_cache()) is not None:
             with contextlib.suppress(OSError):
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                write_json_atomic(cache, _read_cache(cache) | {str(place): entry})
+                write_json(cache, _read_cache(cache) | {str(place): entry})
     return digest
 
 
@@ -254,13 +256,6 @@ def _read_cache(path: Path | None) -> dict[str, Any]:
     except (OSError, UserError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename, so that the file appears whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_lineage(directory: str | Path) -> Lineage | None:
@@ -289,7 +284,7 @@ def write_lineage(directory: str | Path, lineage: Lineage, *, for_weights: bool)
     content: dict[str, Any] = {"lineage": lineage.model_dump()}
     if for_weights:
         content["weights_sha256"] = _weights_sha256(Path(directory))
-    write_json_atomic(Path(directory) / LINEAGE_FILE, content)
+    write_json(Path(directory) / LINEAGE_FILE, content)
 
 
 def same_model(left: ModelFingerprint, right: ModelFingerprint) -> bool:

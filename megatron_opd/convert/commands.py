@@ -16,8 +16,9 @@ from megatron_opd.convert.source import global_tensor, open_source, stored_dtype
 from megatron_opd.convert.staging import whole_directory
 from megatron_opd.convert.to_hf import HF_FOLDER, checkpoint_origin, convert_to_hf, hf_tensors
 from megatron_opd.cost import provenance
+from megatron_opd.durable import write_json
 from megatron_opd.errors import CheckpointError, UserError
-from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, read_lineage, write_json_atomic, write_lineage
+from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, read_lineage, write_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
@@ -56,7 +57,7 @@ def trained_to_hf(recipe: Recipe, stage: str) -> str:
     else:  # an older version made one of them: the weights themselves tell
         same = _holds_model_of(latest, target)
         if same:
-            write_json_atomic(target / ORIGIN_FILE, now | provenance())
+            write_json(target / ORIGIN_FILE, now | provenance())
     if not same:
         made_of = f"step {origin['step']} ({origin['checkpoint']})" if origin else "another model, it is not recorded which"
         raise UserError(
@@ -105,7 +106,7 @@ def to_mcore(model: str, target: str) -> Path:
         record_checksums(staging)
         copy_side_files(model, staging / HF_FOLDER)
         write_lineage(staging, lineage or Lineage(), for_weights=False)
-        write_json_atomic(staging / STATE_FILE, {"step": 0, "position": {}, "content": content_id(staging), **provenance()})
+        write_json(staging / STATE_FILE, {"step": 0, "position": {}, "content": content_id(staging), **provenance()})
     return folder
 
 

@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 
 from megatron_opd.convert.staging import not_written, whole_directory
 from megatron_opd.convert.turn_files import write_turns
+from megatron_opd.durable import write_json
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import carried_config, read_json
-from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, remember_hashes, tensor_index, write_json_atomic, write_lineage
+from megatron_opd.hf_config import carried_config
+from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, remember_hashes, tensor_index, write_lineage
 from megatron_opd.records import Lineage
+from megatron_opd.untrusted import read_json
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 # What travels with a model besides its weights: configuration, every kind of tokenizer file, chat templates.
@@ -105,7 +107,7 @@ def write_hf_directory(
                 write_turns(staging, lineage.sft)
             write_lineage(staging, lineage, for_weights=True)
         if origin is not None:
-            write_json_atomic(staging / ORIGIN_FILE, origin)
+            write_json(staging / ORIGIN_FILE, origin)
 
 
 def _write_configs(folder: Path, dtype: torch.dtype) -> None:
@@ -114,14 +116,14 @@ def _write_configs(folder: Path, dtype: torch.dtype) -> None:
     config = carried_config(read_json(path), str(path))
     for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
-    write_json_atomic(path, config)
+    write_json(path, config)
     path = folder / "tokenizer_config.json"
     tokenizer = read_json(path) if path.exists() else None
     if isinstance(tokenizer, dict):
         tokenizer.pop("auto_map", None)
         if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # what version 5 calls it, which version 4 doesn't know
             tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_json_atomic(path, tokenizer)
+        write_json(path, tokenizer)
 
 
 def hash_tensor(name: str, tensor: torch.Tensor) -> str:
@@ -166,5 +168,5 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], ma
         (folder / f"shard-{number:05d}.safetensors").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
     if len(files) > 1:
-        write_json_atomic(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return hashes

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.durable import write_json
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import load_tokenizer, write_json_atomic
+from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import SftFacts
 from megatron_opd.turns import GENERATION_CONFIG, chat_templates, own_stop_ids, read_object
 
@@ -46,7 +47,7 @@ def _write_stop_ids(directory: Path, stop_ids: list[int]) -> None:
 def _write_templates(directory: Path, templates: dict[str, str]) -> None:
     config = read_object(directory / TOKENIZER_CONFIG)
     if config.pop("chat_template", None) is not None:
-        write_json_atomic(directory / TOKENIZER_CONFIG, config)
+        write_json(directory / TOKENIZER_CONFIG, config)
     folder = directory / TEMPLATE_FOLDER
     for old in (directory / _OLD_TEMPLATE_FILE, directory / TEMPLATE_FILE, *folder.glob("*.jinja")):
         old.unlink(missing_ok=True)
@@ -57,4 +58,4 @@ def _write_templates(directory: Path, templates: dict[str, str]) -> None:
 
 
 def _set(path: Path, **fields: Any) -> None:
-    write_json_atomic(path, read_object(path) | fields)
+    write_json(path, read_object(path) | fields)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_opd.data.prompt_files import load_json
 from megatron_opd.errors import UserError
+from megatron_opd.untrusted import load_json
 
 Message = dict[str, Any]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_opd.errors import UserError
+from megatron_opd.untrusted import load_json
 
 _SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")  # of a folder's files those of the first kind that is there
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -22,7 +22,6 @@ _SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 _NUMBERED = re.compile(r"(part|shard|chunk)?[-_]?\d+")
 _EXPECTED = "a JSONL or Parquet file or a dataset's folder is expected"
-_DEEPEST = 100  # levels; tool schemas have about ten, and Python's own limit is about a thousand
 _BATCH_ROWS = 1024
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
@@ -80,50 +79,6 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         if suffix in _COMPRESSED:
             raise UserError(f"{file}: compressed files are not read; unpack it, and give the file that comes out")
         yield from _arrow_rows(file) if suffix in (".parquet", ".arrow") else _json_rows(file)
-
-
-def load_json(text: bytes | str, where: str, **options: Any) -> Any:
-    """The value of a JSON text in UTF-8. Raises UserError, also for a key that is there twice and for more than 100 levels."""
-    try:
-        if isinstance(text, bytes):
-            text = text.decode()
-        if "\0" in text:
-            raise UserError(f"{where}: not JSON: holds NUL bytes; the file is damaged, or not in UTF-8")
-        value = json.loads(text, object_pairs_hook=_once, **options)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON in UTF-8: byte 0x{error.object[error.start]:02x} at column {error.start + 1} (Latin-1?); "
-            "convert it with: iconv -f LATIN1 -t UTF-8"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{where}: nested more than {_DEEPEST} levels deep") from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
-    if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
-        raise UserError(f"{where}: nested more than {_DEEPEST} levels deep")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return found
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether containers nest deeper than allowed, found without recursion."""
-    level = [value]
-    for _ in range(_DEEPEST + 1):
-        level = [
-            item for entry in level if isinstance(entry, list | dict) for item in (entry.values() if isinstance(entry, dict) else entry)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def _names_in(listing: Path, key: str, name_of: Callable[[Any], Any]) -> list[str]:

@@ -24,6 +24,7 @@ from megatron_opd.data.messages import Message, read_messages, read_tools, texts
 from megatron_opd.data.prompt_files import Row, read_rows
 from megatron_opd.errors import UserError
 from megatron_opd.records import Prompt, PromptFile
+from megatron_opd.untrusted import check_characters
 
 # Fields of a group say the same, or the row is refused; the second group is what the first is often made of, and is read without it.
 _PROMPT_FIELDS = (("prompt", "messages", "conversations"), ("problem", "question"))
@@ -94,10 +95,7 @@ def _parse(row: Row, answers: bool) -> Prompt:
     for text in texts_of([content, tools]):
         if "\0" in text:
             raise UserError(f"{where}: {name!r} or its tools hold a NUL character, which is no text; remove it")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: {name!r} holds half a character ({error.object[error.start]!a}); tokenizers refuse it") from None
+        check_characters(text, f"{where}: {name!r}")
     meta = {key: item for key, item in value.items() if key not in (name, "answer", *_WITH_ANSWER, *_OF_THE_PROMPT)}
     return Prompt(0, content, _answer(row) if answers else None, meta, tools)
 

@@ -13,12 +13,13 @@ from megatron_opd.config import EvalStage, Recipe, SampleStage, ScoreStage
 from megatron_opd.cost import provenance
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader
+from megatron_opd.durable import write_json
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.accuracy import grade_store
 from megatron_opd.evaluate.grading_pool import check_answers
 from megatron_opd.evaluate.intervals import Totals, difference_interval, proportion_interval, ratio_interval
 from megatron_opd.evaluate.wording import describe_grading, interval, kl_caveat, shown
-from megatron_opd.lineage import fingerprint_model, read_lineage, write_json_atomic
+from megatron_opd.lineage import fingerprint_model, read_lineage
 from megatron_opd.records import Finish, Prompt, PromptFile
 from megatron_opd.serve.sample import sample_into_store
 from megatron_opd.serve.score import score_store
@@ -89,7 +90,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
     if baseline is not None:
         result["against"] = _compare(stage, figures, baseline, prompts)
     result |= {"seconds": time.time() - started, "provenance": provenance()}
-    write_json_atomic(output / f"{stage.name}.json", result)
+    write_json(output / f"{stage.name}.json", result)
     print(f"eval: {describe(result)}")
     return result
 

@@ -36,8 +36,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_opd.checksums import NO_CHECKSUMS, check_files, content_id, record_checksums, sum_files, write_part
 from megatron_opd.convert.hf_files import copy_side_files
 from megatron_opd.convert.to_hf import HF_FOLDER
+from megatron_opd.durable import write_json
 from megatron_opd.errors import CheckpointError
-from megatron_opd.lineage import write_json_atomic, write_lineage
+from megatron_opd.lineage import write_lineage
 from megatron_opd.processes import leave_interrupts_to_parent, serve_parent, signals_held
 from megatron_opd.records import Lineage
 from megatron_opd.train.optim import Trainee, optimizer_parts
@@ -139,7 +140,7 @@ class CheckpointWriter:
         record_checksums(staging)
         copy_side_files(self.init, staging / HF_FOLDER)
         write_lineage(staging, self.lineage, for_weights=False)
-        write_json_atomic(staging / STATE_FILE, state | {"content": content_id(staging)})
+        write_json(staging / STATE_FILE, state | {"content": content_id(staging)})
         _remove(folder / step_name(step))
         staging.rename(folder / step_name(step))
         pointer = folder / LATEST

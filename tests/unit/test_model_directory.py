@@ -203,7 +203,7 @@ def test_a_field_that_is_not_there_is_what_transformers_takes(kind: str, field: 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("[" * 100_000, "not JSON"), ('{"a":' * 100_000, "not JSON"), ("NaN", "no 'vocab_size'"), ('{"vocab_size": 0}', "vocab_size is 0"), ("\ufeff{}", "not JSON|vocab_size")],
+    [("[" * 100_000, "levels deep"), ('{"a":' * 100_000, "levels deep"), ("NaN", "no 'vocab_size'"), ('{"vocab_size": 0}', "vocab_size is 0"), ("\ufeff{}", "not JSON|vocab_size")],
 )  # fmt: skip
 def test_a_config_that_is_none(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -1,0 +1,69 @@
+"""Text of others is read within bounds; what is wrong with it is one error that names the place."""
+
+import pytest
+
+from megatron_opd.errors import UserError
+from megatron_opd.untrusted import load_json, load_toml, printable, read_bytes, read_json, read_object
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "not JSON: "),
+        (b"\xe9", "byte 0xe9 at column 1"),
+        (b"[\0]", "NUL"),
+        (b"[" * 100_000, "levels deep"),
+        (b"[" * 200 + b"]" * 200, "levels deep"),
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "levels deep"),
+        (b'{"a": 1, "a": 2}', "'a' is there twice"),
+        (b"9" * 10_000, "not JSON: "),
+        (b'"\\ud83d"', "half a character"),
+        (b'{"\\uDE00": 1}', "half a character"),
+        (b"", "not JSON: "),
+    ],
+)
+def test_what_is_no_json_is_one_error(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_json(text, "the file")
+    assert str(caught.value).startswith("the file")
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_json_is_read():
+    assert load_json('{"a": [1, null, "\\ud83d\\ude00"]}', "") == {"a": [1, None, "\U0001f600"]}
+    assert load_json(b"[" * 90 + b"]" * 90, "")
+    assert load_json(b'{"a": 1, "a": 2}', "", unique=False) == {"a": 2}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 100_000,
+        "a = " + "[" * 200 + "]" * 200,
+        "a = ",
+        "a = " + "9" * 10_000,
+        "a.b." * 50_000 + "c=1",
+        "'a' . " * 101 + "c=1",
+    ],
+)
+def test_what_is_no_toml_is_one_error(text):
+    with pytest.raises(UserError, match=r"recipe\.toml: "):
+        load_toml(text, "recipe.toml")
+
+
+def test_files(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_bytes(b"[1]")
+    assert read_json(path) == [1]
+    with pytest.raises(UserError, match=r"file\.json: must be a JSON object, not list"):
+        read_object(path)
+    with pytest.raises(UserError, match=r"file\.json: more than 0 MiB"):
+        read_bytes(path, 2)
+    with pytest.raises(UserError, match="not a file"):
+        read_json(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "missing.json")
+
+
+def test_control_characters_are_shown_not_sent():
+    assert printable("a\x1b[31mb\r\x9b\u202ec\n\té\U0001f600") == "a\\x1b[31mb\\r\\x9b\\u202ec\n\té\U0001f600"
