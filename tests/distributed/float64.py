@@ -33,13 +33,16 @@ def random_case(
     return logits, ids, torch.randn(n, k, generator=generator), torch.randn(n, generator=generator)
 
 
-def tolerance(eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype, *, logits_scale: float) -> float:
-    """Twice eager's own largest error, one unit of `dtype` in the last place (the interpreter truncates to bf16), and what fp32 logits cost."""
+def tolerance(eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype, *, logits_scale: float, upstream: float = 0.0) -> float:
+    """Twice eager's own largest error, one unit of `dtype` in the last place (the interpreter truncates to bf16), and what fp32 logits cost.
+
+    `upstream`: for a gradient, the largest that it is multiplied with; its parts may cancel to far less, their errors don't.
+    """
     if not truth.numel():
         return 0.0
     own = (eager.double() - truth).abs().max().item()
     largest = truth[truth.isfinite()].abs().max().item()
-    return 2 * own + torch.finfo(dtype).eps * largest + 2.5e-7 * (1 + logits_scale) * max(1.0, largest)
+    return 2 * own + torch.finfo(dtype).eps * largest + 2.5e-7 * (1 + logits_scale) * max(1.0, largest, upstream)
 
 
 def head_case(

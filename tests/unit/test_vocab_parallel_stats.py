@@ -49,10 +49,12 @@ def check(logits: torch.Tensor, ids: torch.Tensor, g_logp: torch.Tensor, g_entro
     assert (found[0].dtype, found[1].dtype, found[2].dtype) == (torch.float32, torch.float32, logits.dtype)
     finite = logits.float()[logits.isfinite()]
     scale = finite.abs().max().item() / form["temperature"] if finite.numel() else 0.0
+    # Of the loss by the two outputs of a row.
+    upstream = 1.5 * (g_logp.abs().sum(-1) + 2 * g_entropy.abs()).max().item() if len(g_entropy) else 0.0
     for name, value, exact, own in zip(("logp", "entropy", "gradient"), found, truth, eager, strict=True):
         # The gradient by a logit has the temperature in its denominator once more.
-        sharpness = scale / form["temperature"] if name == "gradient" else scale
-        allowed = tolerance(own, exact, value.dtype, logits_scale=sharpness)
+        sharper, factor = (form["temperature"], upstream) if name == "gradient" else (1.0, 0.0)
+        allowed = tolerance(own, exact, value.dtype, logits_scale=scale / sharper, upstream=factor)
         torch.testing.assert_close(value.double(), exact, rtol=0, atol=allowed, msg=lambda text, name=name: f"{name}: {text}")
 
 
