@@ -64,6 +64,8 @@ def check_answers(answer: dict[str, Any], rid: str, num_tokens: int) -> None:
         raise WrongAnswer(f"the finish reason is {said(reason, 60)}")
     if reason.get("type") == "abort":
         raise WrongAnswer(f"the server aborted the request: {said(reason.get('message'))}")
+    if reason.get("type") not in ("stop", "length"):
+        raise WrongAnswer(f"unknown finish reason {said(reason.get('type'), 60)!r}")
     have = meta.get("prompt_tokens")
     if type(have) is not int or have != num_tokens:
         raise WrongAnswer(f"the server read a prompt of {said(have, 60)} tokens, but {num_tokens} were sent")
@@ -88,18 +90,12 @@ def read_generated(
             )
         if len(tokens) > max_new_tokens:
             raise WrongAnswer(f"the server sampled {len(tokens)} tokens, but {max_new_tokens} were to be the most")
-        if reason["type"] == "stop":
-            finish = Finish.STOP
+        finish = Finish.STOP if reason["type"] == "stop" else Finish.LENGTH
+        if finish is Finish.STOP:
             if isinstance(reason["matched"], str):  # no stop strings are ever sent: this is how the server reports "NaN happened"
                 raise WrongAnswer(f"the server ended the response with {said(reason['matched'])!r}; look into its log")
-        elif reason["type"] == "length":
-            finish = Finish.LENGTH
-            if len(tokens) != max_new_tokens:
-                raise WrongAnswer(
-                    f"the server cut the response after {len(tokens)} of {max_new_tokens} tokens; does it limit max_new_tokens?"
-                )
-        else:
-            raise WrongAnswer(f"unknown finish reason {said(reason['type'], 60)!r}")
+        elif len(tokens) != max_new_tokens:
+            raise WrongAnswer(f"the server cut the response after {len(tokens)} of {max_new_tokens} tokens; does it limit max_new_tokens?")
         if stop_ids is not None:
             _check_ending(tokens, finish, stop_ids)
         elif finish is Finish.STOP:

@@ -192,7 +192,6 @@ def test_responses_are_read() -> None:
     [
         ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, "NaN happened"),
         ({"finish_reason": {"type": "length", "length": 2}}, "after 2 of 8 tokens"),
-        ({"finish_reason": {"type": "new"}}, "unknown finish reason 'new'"),
         ({"output_token_logprobs": [[-2.0, 5, None]]}, "of 1 tokens"),
         ({"output_token_logprobs": [[-2.0, 5, None], [-0.5, 2, None]]}, "not the 2 sampled"),
         ({"output_token_logprobs": [[-2.0, 5, None], [None, 1, None]]}, r"logp\[1\] is nan"),
@@ -225,6 +224,7 @@ def test_aborted_empty_and_other_answers_are_refused() -> None:
     check_answers(bound, "mine", 4)
     for meta, message in (
         ({"finish_reason": {"type": "abort", "message": "out of memory"}}, "out of memory"),
+        ({"finish_reason": {"type": "new"}}, "unknown finish reason 'new'"),
         ({"id": "another"}, "to the request another, but this was mine"),
         ({"prompt_tokens": 5}, "a prompt of 5 tokens, but 4 were sent"),
     ):
