@@ -15,6 +15,7 @@ from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, l
 from megatron_opd.errors import INTERRUPTED, ConfigError, Interrupted, QuarantineError, UserError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
+from megatron_opd.redact import redact_override
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option: overrides may stand there too.
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(map(redact_override, rest))}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     # Notices of libraries that a reader can do nothing about (which optional packages are not there).

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ from megatron_opd.layout import Section as _Section
 from megatron_opd.objective import DriftConfig, LossConfig
 from megatron_opd.paths import PathText, expand_paths
 from megatron_opd.records import SamplingParams
+from megatron_opd.redact import holds_secret, is_redacted, redact, redact_address, redact_override
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -275,12 +277,36 @@ class Recipe(_Section):
     train: TrainStage = TrainStage()
     eval: EvalStage | None = None
 
+    @model_validator(mode="after")
+    def _check_addresses(self) -> Recipe:
+        for where, text in _texts(self.model_dump(exclude={"engine"})):
+            if holds_secret(text):
+                raise ValueError(
+                    f"{where}: the address {redact_address(text)!r} holds a password or key, which would end up in files and logs; give it without, "
+                    "and the secret in the environment (AWS_SECRET_ACCESS_KEY and the like)"
+                )
+        return self
+
+    def recorded(self, **options: Any) -> dict[str, Any]:
+        """The recipe as it may be written down and sent to others: without the values of secrets. `options` are model_dump's."""
+        return redact(self.model_dump(**options))
+
     def to_toml(self) -> str:
         """The resolved recipe, every default included; options that are off are left out, as TOML has no null."""
-        tree = self.model_dump(exclude_none=True)
+        tree = self.recorded(exclude_none=True)
         if self.eval is not None and self.eval.teacher is None:
             tree["eval"]["teacher"] = "none"  # left out, it would be the default again
         return tomli_w.dumps(tree)
+
+
+def _texts(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree that is not for the model, with its field."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key not in _FREE_TEXT:
+                yield from _texts(value, f"{where}.{key}".lstrip("."))
+    elif isinstance(node, str):
+        yield where, node
 
 
 def shipped_recipes() -> list[str]:
@@ -304,13 +330,13 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     """'train.lr=1e-6' -> (['train', 'lr'], 1e-06). The value is TOML; what is not TOML is a string. Raises ConfigError."""
     key, sign, text = override.partition("=")
     if not sign or not key or any(not piece for piece in key.split(".")):
-        raise ConfigError(f"override {override!r} is not of the form section.field=value")
+        raise ConfigError(f"override {redact_override(override)!r} is not of the form section.field=value")
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {"value": None if text == "null" else text}
     if len(parsed) > 1:
-        raise ConfigError(f"override {override!r} holds more than one value; give each field an override of its own")
+        raise ConfigError(f"override {redact_override(override)!r} holds more than one value; give each field an override of its own")
     return key.split("."), parsed["value"]
 
 
@@ -323,7 +349,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
         for key in keys[:-1]:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+                raise ConfigError(f"override {redact_override(override)!r}: {key!r} is a value, not a section")
         node[keys[-1]] = value
     return result
 
@@ -362,7 +388,8 @@ def _fill(node: Any, names: dict[str, str], where: str = "") -> Any:
     unknown = [key for key in _PLACEHOLDER.findall(node) if key not in names]
     if unknown:
         known = ", ".join("{" + key + "}" for key in names)
-        raise ConfigError(f"{where}: no placeholder {{{unknown[0]}}} here (got {node!r}); there are {known}")
+        got = "" if is_redacted(where, node) else f" (got {node!r})"
+        raise ConfigError(f"{where}: no placeholder {{{unknown[0]}}} here{got}; there are {known}")
     return _PLACEHOLDER.sub(lambda match: names[match[1]], node)
 
 
@@ -385,7 +412,11 @@ def _explain(error: ValidationError) -> str:
             known = _known_fields(fault["loc"])
             close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
             text = "no such field; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
-        elif fault["type"] != "missing" and not (fault["type"] == "value_error" and isinstance(fault["input"], dict)):
+        elif (
+            fault["type"] != "missing"
+            and not (fault["type"] == "value_error" and isinstance(fault["input"], dict))
+            and not is_redacted(where, fault["input"])
+        ):
             text = f"{text} (got {fault['input']!r})"
         lines.append(f"  {where}: {text}")
     return f"{len(lines)} field(s) wrong\n" + "\n".join(lines)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from megatron_opd.errors import ConfigError
 from megatron_opd.layout import Section
+from megatron_opd.redact import NOT_KEPT, redact_address, referenced
 
 DATE_FORMAT = "%d %b %Y"
 
@@ -20,9 +24,36 @@ class LaunchConfig(Section):
     dp: int = Field(default=1, gt=0, description="copies of the model in one server")
     options: list[str] = Field(default_factory=list, description="further options of sglang.launch_server, a word each")
     command: list[str] = Field(default_factory=list, description="by default PYTHON -m sglang.launch_server with this Python")
-    environment: dict[str, str] = Field(default_factory=dict, description="further variables")
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        description="further variables; HF_TOKEN = '$HF_TOKEN' takes a value from this process. Values are not recorded",
+    )
     start_seconds: float = Field(default=1800.0, gt=0, description="until a server must answer")
     restarts: int = Field(default=3, ge=0, description="times that a server that died is started again")
+
+    def variables(self) -> dict[str, str]:
+        """`environment` with values such as $HF_TOKEN taken from this process. Raises ConfigError for what is not there."""
+        filled = {}
+        for name, value in self.environment.items():
+            where = f"engine.launch.environment.{name}"
+            source = referenced(value)
+            if value == NOT_KEPT:
+                raise ConfigError(
+                    f"{where}: the value is not kept in a recipe that a run wrote; give it again, or write '${name}' to take it from the environment"
+                )
+            if source is not None and source not in os.environ:
+                raise ConfigError(f"{where} is to be taken from the environment variable {source}, which is not set")
+            filled[name] = value if source is None else os.environ[source]
+        return filled
+
+    def words(self) -> tuple[list[str], list[str]]:
+        """`command` and `options`. Raises ConfigError where a recipe that a run wrote leaves a secret out."""
+        for field, words in (("command", self.command), ("options", self.options)):
+            if any(NOT_KEPT in word for word in words):
+                raise ConfigError(
+                    f"engine.launch.{field}: a word is {NOT_KEPT}, as secrets are in a recipe that a run wrote; give the field again"
+                )
+        return self.command, self.options
 
 
 class EngineConfig(Section):
@@ -42,6 +73,26 @@ class EngineConfig(Section):
     retries: int = Field(default=4, ge=0, description="sglang: repeats of a request that failed for a passing reason")
     patience: float = Field(default=600.0, ge=0, description="sglang: seconds to wait for a server at engine.urls that is away")
     context_length: int | None = Field(default=None, gt=0, description="longest sequence; from the model's config when not given")
+
+    @model_validator(mode="after")
+    def _check_urls(self) -> EngineConfig:
+        for url in self.urls:
+            _check_url(url)
+        return self
+
+
+def _check_url(url: str) -> None:
+    """Raise ValueError, without what may be secret, for what is not the address of a server."""
+    shown = redact_address(url)
+    try:
+        parsed = urlsplit(url)
+        _ = parsed.port
+    except ValueError:
+        raise ValueError(f"urls: {shown!r} is not an address such as http://127.0.0.1:30000") from None
+    if parsed.username is not None or parsed.password is not None or parsed.query or parsed.fragment:
+        raise ValueError(f"urls: the address of {shown!r} holds a user, a password or a query, which would end up in logs; give it without")
+    if parsed.scheme not in ("http", "https") or not parsed.hostname or not url.isprintable() or " " in url:
+        raise ValueError(f"urls: {shown!r} is not an address such as http://127.0.0.1:30000")
 
 
 class EncodingConfig(Section):

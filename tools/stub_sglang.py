@@ -3,9 +3,10 @@
     python tools/stub_sglang.py --model-path DIR --port P [--delay S] [--poison ID:KIND[:TIMES]] [--cache]
 
 It takes the options of `python -m sglang.launch_server` that it knows and leaves the others alone, so that `engine.launch` can start
-it. logp[t] depends on the weights' bytes, on tokens[:t] and on tokens[t] alone; responses also on sampling_seed. `--poison` answers
-wrongly wherever token ID is among the input, the first TIMES times (by default always): none, floor, positive, short, echo, abort, 400,
-500, hang, exit. `--cache` keeps answers by request, so that a repeated request costs nothing.
+it. logp[t] depends on the weights' bytes, on tokens[:t] and on tokens[t] alone, and its exponentials are a distribution over the
+vocabulary; responses also on sampling_seed. `--poison` answers wrongly wherever token ID is among the input, the first TIMES times (by
+default always): none, floor, positive, short, echo, id, late, abort, hang, exit, redirect, html, cut, gzip, or a status (404, 429, 500).
+`--cache` keeps answers by request, so that a repeated request costs nothing.
 
 Legend: T tokens of a request, R response tokens, K candidates.
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import gzip
 import json
+import math
 import os
 import time
 import zlib
@@ -26,6 +29,7 @@ import numpy as np
 import orjson
 
 STOP_SHARE = 24  # one response token in so many is the end-of-turn token
+_SOME_ID = b"the-id-of-the-request"
 
 
 class Model:
@@ -36,6 +40,9 @@ class Model:
         self.vocab = int(config["vocab_size"])
         self.eos = int(config.get("eos_token_id") or 0)
         self.context = int(config.get("max_position_embeddings", 1 << 20))
+        strides = [stride for stride in range(1, min(self.vocab, 1000)) if math.gcd(stride, self.vocab) == 1]
+        self.strides = np.array(strides)
+        self.inverses = np.array([pow(stride, -1, self.vocab) for stride in strides])
         self.seed = np.uint64(0)
         for path in sorted(directory.glob("*.safetensors")):
             self.seed = np.uint64(zlib.crc32(path.read_bytes(), int(self.seed)))
@@ -46,9 +53,22 @@ class Model:
         return np.cumsum(each_T, dtype=np.uint64) - each_T + self.seed
 
     def logp(self, tokens_T: np.ndarray) -> np.ndarray:
-        """float32 [T], between -8 and 0."""
-        hashes_T = mix(self.prefix_hashes(tokens_T) ^ (tokens_T.astype(np.uint64) << np.uint64(40)))
-        return (-((hashes_T >> np.uint64(44)).astype(np.float64)) / 2**17).astype(np.float32)
+        """float32 [T]: row t is of tokens[t] after tokens[:t]."""
+        hashes_T = self.prefix_hashes(tokens_T)
+        first_T, stride_T = self._order(hashes_T)
+        ranks_T = (tokens_T - first_T) * self.inverses[stride_T] % self.vocab
+        return self._value(hashes_T, ranks_T)
+
+    def _order(self, hashes_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [T] each: the likeliest token, and the number of the stride by which the others follow."""
+        return (hashes_T % np.uint64(self.vocab)).astype(np.int64), ((hashes_T >> np.uint64(40)) % np.uint64(len(self.strides))).astype(
+            np.int64
+        )
+
+    def _value(self, hashes: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Log-probs that fall with the rank; even those of infinitely many ranks would sum up to less than one."""
+        draws = (mix(hashes + ranks.astype(np.uint64)) >> np.uint64(40)).astype(np.float64) / 2**24
+        return (np.log(6 / np.pi**2) - 2 * np.log(ranks + 1.0) - draws / (ranks + 2.0)).astype(np.float32)
 
     def respond(self, prompt: list[int], max_new: int, seed: int, stop_ids: list[int]) -> list[int]:
         """Ends at the first of `stop_ids`, which are not there if the server is to go on behind them."""
@@ -65,16 +85,10 @@ class Model:
     def topk(self, tokens_T: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """int32 and float32 [T,K], ids of a row all different, values falling."""
         hashes_T = self.prefix_hashes(tokens_T)
-        first_T = (hashes_T % np.uint64(self.vocab)).astype(np.int64)
-        # Odd and below 1187, so without a common factor with Qwen3's 151,936; small vocabularies go up by one.
-        stride_T = (
-            (2 * (hashes_T >> np.uint64(40)) % np.uint64(1000) + np.uint64(1)).astype(np.int64)
-            if self.vocab > 2000
-            else np.ones_like(first_T)
-        )
-        ids_TK = (first_T[:, None] + np.arange(top_k) * stride_T[:, None]) % self.vocab
-        falls_TK = (mix(hashes_T[:, None] + np.arange(top_k, dtype=np.uint64)) >> np.uint64(40)).astype(np.float32) / 2**24
-        return ids_TK.astype(np.int32), (-0.1 - np.cumsum(falls_TK / 4, axis=1)).astype(np.float32)
+        first_T, stride_T = self._order(hashes_T)
+        ranks_K = np.arange(top_k)
+        ids_TK = (first_T[:, None] + ranks_K * self.strides[stride_T][:, None]) % self.vocab
+        return ids_TK.astype(np.int32), self._value(hashes_T[:, None], np.broadcast_to(ranks_K, ids_TK.shape))
 
 
 def mix(values: Any) -> Any:
@@ -95,6 +109,7 @@ class Stub:
         self.startup_time = time.time()
         self.cache: dict[bytes, bytes] | None = {} if args.cache else None
         self.tokens_under_way = self.peak_tokens = self.num_posts = 0
+        self.earlier = ""
         self.poison: dict[int, list[Any]] = {}
         for entry in args.poison:
             token, kind, *times = entry.split(":")
@@ -118,8 +133,9 @@ class Stub:
         return 404, {"error": {"message": f"no {path} here"}}
 
     async def post(self, body: bytes) -> tuple[int, bytes]:
-        if self.cache is not None and body in self.cache:
-            return 200, self.cache[body]
+        asked, _, rid = body.rpartition(b',"rid":"')  # our client sends the id last
+        if self.cache is not None and asked in self.cache:
+            return 200, self.cache[asked].replace(_SOME_ID, rid[:-2], 1)
         request = orjson.loads(body)
         tokens = len(request["input_ids"]) + request["sampling_params"]["max_new_tokens"]
         self.num_posts += 1
@@ -127,22 +143,31 @@ class Stub:
         self.peak_tokens = max(self.peak_tokens, self.tokens_under_way)
         try:
             await asyncio.sleep(self.args.delay)
-            return await self._post(request, body)
+            return await self._post(request, asked)
         finally:
             self.tokens_under_way -= tokens
 
-    async def _post(self, request: dict[str, Any], body: bytes) -> tuple[int, bytes]:
+    async def _post(self, request: dict[str, Any], asked: bytes) -> tuple[int, bytes]:
         kind = self._poisoned(request["input_ids"])
         if kind == "exit":
             os._exit(134)
         if kind == "hang":
             await asyncio.sleep(3600)
-        if kind in ("400", "500"):
+        if kind is not None and kind.isdecimal():
             return int(kind), orjson.dumps({"error": {"message": "made to fail"}})
+        if kind == "redirect":
+            return 307, b""
+        if kind == "html":
+            return 200, b"<html>a login page</html>"
+        rid = request.get("rid", "")
+        if kind == "late":  # the answer of the request before
+            rid, self.earlier = self.earlier, rid
         content = orjson.dumps(self._answer(request, kind), option=orjson.OPT_SERIALIZE_NUMPY)
+        if kind in ("cut", "gzip"):
+            return 200, content[: len(content) // 2] if kind == "cut" else gzip.compress(content)
         if self.cache is not None:
-            self.cache[body] = content
-        return 200, content
+            self.cache[asked] = content
+        return 200, content.replace(_SOME_ID, b"another" if kind == "id" else rid.encode(), 1)
 
     def _poisoned(self, ids: list[int]) -> str | None:
         for token, poison in self.poison.items():
@@ -156,7 +181,7 @@ class Stub:
         max_new = sampling["max_new_tokens"]
         stop_ids = [] if sampling.get("ignore_eos") else [self.model.eos, *(sampling.get("stop_token_ids") or [])]
         output = self.model.respond(ids, max_new, sampling.get("sampling_seed") or 0, stop_ids) if max_new else []
-        meta: dict[str, Any] = {"weight_version": self.args.weight_version}
+        meta: dict[str, Any] = {"id": _SOME_ID.decode(), "prompt_tokens": len(ids), "weight_version": self.args.weight_version}
         meta["finish_reason"] = {"type": "stop", "matched": output[-1]} if output and output[-1] in stop_ids else {"type": "length"}
         if kind == "abort":
             meta["finish_reason"] = {"type": "abort", "message": "made to abort"}
@@ -233,7 +258,10 @@ class Connection(asyncio.Protocol):
         self.answer(*await self.stub.post(body))
 
     def answer(self, status: int, content: bytes) -> None:
-        head = f"HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = f"HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        head += "Location: http://someone:secret@elsewhere.example/generate?key=secret\r\n" if 300 <= status < 400 else ""
+        head += "Content-Encoding: gzip\r\n" if content.startswith(b"\x1f\x8b") else ""
+        head += "\r\n"
         self.transport.write(head.encode() + content)
 
 

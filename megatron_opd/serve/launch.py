@@ -13,6 +13,8 @@ from pathlib import Path
 
 from megatron_opd.errors import EngineError
 from megatron_opd.inference import EngineConfig, LaunchConfig
+from megatron_opd.redact import NOT_KEPT, secret_values
+from megatron_opd.untrusted import printable
 
 STOP_SECONDS = 30.0
 TAIL_BYTES = 3000
@@ -32,6 +34,7 @@ class ServerProcess:
         self.log = log_dir / f"sglang-{socket.gethostname()}-{os.getpid()}-{number}.log"
         self.url = ""
         self.starts = 0
+        self._secrets: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -41,8 +44,10 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # SGLang then gives log-probs of sampled tokens at temperature 1 (the client verifies it).
-        environment = os.environ | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"} | self.launch.environment
+        variables = self.launch.variables()
+        environment = os.environ | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"} | variables
         command = self.command(port)
+        self._secrets = secret_values(variables, command)
         if shutil.which(command[0]) is None:
             raise EngineError(f"{command[0]}: no such program; see engine.launch.command")
         if sys.platform == "linux":
@@ -56,7 +61,8 @@ class ServerProcess:
     def command(self, port: int) -> list[str]:
         """The words of the command line."""
         config, launch = self.config, self.launch
-        words = launch.command or [sys.executable, "-m", "sglang.launch_server"]
+        words, further = launch.words()
+        words = words or [sys.executable, "-m", "sglang.launch_server"]
         options = {"--model-path": self.model, "--host": "127.0.0.1", "--port": port, "--tp-size": launch.tp, "--dp-size": launch.dp}
         if self.number:
             options["--base-gpu-id"] = self.number * launch.tp * launch.dp
@@ -64,7 +70,7 @@ class ServerProcess:
             options["--dtype"] = config.dtype
         if config.context_length is not None:
             options["--context-length"] = config.context_length + 7  # the server keeps 7 for itself
-        return [*words, *(str(word) for option in options.items() for word in option), *launch.options]
+        return [*words, *(str(word) for option in options.items() for word in option), *further]
 
     def death(self) -> str | None:
         """None while it runs; else how it ended, with the last lines of its log."""
@@ -74,9 +80,15 @@ class ServerProcess:
         return None if code is None else f"it exited with code {code}; the end of {self.log}:\n{self.tail()}"
 
     def tail(self) -> str:
-        with contextlib.suppress(OSError):
-            return self.log.read_bytes()[-TAIL_BYTES:].decode(errors="replace").strip()
-        return "(no log)"
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+                text = printable(log.read(TAIL_BYTES).decode(errors="replace").strip())
+        except OSError:
+            return "(no log)"
+        for secret in self._secrets:  # SGLang logs its own arguments
+            text = text.replace(secret, NOT_KEPT)
+        return text
 
     @property
     def pid(self) -> int | None:

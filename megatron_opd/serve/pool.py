@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,28 @@ from megatron_opd.errors import EngineError, LineageError, UserError
 from megatron_opd.hf_config import read_config
 from megatron_opd.inference import EngineConfig
 from megatron_opd.serve.engine import ScoreRequest
-from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused
+from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused, StrangeAnswer
+from megatron_opd.serve.identity import (
+    PROBE_TOKENS,
+    Facts,
+    Identity,
+    check_alike,
+    check_probe,
+    check_serves_model,
+    probe_tokens,
+    read_facts,
+    served_dtype,
+    weights_changed,
+)
 from megatron_opd.serve.launch import ServerProcess
-from megatron_opd.serve.sglang_answers import WrongAnswer, read_generated, read_scores, score_body
+from megatron_opd.serve.sglang_answers import WrongAnswer, check_answers, largest_answer, read_generated, read_scores, score_body
 
 INFO_SECONDS = 60.0
 WATCH_SECONDS = 0.5  # between looks at a child or a server that is away
 HUNG_SECONDS = 120.0  # a child that has worked and does not answer for so long is started again
 REST_SECONDS = 20.0  # after a failure other servers are preferred for so long
+FAILURES = (NotSent, NoAnswer, Refused, WrongAnswer)  # of one exchange
 HOMES = 1 << 14  # prompts whose server is remembered
-# Two engines of one model differ by some 0.03 nats a token in bf16, other models by more than one: see `_check_probe`.
-PROBE_TOKENS = 48
-PROBE_NATS = 0.25
-# Settings of a server that change its numbers: recorded, and the same on every server.
-NUMERIC_SETTINGS = (
-    "dtype",
-    "quantization",
-    "kv_cache_dtype",
-    "enable_fp32_lm_head",
-    "enable_deterministic_inference",
-    "attention_backend",
-    "tp_size",
-)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a server said of itself when it was inspected. `startup_time` tells one process from the next at the same address."""
-
-    version: str
-    settings: dict[str, Any]
-    weight_version: str | None
-    longest_input: int
-    startup_time: Any
-    num_gpus: int
-    probe: np.ndarray  # float32 [PROBE_TOKENS - 1]: log-probs of fixed tokens
-    unscaled_logp: bool  # log-probs of sampled tokens are at temperature 1
 
 
 @dataclass(eq=False)
@@ -123,7 +110,7 @@ class Pool:
         async with asyncio.TaskGroup() as group:
             for server in self.servers:
                 group.create_task(self._come_up(server))
-        check_alike(self.servers)
+        self._check_alike()
         for server in self.servers:
             if server.process is not None:
                 self._spawn(self._watch(server))
@@ -164,19 +151,28 @@ class Pool:
                 continue  # its failure is known: it is being inspected
             inspected = server.inspections
             try:
-                model_info, server_info = await self._infos(server)
-            except (NotSent, NoAnswer, Refused) as failure:
+                facts = await self._facts(server)
+                if inspected != server.inspections:
+                    continue
+                check_serves_model(server.url, facts, self.model)
+                if facts.startup_time != server.identity.facts.startup_time:
+                    found.add(server)
+                    await self._inspect(server)
+                elif facts.weight_version != server.identity.facts.weight_version:
+                    raise weights_changed(server.url, server.identity, facts.weight_version)
+            except FAILURES as failure:
                 self.report_failure(server, str(failure), inspected)
-                continue
-            if inspected != server.inspections:
-                continue
-            self._check_serves_model(server, model_info)
-            if server_info.get("startup_time") != server.identity.startup_time:
-                found.add(server)
-                await self._inspect(server)
-            elif model_info.get("weight_version") != server.identity.weight_version:
-                raise weights_changed(server, model_info.get("weight_version"))
         return found
+
+    async def generate(self, server: Server, body: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+        """The answer to this very request, which gets an id that nobody can guess. Raises as `HttpClient.ask`, and WrongAnswer."""
+        rid = uuid.uuid4().hex
+        answer = await self.http.ask("POST", f"{server.url}/generate", {**body, "rid": rid}, seconds=seconds, largest=largest_answer(body))
+        check_answers(answer, rid, len(body["input_ids"]))
+        return answer
+
+    def _check_alike(self) -> None:
+        check_alike([(server.url, server.identity) for server in self.servers if server.identity is not None])
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         async def run() -> None:
@@ -210,7 +206,7 @@ class Pool:
                 raise
             print(f"\nWARNING: going on without {error}", flush=True)
             return
-        check_alike(self.servers)
+        self._check_alike()
         server.up = True
 
     async def _come_up(self, server: Server) -> None:
@@ -220,7 +216,7 @@ class Pool:
         fresh = server.identity is None
         waiting = self.config.patience if launch is None else launch.start_seconds if fresh else HUNG_SECONDS
         deadline = time.monotonic() + waiting
-        said = False
+        said, strange = False, 0
         while True:
             if process is not None and launch is not None and (death := process.death()) is not None:
                 if process.starts > launch.restarts:
@@ -234,87 +230,55 @@ class Pool:
             try:
                 await self._inspect(server)
                 return
-            except (NotSent, NoAnswer, Refused) as failure:
+            except FAILURES as failure:
+                strange += isinstance(failure, (StrangeAnswer, Refused, WrongAnswer))
+                if strange > self.config.retries:  # something is there, and it is no SGLang server
+                    raise EngineError(f"{server.url}: {failure} (asked {strange} times; engine.retries)") from None
                 if time.monotonic() >= deadline:
                     if process is None or launch is None:
                         raise EngineError(f"{server.url}: {failure} (waited {waiting:g} s; engine.patience)") from None
                     if fresh:
                         end = f"the end of {process.log}:\n{process.tail()}"
                         raise EngineError(f"{server.url}: {failure} (waited {waiting:g} s; engine.launch.start_seconds); {end}") from None
-                    process.stop()
+                    await asyncio.to_thread(process.stop)
                 elif not said:
                     print(f"waiting for {server.url}" + (f" (log: {process.log})" if process else f": {failure}"), flush=True)
                     said = True
             await asyncio.sleep(min(WATCH_SECONDS, max(0.0, deadline - time.monotonic())))
 
-    async def _infos(self, server: Server) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _facts(self, server: Server) -> Facts:
+        """What the server says of itself now. Raises as `HttpClient.ask`, and EngineError."""
         seconds = min(INFO_SECONDS, self.config.timeout)
-        model_info = await self.http.ask("GET", f"{server.url}/model_info", seconds=seconds)
-        return model_info, await self.http.ask("GET", f"{server.url}/server_info", seconds=seconds)
-
-    async def _inspect(self, server: Server) -> None:
-        """Fill in `server.identity`. Raises EngineError, LineageError if it serves another model than before or than it should."""
         try:
-            model_info, server_info = await self._infos(server)
+            model_info = await self.http.ask("GET", f"{server.url}/model_info", seconds=seconds)
+            return read_facts(model_info, await self.http.ask("GET", f"{server.url}/server_info", seconds=seconds))
         except EngineError as error:
             raise EngineError(f"{server.url}: {error}") from None
-        self._check_serves_model(server, model_info)
-        if not model_info.get("is_generation", True):
-            raise EngineError(f"{server.url} runs as an embedding model; start it without --is-embedding")
-        defaults = model_info.get("preferred_sampling_params")
-        if defaults:
-            raise EngineError(
-                f"{server.url} changes sampling parameters by itself ({defaults}); start it without --preferred-sampling-params"
-            )
+
+    async def _inspect(self, server: Server) -> None:
+        """Fill in `server.identity`. Raises as `generate`, EngineError, and LineageError if it serves another model than before or than it should."""
+        facts = await self._facts(server)
+        check_serves_model(server.url, facts, self.model)
         try:
-            version, longest_input = str(server_info["version"]), int(server_info["max_req_input_len"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(
-                f"{server.url} does not describe itself as an SGLang server does ({error!r}); SGLang 0.5.23 is known to work"
-            ) from None
-        settings = {name: server_info.get(name) for name in NUMERIC_SETTINGS}
-        try:
-            settings["dtype"] = served_dtype(str(settings["dtype"]), self.hf_config)
+            dtype = served_dtype(facts.settings["dtype"], self.hf_config)
         except EngineError as error:
             raise EngineError(f"{server.url} {error}") from None
-        dtype = self.config.dtype
-        if dtype not in ("auto", settings["dtype"]):
+        wanted = self.config.dtype
+        if wanted not in ("auto", dtype):
             raise EngineError(
-                f"{server.url} runs with dtype {settings['dtype']}, engine.dtype is {dtype}; start it with --dtype {dtype}, or set engine.dtype='auto'"
+                f"{server.url} runs with dtype {dtype}, engine.dtype is {wanted}; start it with --dtype {wanted}, or set engine.dtype='auto'"
             )
         try:
-            probe, unscaled = await self._probe(server, longest_input - 1)
-        except WrongAnswer as failure:
-            raise EngineError(f"{server.url}: {failure}") from None
-        gpus = (server_info.get("tp_size") or 1) * (server_info.get("dp_size") or 1)
-        identity = Identity(
-            version,
-            settings,
-            model_info.get("weight_version"),
-            longest_input - 1,  # it refuses inputs of max_req_input_len tokens; one less is the longest
-            server_info.get("startup_time"),
-            gpus if server_info.get("device", "cpu") == "cuda" else 0,
-            probe,
-            unscaled,
-        )
+            probe, unscaled = await self._probe(server, facts.longest_input)
+        except EngineError as error:
+            raise EngineError(f"{server.url}: {error}") from None
+        identity = Identity(replace(facts, settings={**facts.settings, "dtype": dtype}), probe, unscaled)
         if server.identity is not None:
-            if identity.weight_version != server.identity.weight_version:
-                raise weights_changed(server, identity.weight_version)
-            _check_probe(server.url, identity.probe, server.url + " before it was away", server.identity.probe)
+            if facts.weight_version != server.identity.facts.weight_version:
+                raise weights_changed(server.url, server.identity, facts.weight_version)
+            check_probe(server.url, identity.probe, server.url + " before it was away", server.identity.probe)
         server.identity = identity
         server.inspections += 1
-
-    def _check_serves_model(self, server: Server, model_info: dict[str, Any]) -> None:
-        if "model_path" not in model_info:
-            raise EngineError(f"{server.url} does not describe itself as an SGLang server does; SGLang 0.5.23 is known to work")
-        served = Path(str(model_info["model_path"]))
-        if served.resolve() != self.model.resolve():
-            remedy = f"start the server with --model-path {self.model.resolve()}, or give the directory that it serves"
-            raise LineageError(f"{server.url} serves {served}, but the model is {self.model}; {remedy}")
-        if model_info.get("load_format") == "dummy":
-            raise LineageError(
-                f"{server.url} serves random weights (--load-format dummy), not those of {self.model}; start it without this option"
-            )
 
     async def _probe(self, server: Server, longest_input: int) -> tuple[np.ndarray, bool]:
         """Log-probs of fixed tokens, by which weights are known again; and whether log-probs of sampled tokens are unscaled.
@@ -325,59 +289,14 @@ class Pool:
         seconds = self.config.timeout
         tokens = probe_tokens(self.vocab_size, min(PROBE_TOKENS, longest_input - 8))
         request = ScoreRequest(tokens, 1)
-        answer = await self.http.ask("POST", f"{server.url}/generate", score_body(request, 0), seconds=seconds)
+        answer = await self.generate(server, score_body(request, 0), seconds=seconds)
         probe = read_scores(answer, request, vocab_size=self.vocab_size, top_k=0).logp[1:]
         sampling = {"temperature": 100.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 8, "ignore_eos": True}
         body = {"input_ids": tokens, "return_logprob": True, "sampling_params": sampling}
-        answer = await self.http.ask("POST", f"{server.url}/generate", body, seconds=seconds)
+        answer = await self.generate(server, body, seconds=seconds)
         sampled, logp, _ = read_generated(answer, vocab_size=self.vocab_size, max_new_tokens=8, stop_ids=None, with_logp=True)
         assert logp is not None
         whole = ScoreRequest(np.concatenate([tokens, sampled]).astype(np.int32), len(tokens))
-        answer = await self.http.ask("POST", f"{server.url}/generate", score_body(whole, 0), seconds=seconds)
+        answer = await self.generate(server, score_body(whole, 0), seconds=seconds)
         want = read_scores(answer, whole, vocab_size=self.vocab_size, top_k=0).logp[whole.start :]
         return probe, bool(np.abs(logp - want).mean() < 0.25 * np.abs(want + np.log(self.vocab_size)).mean())
-
-
-def probe_tokens(vocab_size: int, count: int) -> np.ndarray:
-    """The same tokens for every server of a model, int32 [count]."""
-    return np.random.default_rng(0).integers(0, vocab_size, count).astype(np.int32)
-
-
-def _check_probe(left: str, left_probe: np.ndarray, right: str, right_probe: np.ndarray) -> None:
-    """Raise LineageError if two probes are not of the same weights."""
-    same = left_probe.shape == right_probe.shape
-    gap = float(np.abs(left_probe - right_probe).mean()) if same else float("inf")
-    if gap > PROBE_NATS:
-        raise LineageError(
-            f"{left} gives other log-probabilities than {right} for the same tokens ({gap:.2f} nats a token on average): not the same weights"
-        )
-
-
-def check_alike(servers: list[Server]) -> None:
-    """Raise EngineError or LineageError unless all servers would give the same numbers."""
-    known = [(server, server.identity) for server in servers if server.identity is not None]
-    first, want = known[0]
-    for server, have in known[1:]:
-        for name, value in [("version", have.version), *have.settings.items()]:
-            wanted = want.version if name == "version" else want.settings[name]
-            if value != wanted:
-                raise EngineError(f"servers differ in {name}: {first.url} has {wanted}, {server.url} has {value}; start them alike")
-        _check_probe(server.url, have.probe, first.url, want.probe)
-
-
-def served_dtype(stated: str, hf_config: dict[str, Any]) -> str:
-    """The dtype behind a server's --dtype option. Raises EngineError for 'auto' on float32 weights: SGLang makes them float16."""
-    if stated == "auto":
-        stated = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
-        if stated == "float32":
-            raise EngineError(
-                "runs float32 weights with --dtype auto, which SGLang takes for float16; start it with --dtype bfloat16 or --dtype float32"
-            )
-    return {"half": "float16", "float": "float32"}.get(stated, stated)
-
-
-def weights_changed(server: Server, now: Any) -> LineageError:
-    before = server.identity.weight_version if server.identity is not None else None
-    return LineageError(
-        f"{server.url} changed its weights from version {before!r} to {now!r} during the run; check which model it serves and start the stage again"
-    )

@@ -24,9 +24,10 @@ from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import SamplingParams, TeacherScores
 from megatron_opd.serve.engine import Engine, Failed, Generated, GenerateRequest, Progress, ScoreRequest, all_stop_ids, check_requests
-from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused, checked_url
+from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused
+from megatron_opd.serve.identity import weights_changed
 from megatron_opd.serve.launch import ServerProcess
-from megatron_opd.serve.pool import Balancer, Pool, Server, weights_changed
+from megatron_opd.serve.pool import Balancer, Pool, Server
 from megatron_opd.serve.sglang_answers import WrongAnswer, read_generated, read_scores, score_body
 from megatron_opd.turns import own_stop_ids
 
@@ -35,6 +36,7 @@ Result = TypeVar("Result")
 
 BACKOFF_SECONDS = 1.0  # doubled on every repeat
 MAX_BACKOFF_SECONDS = 30.0
+MOST_NOT_SENT = 100  # connections refused to one request by servers that had just been inspected
 # So many requests given up with none done in between are no single request's fault.
 FAILURES_IN_A_ROW = 16
 PARTS_UNREAD = 2  # finished parts that wait for the caller before more is sent
@@ -46,7 +48,7 @@ class SglangEngine(Engine):
     def __init__(self, config: EngineConfig, model: str | Path, *, log_dir: str | Path = "logs"):
         self.config = config
         self.model = Path(model)
-        servers = [Server(checked_url(url)) for url in config.urls]
+        servers = [Server(url.rstrip("/")) for url in config.urls]
         if config.launch is not None:
             if not config.launch.command:  # servers of this Python; of others the version is not known
                 check_version_reads(read_config(self.model), f"{self.model}/config.json", version("transformers"))
@@ -69,7 +71,7 @@ class SglangEngine(Engine):
         except BaseException:
             self.close()
             raise
-        self.num_gpus = sum(server.identity.num_gpus for server in servers if server.identity is not None)
+        self.num_gpus = sum(server.identity.facts.num_gpus for server in servers if server.identity is not None)
 
     async def _open(self, servers: list[Server]) -> None:
         self._http = HttpClient()
@@ -82,8 +84,8 @@ class SglangEngine(Engine):
         return self._pool
 
     def describe(self) -> dict[str, Any]:
-        identity = next(server.identity for server in self.pool.servers if server.identity is not None)
-        return {"kind": "sglang", "version": identity.version, **identity.settings, "num_servers": len(self.pool.servers)}
+        facts = next(server.identity.facts for server in self.pool.servers if server.identity is not None)
+        return {"kind": "sglang", "version": facts.version, **facts.settings, "num_servers": len(self.pool.servers)}
 
     @contextlib.contextmanager
     def only(self, number: int) -> Iterator[None]:
@@ -218,22 +220,23 @@ class SglangEngine(Engine):
     ) -> tuple[Result | Failed, Server | None]:
         """POST /generate until a server answers as it should, or the request is given up. Raises what ends the stage."""
         config, pool = self.config, self.pool
-        assert self._http is not None
         seconds = config.timeout + tokens / config.slowest_prefill + new_tokens / config.slowest_decode
-        cost, tries = tokens + new_tokens, 0
+        cost, tries, not_sent = tokens + new_tokens, 0, 0
         while True:
             server = await pool.acquire(prompt, cost)
-            inspected = server.inspections
+            inspected, wait = server.inspections, 0.0
             try:
-                answer = await self._http.ask("POST", f"{server.url}/generate", body, seconds=seconds)
+                answer = await pool.generate(server, body, seconds=seconds)
                 _check_weight_version(server, answer)
                 return read(answer), server
             except NotSent as failure:  # costs no try: the pool bounds how long servers may be away
                 pool.report_failure(server, str(failure), inspected)
-                continue
+                why, not_sent = f"{server.url}: {failure}", not_sent + 1
+                if not_sent < MOST_NOT_SENT:
+                    continue
             except NoAnswer as failure:
                 pool.report_failure(server, str(failure), inspected)
-                why = f"{server.url}: {failure}"
+                why, wait = f"{server.url}: {failure}", failure.wait
             except WrongAnswer as failure:
                 why = f"{server.url}: {failure}"
             except Refused as refusal:
@@ -243,12 +246,12 @@ class SglangEngine(Engine):
             finally:
                 server.outstanding -= cost
             tries += 1
-            if tries > config.retries:
+            if tries > config.retries or not_sent >= MOST_NOT_SENT:
                 return Failed(f"{why} (given up after {tries} tries; engine.retries={config.retries})"), server
-            await asyncio.sleep(min(BACKOFF_SECONDS * 2 ** (tries - 1), MAX_BACKOFF_SECONDS))
+            await asyncio.sleep(max(wait, min(BACKOFF_SECONDS * 2 ** (tries - 1), MAX_BACKOFF_SECONDS)))
 
     def _agreed_context_length(self) -> int:
-        longest, url = min((server.identity.longest_input, server.url) for server in self.pool.servers if server.identity is not None)
+        longest, url = min((server.identity.facts.longest_input, server.url) for server in self.pool.servers if server.identity is not None)
         wanted = self.config.context_length
         if wanted is not None and wanted > longest:
             raise EngineError(
@@ -394,11 +397,10 @@ def _first_part(stream: _Stream[Any, Any]) -> list[Any]:
 
 
 def _check_weight_version(server: Server, answer: dict[str, Any]) -> None:
-    before = server.identity.weight_version if server.identity is not None else None
-    meta = answer.get("meta_info")
-    version = meta.get("weight_version", before) if isinstance(meta, dict) else before
+    before = server.identity.facts.weight_version if server.identity is not None else None
+    version = answer["meta_info"].get("weight_version", before)
     if version != before:
-        raise weights_changed(server, version)
+        raise weights_changed(server.url, server.identity, version)
 
 
 def first_error(group: BaseExceptionGroup) -> BaseException:

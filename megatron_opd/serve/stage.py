@@ -45,7 +45,7 @@ class Shard:
 def engine_meter(config: EngineConfig) -> GpuMeter | None:
     """Meter of the GPUs of this machine that the engine will use; None for servers at addresses, whose GPUs may be anywhere."""
     if config.launch is not None:
-        given = config.launch.environment.get("CUDA_VISIBLE_DEVICES")
+        given = config.launch.variables().get("CUDA_VISIBLE_DEVICES")
         return open_meter(
             given.split(",") if given is not None else None, first=config.launch.servers * config.launch.tp * config.launch.dp
         )

@@ -225,7 +225,7 @@ def read_step(job: Job, step: int) -> list[MicroBatch]:
 def open_log(job: Job) -> MetricsLog | None:
     """On the first rank, where steps are logged; rows of steps that will be made again are cut when the first of them is."""
     box: list[MetricsLog] = []
-    settings = job.recipe.model_dump()
+    settings = job.recipe.recorded()
     on_first_rank(lambda: box.append(MetricsLog(job.output, job.config, first_step=job.going.step, settings=settings)))
     return box[0] if box else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megatron_opd.config import TrainerConfig
 from megatron_opd.cost import GpuMeter, append_jsonl, read_jsonl, write_jsonl
 from megatron_opd.errors import UserError
+from megatron_opd.redact import redact_override
 from megatron_opd.train.step import StepResult
 
 # Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets; utilisation is reported only for these.
@@ -209,6 +211,7 @@ class _WandB:
         identity = output / "wandb_run_id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        arguments, sys.argv = sys.argv, [sys.argv[0], *map(redact_override, sys.argv[1:])]  # W&B sends the command line too
         try:
             self.run = wandb.init(
                 project=project, id=identity.read_text(encoding="utf-8").strip(), resume="allow", dir=str(output), config=settings
@@ -218,6 +221,8 @@ class _WandB:
                 f"loggers has 'wandb', which could not start: {type(error).__name__}: {error}; log in with `wandb login` (or WANDB_API_KEY), "
                 "set WANDB_MODE=offline to write to files alone, or take it out"
             ) from error
+        finally:
+            sys.argv = arguments
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         self.run.log(scalars, step=step)

@@ -19,6 +19,7 @@ from tiny_models import make_model
 from megatron_opd.errors import EngineError, LineageError
 from megatron_opd.inference import EngineConfig, LaunchConfig
 from megatron_opd.records import SamplingParams
+from megatron_opd.serve import sglang
 from megatron_opd.serve.engine import Failed, GenerateRequest, ScoreRequest
 from megatron_opd.serve.sglang import SglangEngine
 
@@ -62,8 +63,11 @@ def same(scores, wanted: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(have.logp, want)
 
 
-@pytest.mark.parametrize("kind", ["none", "floor", "positive", "short", "echo", "abort", "500"])
-def test_a_wrong_answer_is_asked_again_and_then_given_up(kind: str, model: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["none", "floor", "positive", "short", "echo", "id", "late", "abort", "html", "cut", "gzip", "404", "429", "500"]
+)
+def test_a_wrong_answer_is_asked_again_and_then_given_up(kind: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "BACKOFF_SECONDS", 0.01)
     with StubServer(model, "--poison", f"299:{kind}", "--poison", f"298:{kind}:2") as server:
         engine = SglangEngine(config(server.url), model)
         batch = [*requests(3), poisoned(299), poisoned(298)]
@@ -87,6 +91,31 @@ def test_a_refusal_is_not_repeated_and_a_hanging_request_ends(model: Path) -> No
     assert "400" in refused[0].reason
     assert isinstance(hanging[0], Failed)
     assert "within 1.0" in hanging[0].reason  # one second, and a little for its length
+
+
+def test_a_redirect_ends_the_stage_and_is_not_followed(model: Path) -> None:
+    with StubServer(model, "--poison", "299:redirect") as server:
+        engine = SglangEngine(config(server.url), model)
+        with pytest.raises(EngineError, match=r"/generate answered 307, a redirect to elsewhere\.example, which is never followed"):
+            list(engine.score_parts([[poisoned(299)]]))
+        engine.close()
+
+
+def test_a_server_that_is_stopped_in_the_middle_is_given_up(model: Path) -> None:
+    """SIGSTOP: connections are accepted by the kernel and nothing answers."""
+    with StubServer(model, "--delay", "0.05") as server:
+        engine = SglangEngine(config(server.url, timeout=0.5, patience=1.0, retries=0, tokens_under_way=200), model)
+        done = 0
+
+        def stop_once(tokens: int) -> None:
+            nonlocal done
+            done += 1
+            if done == 5:
+                server.process.send_signal(signal.SIGSTOP)
+
+        with pytest.raises(EngineError, match=r"no answer to .* within|no connection within"):
+            engine.score(requests(60), 0, stop_once)
+        engine.close()
 
 
 def test_when_every_request_fails_the_stage_ends(model: Path) -> None:

@@ -16,13 +16,15 @@ import pytest
 from serve.engine_conformance import write_model
 from serve.faulty_proxy import FaultyProxy
 
+from megatron_opd.config import load_recipe
 from megatron_opd.errors import ConfigError, EngineError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.records import Finish
 from megatron_opd.serve.engine import ScoreRequest
-from megatron_opd.serve.pool import Balancer, Server, served_dtype
+from megatron_opd.serve.identity import served_dtype
+from megatron_opd.serve.pool import Balancer, Server
 from megatron_opd.serve.sglang import SglangEngine
-from megatron_opd.serve.sglang_answers import WrongAnswer, read_generated, read_scores
+from megatron_opd.serve.sglang_answers import WrongAnswer, check_answers, read_generated, read_scores
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +57,19 @@ def test_something_else_at_the_address(model: Path) -> None:
         SglangEngine(EngineConfig(urls=[proxy.url], patience=0, timeout=5.0), model)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host", "http://", "http://user:secret@host:1", "http://host:port"])
-def test_what_is_not_an_address_is_refused(url: str, model: Path) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("127.0.0.1:30000", "ftp://host", "http://", "http://host:port", "http://host:99999", "http://[", "http://ho st"),
+        *("http://user:secret@host:1", "http://secret@host", "http://user:secret@host:port", "user:secret@host:1", "//user:secret@host"),
+        *("http://host/?key=secret", "http://host#secret", "http://user:secret@[", "ftp://user:secret@host?secret"),
+    ],
+)
+def test_what_is_not_an_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        SglangEngine(EngineConfig(urls=[url]), model)
-    assert "engine.urls" in str(caught.value)
+        load_recipe("tiny", [f"engine.urls={[url]!r}"])
+    assert "engine: " in str(caught.value)
+    assert "urls: " in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
@@ -182,7 +192,6 @@ def test_responses_are_read() -> None:
     [
         ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, "NaN happened"),
         ({"finish_reason": {"type": "length", "length": 2}}, "after 2 of 8 tokens"),
-        ({"finish_reason": {"type": "new"}}, "unknown finish reason 'new'"),
         ({"output_token_logprobs": [[-2.0, 5, None]]}, "of 1 tokens"),
         ({"output_token_logprobs": [[-2.0, 5, None], [-0.5, 2, None]]}, "not the 2 sampled"),
         ({"output_token_logprobs": [[-2.0, 5, None], [None, 1, None]]}, r"logp\[1\] is nan"),
@@ -210,11 +219,16 @@ def test_a_response_ends_at_its_first_stop_id(stop_ids: list[int], finish: str, 
         read_generated(answer, vocab_size=512, max_new_tokens=2, stop_ids=stop_ids, with_logp=True)
 
 
-def test_aborted_and_empty_answers_are_refused() -> None:
-    aborted = {"finish_reason": {"type": "abort", "message": "out of memory"}}
-    with pytest.raises(WrongAnswer, match="out of memory"):
-        read_generated(_changed(GENERATED, **aborted), vocab_size=512, max_new_tokens=8, stop_ids=[1], with_logp=True)
-    with pytest.raises(WrongAnswer, match="out of memory"):
-        read_scores(_changed(SCORED, **aborted), REQUEST, vocab_size=512, top_k=0)
+def test_aborted_empty_and_other_answers_are_refused() -> None:
+    bound = _changed(SCORED, id="mine", prompt_tokens=4)
+    check_answers(bound, "mine", 4)
+    for meta, message in (
+        ({"finish_reason": {"type": "abort", "message": "out of memory"}}, "out of memory"),
+        ({"finish_reason": {"type": "new"}}, "unknown finish reason 'new'"),
+        ({"id": "another"}, "to the request another, but this was mine"),
+        ({"prompt_tokens": 5}, "a prompt of 5 tokens, but 4 were sent"),
+    ):
+        with pytest.raises(WrongAnswer, match=message):
+            check_answers(_changed(bound, **meta), "mine", 4)
     with pytest.raises(WrongAnswer, match="empty"):
         read_generated(GENERATED | {"output_ids": []}, vocab_size=512, max_new_tokens=8, stop_ids=[1], with_logp=True)

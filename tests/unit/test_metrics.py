@@ -188,6 +188,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sys, "argv", ["megatron-opd", "engine.launch.environment.HF_TOKEN=hf_Zq8vXw2Lk9"])  # W&B keeps the command line
     write(tmp_path, "wandb", first_step=0, steps=range(1, 4))
     identity = (tmp_path / "wandb_run_id").read_text()
     write(tmp_path, "wandb", first_step=3, steps=range(4, 6))
@@ -195,3 +196,5 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     assert all(identity in path.name and path.stat().st_size > 0 for path in files)
+    assert not any(b"hf_Zq8vXw2Lk9" in path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
+    assert sys.argv[1].endswith("hf_Zq8vXw2Lk9")

@@ -1,0 +1,116 @@
+"""Secrets of a recipe stay out of what is written, printed and sent to others: values of variables, words behind --api-key, passwords of addresses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+NOT_KEPT = "(not kept)"  # stands for a value in what is written
+_SHORT = 8
+_SECRET_PARTS = {
+    "apikey",
+    "auth",
+    "bearer",
+    "credential",
+    "credentials",
+    "key",
+    "passwd",
+    "password",
+    "pwd",
+    "secret",
+    "sig",
+    "signature",
+    "token",
+}
+_REDACTED = ("engine.launch.environment", "engine.launch.options", "engine.launch.command")
+_REFERENCE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether an option, variable or field of this name holds a secret: a whole word of it says so (--api-key; not --max-total-tokens)."""
+    return not _SECRET_PARTS.isdisjoint(re.split(r"[^a-z0-9]+", name.lower()))
+
+
+def referenced(value: str) -> str | None:
+    """NAME if `value` is $NAME or ${NAME}, which stands for the variable of that name."""
+    match = _REFERENCE.fullmatch(value)
+    return None if match is None else match[1] or match[2]
+
+
+def redact_variables(variables: dict[str, str]) -> dict[str, str]:
+    """Environment variables for a record: their values are not kept, but for empty ones and references."""
+    return {name: value if not value or referenced(value) else NOT_KEPT for name, value in variables.items()}
+
+
+def redact_words(words: list[str]) -> list[str]:
+    """Words of a command line for a record, without the values of options and variables whose names say that they are secret."""
+    kept = []
+    for number, word in enumerate(words):
+        name, sign, _ = word.partition("=")
+        before = words[number - 1] if number else ""
+        if sign and is_secret_name(name):
+            word = f"{name}={NOT_KEPT}"
+        elif before.startswith("-") and "=" not in before and is_secret_name(before) and not word.startswith("-"):
+            word = NOT_KEPT
+        kept.append(NOT_KEPT if holds_secret(word) else word)
+    return kept
+
+
+def secret_values(variables: dict[str, str], words: list[str]) -> list[str]:
+    """What must not be repeated from a program's output: secret words, and values of variables that are not short or paths."""
+    values = [value for name, value in variables.items() if is_secret_name(name) or (len(value) >= _SHORT and "/" not in value)]
+    values += [
+        word.removeprefix(f"{word.partition('=')[0]}=") for word, kept in zip(words, redact_words(words), strict=True) if word != kept
+    ]
+    return sorted(filter(None, values), key=len, reverse=True)
+
+
+def redact_override(override: str) -> str:
+    """An override section.field=value for an error."""
+    key, sign, value = override.partition("=")
+    return f"{key}={NOT_KEPT}" if sign and is_redacted(key, value) else override
+
+
+def is_redacted(field: str, value: object) -> bool:
+    """Whether the value of a recipe's field (section.field) may hold secrets, so that it is not repeated in an error."""
+    return (
+        field in ("engine", "engine.launch") or field.startswith(_REDACTED) or ("://" in str(value) and bool(re.search("[@?]", str(value))))
+    )
+
+
+def redact_address(text: str) -> str:
+    """An address without user, password, query and fragment, for people to read; other text as it is."""
+    scheme, sign, rest = text.partition("://")
+    if not sign:
+        return text.rpartition("@")[2] if ":" in text.rpartition("@")[0] else text
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def holds_secret(address: str) -> bool:
+    """Whether an address (scheme://...) holds a password, or a query that says that it is a key."""
+    if "://" not in address:
+        return False
+    rest = address.partition("://")[2]
+    user = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[0]
+    try:
+        query = urlsplit(address).query
+    except ValueError:
+        query = rest.partition("?")[2]
+    return ":" in user or any(is_secret_name(name) for name, _ in parse_qsl(query, keep_blank_values=True))
+
+
+def redact(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe, as a tree, for a record."""
+    launch = (tree.get("engine") or {}).get("launch")
+    if not launch:
+        return tree
+    kept = {
+        **launch,
+        "environment": redact_variables(launch["environment"]),
+        "options": redact_words(launch["options"]),
+        "command": redact_words(launch["command"]),
+    }
+    return {**tree, "engine": {**tree["engine"], "launch": kept}}
