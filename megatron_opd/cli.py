@@ -379,7 +379,7 @@ def _add_convert(stages: argparse._SubParsersAction) -> None:
 def _to_hf(args: argparse.Namespace, arguments: list[str]) -> None:
     from megatron_opd.convert.commands import to_hf
 
-    print(f"wrote {to_hf(args.checkpoint, args.target, dtype=args.dtype)}")
+    print(to_hf(args.checkpoint, args.target, dtype=args.dtype))
 
 
 def _trained(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -391,4 +391,4 @@ def _trained(recipe: Recipe, args: argparse.Namespace) -> None:
 def _to_mcore(args: argparse.Namespace, arguments: list[str]) -> None:
     from megatron_opd.convert.commands import to_mcore
 
-    print(f"wrote {to_mcore(args.model, args.target)}")
+    print(to_mcore(args.model, args.target))

@@ -17,6 +17,7 @@ from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.cost import StageCost, open_meter, provenance
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
+from megatron_opd.durable import write_file
 from megatron_opd.errors import Interrupted, UserError
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
@@ -191,6 +192,8 @@ def train(
         writer.poll()
         due = progress.step % config.save_every == 0 or progress.step == job.steps or stopping
         if due and progress.step > progress.skipped:  # an optimizer without a step has no state to save
+            if log is not None:
+                log.sync()  # what a checkpoint covers is on disk before it is announced
             checkpoint, saved = writer.save(trainee, progress.state(job)), progress.step
             cost.keep()
     writer.finish()
@@ -232,7 +235,7 @@ def open_log(job: Job) -> MetricsLog | None:
 
 def start_files(job: Job) -> None:
     """Write down what the steps from here on are made with: the resolved recipe, and what of it changed."""
-    (job.output / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
+    write_file(job.output / "recipe.toml", job.recipe.to_toml())
     write_history(job.output, job.going)
 
 
