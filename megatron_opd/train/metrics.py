@@ -216,7 +216,7 @@ class _WandB:
         identity = output / "wandb_run_id"
         write_file(identity, uuid.uuid4().hex[:8], exclusive=True)
         name = read_bytes(identity).decode(errors="replace").strip()
-        if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
+        if not re.fullmatch(r"[\w.-]{1,128}", name, re.ASCII):
             raise UserError(f"{identity}: {name[:80]!r} is no name of a W&B run; remove the file, and the rows go on in a new one")
         try:
             self.run = wandb.init(project=project, id=name, resume="allow", dir=str(output), config=settings)
