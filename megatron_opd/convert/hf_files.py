@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from megatron_opd.convert.staging import not_written, whole_directory
 from megatron_opd.convert.turn_files import write_turns
 from megatron_opd.convert.written import sum_folder
-from megatron_opd.durable import write_json
+from megatron_opd.durable import write_file, write_json
 from megatron_opd.errors import UserError
 from megatron_opd.hf_config import carried_config
 from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, remember_hashes, tensor_index, write_lineage
@@ -73,7 +72,7 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
         name = path.relative_to(source)
         if path.is_file() and path.suffix not in _CODE and not path.name.startswith((".", "opd_")):
             (Path(target) / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, Path(target) / name)
+            write_file(Path(target) / name, path.read_bytes())
 
 
 def write_hf_directory(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from megatron_opd.config import Recipe, load_recipe
 from megatron_opd.convert.staging import whole_directory
 from megatron_opd.cost import read_stages
 from megatron_opd.demo import arithmetic, smollm2
-from megatron_opd.durable import make_folder
+from megatron_opd.durable import make_folder, write_file
 from megatron_opd.evaluate.report import evaluation_cells, stage_cells, write_report
 from megatron_opd.evaluate.run import describe_difference
 from megatron_opd.untrusted import read_object
@@ -96,7 +95,8 @@ def _prepare_arithmetic(folder: Path) -> None:
     """The shipped teacher, a random student, and prompts of splits that do not overlap."""
     if not (folder / "teacher").exists():
         with whole_directory(folder / "teacher") as staging:
-            shutil.copytree(str(resources.files("megatron_opd") / "demo" / "teacher"), staging, dirs_exist_ok=True)
+            for path in (resources.files("megatron_opd") / "demo" / "teacher").iterdir():
+                write_file(staging / path.name, path.read_bytes())
     if not (folder / "student").exists():
         arithmetic.make_model_dir(folder / "student", **STUDENT)
     for split, count in PROMPTS.items():

@@ -174,8 +174,8 @@ def train(
         result = train_step(
             trainee, job.ready.arch, loss, micro_batches, seed=config.seed + step, chunk_tokens=config.chunk_tokens, watch=watch
         )
-        if step == job.going.step and dist.get_rank() == 0:  # a start that comes to no step leaves the folder as it was
-            start_files(job)
+        if step == job.going.step:  # a start that comes to no step leaves the folder as it was
+            on_first_rank(lambda: start_files(job))
         facts = step_facts(job, step, len(micro_batches), seconds=time.perf_counter() - start, data_seconds=data_seconds)
         row = step_row(result, facts, resources.read(facts.seconds))
         report(job, row, log)
@@ -192,10 +192,9 @@ def train(
         writer.poll()
         due = progress.step % config.save_every == 0 or progress.step == job.steps or stopping
         if due and progress.step > progress.skipped:  # an optimizer without a step has no state to save
-            if log is not None:
-                log.sync()  # what a checkpoint covers is on disk before it is announced
+            on_first_rank(lambda: log and log.sync())  # what a checkpoint covers is on disk before it is announced
             checkpoint, saved = writer.save(trainee, progress.state(job)), progress.step
-            cost.keep()
+            on_first_rank(cost.keep)
     writer.finish()
     cost.facts |= {"skipped_steps": progress.skipped} if progress.skipped else {}
     if (energy := resources.total_energy()) is not None:
@@ -331,12 +330,12 @@ class _NoCost:
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """Run on rank 0 alone; its result, or its UserError, is everybody's."""
+    """Run on rank 0 alone; its result, or its UserError or OSError, is everybody's."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:

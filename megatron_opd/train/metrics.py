@@ -160,6 +160,7 @@ class MetricsLog:
         """Rows after `first_step` are those of steps that will be made again: the first `write` cuts them. Raises UserError for a missing package."""
         self.path, self._cut_after = output / "metrics.jsonl", first_step
         self._is_cut = False
+        self._unwritten: list[dict[str, Any]] = []
         self._sinks: list[Any] = []
         if "tensorboard" in config.loggers:
             self._sinks.append(_TensorBoard(output / "tensorboard", first_step))
@@ -167,16 +168,28 @@ class MetricsLog:
             self._sinks.append(_WandB(output, config.wandb_project, settings))
 
     def write(self, row: dict[str, Any]) -> None:
-        if not self._is_cut:
-            write_jsonl(self.path, [row for row in read_jsonl(self.path, number="step") if row["step"] <= self._cut_after])
-            self._is_cut = True
-        append_jsonl(self.path, row, durable=False)
+        """Rows that find no room wait for the next: other ranks can't know of it before they save."""
+        self._unwritten.append(row)
+        try:
+            self._append()
+        except OSError as error:
+            print(f"WARNING: {error}; rows that are not written are kept until the next checkpoint", flush=True)
         scalars = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for sink in self._sinks:
             sink.log(row["step"], scalars)
 
+    def _append(self) -> None:
+        if not self._is_cut:
+            write_jsonl(self.path, [row for row in read_jsonl(self.path, number="step") if row["step"] <= self._cut_after])
+            self._is_cut = True
+        while self._unwritten:
+            append_jsonl(self.path, self._unwritten[0], durable=False)
+            del self._unwritten[0]
+
     def sync(self) -> None:
         """The rows so far are on disk: a checkpoint that is announced has them, also after a power cut. Raises OSError."""
+        if self._unwritten:
+            self._append()
         if self._is_cut:
             sync(self.path)
 

@@ -163,6 +163,20 @@ def test_rows_are_on_disk_when_asked_for(tmp_path: Path, monkeypatch: pytest.Mon
     assert synced == [tmp_path / "metrics.jsonl"]
 
 
+def test_rows_that_find_no_room_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, config_of(tmp_path), first_step=0, settings={})
+    log.write({"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "append_jsonl", lambda *args, **options: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        log.write({"step": 2})
+        assert "No space left on device; rows that are not written are kept until the next checkpoint" in capsys.readouterr().out
+        with pytest.raises(OSError, match="No space left"):
+            log.sync()
+    log.sync()
+    log.write({"step": 3})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("content", [b"", b"\0\0\0\0\0\0\0\0", b"\xff", b"a/b", b"x" * 5000])
 def test_a_damaged_name_of_the_wandb_run(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
