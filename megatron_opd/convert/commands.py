@@ -13,7 +13,7 @@ from megatron_opd.config import Recipe, require
 from megatron_opd.convert.hf_files import copy_side_files, hash_tensor
 from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoint
 from megatron_opd.convert.source import global_tensor, open_source, stored_dtype
-from megatron_opd.convert.staging import AlreadyMade, whole_directory
+from megatron_opd.convert.staging import whole_directory
 from megatron_opd.convert.to_hf import HF_FOLDER, checkpoint_origin, convert_to_hf, hf_tensors
 from megatron_opd.convert.written import check_written, read_sums, sum_folder
 from megatron_opd.cost import provenance
@@ -27,18 +27,15 @@ from megatron_opd.train.saved import STATE_FILE, latest_checkpoint
 from megatron_opd.untrusted import read_json, read_object
 
 
-def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> str:
-    """Convert a run's latest checkpoint, or one step folder; says what was done. Raises UserError."""
+def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
+    """Convert a run's latest checkpoint, or one step folder. Raises UserError."""
     path = Path(checkpoint)
     if not (path / STATE_FILE).exists():
         latest = latest_checkpoint(path)
         if latest is None:
             raise CheckpointError(f"{path}: neither a checkpoint nor the output of a run with one (checkpoints/latest)")
         path = latest
-    try:
-        return f"wrote {convert_to_hf(path, Path(target), dtype=None if dtype is None else getattr(torch, dtype))}"
-    except AlreadyMade as found:
-        return str(found)
+    return convert_to_hf(path, Path(target), dtype=None if dtype is None else getattr(torch, dtype))
 
 
 def trained_to_hf(recipe: Recipe, stage: str) -> str:
@@ -54,7 +51,7 @@ def trained_to_hf(recipe: Recipe, stage: str) -> str:
         raise CheckpointError(f"{source}: {progress.done} of {progress.total} steps; finish it ('megatron-opd {stage}'), then convert")
     latest = latest_checkpoint(source)
     if latest is None or not (target / "config.json").exists():
-        return to_hf(str(source), str(target))
+        return f"wrote {to_hf(str(source), str(target))}"
     now, origin = checkpoint_origin(latest), _read_origin(target)
     written = None if origin is None else read_sums(origin)
     if written is not None:
@@ -114,27 +111,23 @@ def _holds_model_of(checkpoint: Path, target: Path) -> bool:
     return names == found.keys()
 
 
-def to_mcore(model: str, target: str) -> str:
+def to_mcore(model: str, target: str) -> Path:
     """Write a Hugging Face directory as a Megatron-Core checkpoint (torch_dist), in its dtype, one tensor at a time; then read it back.
-
-    Says what was done.
 
     Raises UserError, also if what is read back is not bit for bit what was given.
     """
+    folder = Path(target)
     arch, lineage = read_architecture(model), read_lineage(model)
     source = open_source(model, arch)
-    try:
-        with whole_directory(Path(target)) as staging:
-            write_mcore_checkpoint(staging, arch, stored_dtype(model), lambda entry, index: global_tensor(source, entry, arch, index))
-            _check_same_tensors(McoreTensors(staging, arch), arch, model)
-            write_part(staging, 0, sum_files(staging.glob("*.distcp")))
-            record_checksums(staging)
-            copy_side_files(model, staging / HF_FOLDER)
-            write_lineage(staging, lineage or Lineage(), for_weights=False)
-            write_json(staging / STATE_FILE, {"step": 0, "position": {}, "content": content_id(staging), **provenance()})
-    except AlreadyMade as found:
-        return str(found)
-    return f"wrote {target}"
+    with whole_directory(folder) as staging:
+        write_mcore_checkpoint(staging, arch, stored_dtype(model), lambda entry, index: global_tensor(source, entry, arch, index))
+        _check_same_tensors(McoreTensors(staging, arch), arch, model)
+        write_part(staging, 0, sum_files(staging.glob("*.distcp")))
+        record_checksums(staging)
+        copy_side_files(model, staging / HF_FOLDER)
+        write_lineage(staging, lineage or Lineage(), for_weights=False)
+        write_json(staging / STATE_FILE, {"step": 0, "position": {}, "content": content_id(staging), **provenance()})
+    return folder
 
 
 def _check_same_tensors(written: McoreTensors, arch: Architecture, model: str) -> None:
