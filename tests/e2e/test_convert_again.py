@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import make_model, write_prompts
+from stores import make_scored_store
+from tiny_models import make_model
 
 from megatron_opd.cli import main
 from megatron_opd.convert import staging
@@ -21,22 +22,16 @@ from megatron_opd.lineage import CACHE_FILE, ORIGIN_FILE
 
 
 class Finished:
-    """A recipe whose `sft` is finished; `convert trained` makes sft-hf of its checkpoint."""
+    """A recipe whose `train` is finished; `convert trained` makes opd-hf of its checkpoint."""
 
     def __init__(self, folder: Path):
-        model = make_model(folder / "model")
-        checkpoint = folder / "run/sft/checkpoints/step_000001"
-        assert main(["convert", "to-mcore", str(model), str(checkpoint)]) == 0
-        state = checkpoint / "opd_state.json"
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 1, "steps": 1}))
-        self.checkpoint, self.target = checkpoint, folder / "run/sft-hf"
-        fields = {
-            "run_dir": folder / "run",
-            "models.teacher": model,
-            "models.student": model,
-            "rollout.prompts": write_prompts(folder / "p"),
-        }
-        self.command = ["convert", "trained", "tiny", *(f"{key}={path}" for key, path in fields.items()), "sft.steps=1", "--stage", "sft"]
+        student, teacher = make_model(folder / "student"), make_model(folder / "teacher", seed=1)
+        make_scored_store(folder / "store", sampler=student, teacher=teacher)
+        paths = {"run_dir": folder, "models.teacher": teacher, "train.init": student, "train.store": folder / "store", "eval.prompts": "p"}
+        fields = ["tiny", *(f"{key}={path}" for key, path in paths.items()), "train.steps=1", "train.global_batch=4"]
+        assert main(["train", *fields]) == 0
+        (self.checkpoint,) = (folder / "opd/checkpoints").glob("step_*")
+        self.target, self.command = folder / "opd-hf", ["convert", "trained", *fields]
         assert main(self.command) == 0
 
     def copy(self, place: Path) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 from e2e.power_cut_worker import IS_CUT, cut_power
-from stores import make_scored_store, random_rollout
+from stores import create_store, make_scored_store, random_rollout, write_part
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.checksums import check_files
 from megatron_opd.cli import main
 from megatron_opd.config import load_recipe
 from megatron_opd.convert.written import same_content
-from megatron_opd.data.store import StoreReader, create_store, write_part
+from megatron_opd.data.store import StoreReader
 from megatron_opd.durable import make_folder, publish_folder, write_file
 from megatron_opd.lineage import hash_tensors
 from megatron_opd.train.saved import latest_checkpoint, read_state
