@@ -380,16 +380,26 @@ def _add_convert(stages: argparse._SubParsersAction) -> None:
 def _to_hf(args: argparse.Namespace, arguments: list[str]) -> None:
     from megatron_opd.convert.commands import to_hf
 
-    print(f"wrote {to_hf(args.checkpoint, args.target, dtype=args.dtype)}")
+    _tell(lambda: f"wrote {to_hf(args.checkpoint, args.target, dtype=args.dtype)}")
 
 
 def _trained(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.convert.commands import trained_to_hf
 
-    print(trained_to_hf(recipe, args.stage))
+    _tell(lambda: trained_to_hf(recipe, args.stage))
 
 
 def _to_mcore(args: argparse.Namespace, arguments: list[str]) -> None:
     from megatron_opd.convert.commands import to_mcore
 
-    print(f"wrote {to_mcore(args.model, args.target)}")
+    _tell(lambda: f"wrote {to_mcore(args.model, args.target)}")
+
+
+def _tell(convert: Callable[[], str]) -> None:
+    """Print what a conversion did, or that another process did the same meanwhile."""
+    from megatron_opd.convert.staging import AlreadyMade
+
+    try:
+        print(convert())
+    except AlreadyMade as found:
+        print(found)

@@ -1,6 +1,6 @@
 """What a stage cost: wall time, tokens, GPU hours, energy; JSON rows in run_dir/stages.jsonl, of which a run of a stage has its last.
 
-Rows are only ever appended, as several workers may write at once.
+Rows are only ever appended, as several workers may write at once; each is on disk when it was written.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from megatron_opd.durable import make_folder, sync, write_file
+from megatron_opd.errors import UserError
+from megatron_opd.untrusted import load_json, read_bytes
 
 
 class GpuMeter:
@@ -79,14 +83,14 @@ class StageCost:
     meter: GpuMeter | None = None
 
     def __enter__(self) -> StageCost:
-        self._start, self._kept = time.time(), -math.inf
+        self._started, self._start, self._kept = time.time(), time.monotonic(), -math.inf
         self._run = uuid.uuid4().hex[:12]
         self._energy = self.meter.energy_joules() if self.meter else None
         return self
 
     def seconds(self) -> float:
-        """Wall time so far."""
-        return time.time() - self._start
+        """Time so far, whatever is done to the clock meanwhile."""
+        return time.monotonic() - self._start
 
     def keep(self, *, every: float = 60.0) -> None:
         """Write the account so far, but not within `every` seconds of the last time."""
@@ -109,7 +113,7 @@ class StageCost:
         row = {
             "run": self._run,
             "stage": self.stage,
-            "started": self._start,
+            "started": self._started,
             "seconds": seconds,
             "tokens": self.tokens,
             "num_gpus": self.num_gpus,
@@ -129,34 +133,57 @@ def read_stages(path: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one row on a line of its own, also after a line that a kill or a full disk cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        start = b"\n" if file.read(1) not in (b"", b"\n") else b""
-        file.write(start + json.dumps(row).encode() + b"\n")
+def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = True) -> None:
+    """Append one row on a line of its own, also after a line that a kill or a full disk cut off. Raises OSError that names the file.
+
+    It is on disk then; with `durable` False, after the next `sync` of the file.
+    """
+    make_folder(path.parent)
+    try:
+        with path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            start = b"\n" if file.read(1) not in (b"", b"\n") else b""
+            file.write(start + json.dumps(row).encode() + b"\n")
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    if not size:
+        sync(path.parent)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put these rows, and no others, into the file; it is replaced whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    make_folder(path.parent)
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a line that is no row, as it was cut off or damaged, is left out."""
-    rows = []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+def read_jsonl(path: Path, *, number: str | None = None) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, those that have a whole `number` of that name if one is given. What else is in it is said and left out.
+
+    Nothing is said of a last line that a kill cut off.
+    """
+    try:
+        *lines, last = read_bytes(path).split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows, damaged = [], []
+    for place, line in enumerate([*lines, last], start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+            row = load_json(line, f"{path}, line {place}")
+            if isinstance(row, dict) and (number is None or type(row.get(number)) is int):
+                rows.append(row)
+                continue
+        except UserError:
+            pass
+        if line and place <= len(lines):
+            damaged.append(str(place))
+    if damaged:
+        shown = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
+        print(f"WARNING: {path}: damaged rows are left out: line{'s' if len(damaged) > 1 else ''} {shown}", flush=True)
     return rows
 
 

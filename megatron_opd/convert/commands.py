@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoin
 from megatron_opd.convert.source import global_tensor, open_source, stored_dtype
 from megatron_opd.convert.staging import whole_directory
 from megatron_opd.convert.to_hf import HF_FOLDER, checkpoint_origin, convert_to_hf, hf_tensors
+from megatron_opd.convert.written import check_written, read_sums, sum_folder
 from megatron_opd.cost import provenance
 from megatron_opd.durable import write_json
 from megatron_opd.errors import CheckpointError, UserError
@@ -23,6 +24,7 @@ from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
 from megatron_opd.train.saved import STATE_FILE, latest_checkpoint
+from megatron_opd.untrusted import read_json, read_object
 
 
 def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
@@ -39,8 +41,8 @@ def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
 def trained_to_hf(recipe: Recipe, stage: str) -> str:
     """Convert what `sft` or `train` made to the directory that rollout or eval reads; says what was done.
 
-    A directory that holds the latest checkpoint's model is left alone. Raises UserError for one that holds another model, and for a run
-    that is not finished.
+    A directory that holds the latest checkpoint's model, as it was written, is left alone. Raises UserError for one that holds another
+    model or is damaged, and for a run that is not finished.
     """
     source = Path(recipe.sft.output if stage == "sft" else recipe.train.output)
     target = Path(require(recipe.rollout, "rollout").model if stage == "sft" else require(recipe.eval, "eval").model)
@@ -51,15 +53,19 @@ def trained_to_hf(recipe: Recipe, stage: str) -> str:
     if latest is None or not (target / "config.json").exists():
         return f"wrote {to_hf(str(source), str(target))}"
     now, origin = checkpoint_origin(latest), _read_origin(target)
+    written = None if origin is None else read_sums(origin)
+    if written is not None:
+        check_written(target, written)
     read_lineage(target)  # raises if its weights are others than were written
-    if origin is not None and None not in (origin["content"], now["content"]):
-        same = origin["content"] == now["content"]
-    else:  # an older version made one of them: the weights themselves tell
-        same = _holds_model_of(latest, target)
-        if same:
-            write_json(target / ORIGIN_FILE, now | provenance())
+    contents = {now["content"], None if origin is None else origin["content"]}
+    if None in contents or (written is None and len(contents) == 1):  # an older version made one of them: the weights themselves tell
+        same = _adopt(latest, target, (origin or {}) | now)
+    else:
+        same = len(contents) == 1
     if not same:
         made_of = f"step {origin['step']} ({origin['checkpoint']})" if origin else "another model, it is not recorded which"
+        if origin and origin["step"] == now["step"]:
+            made_of = "other weights, or is damaged"
         raise UserError(
             f"{target} was made of {made_of}, but the latest checkpoint of {source} is of step {now['step']} ({latest.name}); what was made with "
             "that model (rollouts, evaluations) is of it too: move the directory away and convert again, or give another run_dir"
@@ -71,12 +77,26 @@ def _read_origin(target: Path) -> dict[str, Any] | None:
     """What `target` was converted from, None if that is not recorded. Raises UserError."""
     path = target / ORIGIN_FILE
     try:
-        origin = json.loads(path.read_text(encoding="utf-8"))
-        return {key: origin[key] for key in ("step", "content", "checkpoint")}
+        origin = read_object(path)
+        read_sums(origin)
+        return origin | {key: origin[key] for key in ("step", "content", "checkpoint")}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} can't be read ({error}); remove this file, and the weights are compared instead") from None
+
+
+def _adopt(checkpoint: Path, target: Path, origin: dict[str, Any]) -> bool:
+    """Whether `target`, which has no record of what was written, holds the checkpoint's model; what it holds is recorded then."""
+    if not _holds_model_of(checkpoint, target):
+        return False
+    for path in sorted(target.glob("*.json")):  # a power cut may have emptied them
+        read_json(path)
+    if "files" not in origin:
+        print(f"{target} does not record what was written (an older version's doesn't); its weights are those of {checkpoint}")
+    with contextlib.suppress(OSError):  # a directory that can't be written is compared each time
+        write_json(target / ORIGIN_FILE, origin | provenance() | {"files": sum_folder(target)})
+    return True
 
 
 def _holds_model_of(checkpoint: Path, target: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from safetensors.torch import save_file
 
 from megatron_opd.convert.staging import not_written, whole_directory
 from megatron_opd.convert.turn_files import write_turns
-from megatron_opd.durable import write_json
+from megatron_opd.convert.written import sum_folder
+from megatron_opd.durable import write_file, write_json
 from megatron_opd.errors import UserError
 from megatron_opd.hf_config import carried_config
 from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, remember_hashes, tensor_index, write_lineage
@@ -72,7 +72,7 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
         name = path.relative_to(source)
         if path.is_file() and path.suffix not in _CODE and not path.name.startswith((".", "opd_")):
             (Path(target) / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, Path(target) / name)
+            write_file(Path(target) / name, path.read_bytes())
 
 
 def write_hf_directory(
@@ -85,9 +85,9 @@ def write_hf_directory(
     origin: dict[str, Any] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write a model directory under a temporary name, read it back, then rename. `tensors` may be a generator: one file at a time is held.
+    """Write a model directory under a temporary name, read it back, then publish it. `tensors` may be a generator: one file at a time is held.
 
-    `origin`, what was converted, goes into ORIGIN_FILE.
+    `origin`, what was converted, goes into ORIGIN_FILE, with the sums of the files that were written.
 
     Raises UserError if `target` holds something already, or if a tensor read back is not the one that was given.
     """
@@ -107,7 +107,7 @@ def write_hf_directory(
                 write_turns(staging, lineage.sft)
             write_lineage(staging, lineage, for_weights=True)
         if origin is not None:
-            write_json(staging / ORIGIN_FILE, origin)
+            write_json(staging / ORIGIN_FILE, origin | {"files": sum_folder(staging)})
 
 
 def _write_configs(folder: Path, dtype: torch.dtype) -> None:

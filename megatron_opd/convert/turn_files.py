@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.durable import write_json
+from megatron_opd.durable import write_file, write_json
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import SftFacts
@@ -54,7 +54,7 @@ def _write_templates(directory: Path, templates: dict[str, str]) -> None:
     for name, text in templates.items():
         path = directory / TEMPLATE_FILE if name == "default" else folder / f"{Path(name).name}.jinja"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="")
+        write_file(path, text)
 
 
 def _set(path: Path, **fields: Any) -> None:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.convert.staging import whole_directory
+from megatron_opd.cost import write_jsonl
+from megatron_opd.durable import write_file
 from megatron_opd.errors import UserError
 from megatron_opd.hf_config import spell_for_all
+from megatron_opd.untrusted import read_object
 
 DIGITS = 4
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -70,12 +72,7 @@ def write_prompts(path: str | Path, *, split: str, count: int, seed: int, digits
     prompts: dict[str, None] = {}
     while len(prompts) < count:
         prompts[draw_prompt(rng, split, digits)] = None
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    rows = ({"prompt": prompt, "answer": worked_solution(prompt).rpartition("=")[2]} for prompt in prompts)
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_jsonl(Path(path), [{"prompt": prompt, "answer": worked_solution(prompt).rpartition("=")[2]} for prompt in prompts])
 
 
 def build_tokenizer(directory: str | Path | None = None) -> Any:
@@ -145,17 +142,11 @@ def make_model_dir(
 
 
 def save_model_dir(model: Any, directory: str | Path) -> None:
-    """Save a transformers model with the task's tokenizer; the directory appears whole."""
-    directory = Path(directory)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(str(temporary))
-    # transformers 5 writes the RoPE base in `rope_parameters` alone, where version 4 (in many serving containers) doesn't look.
-    path = temporary / "config.json"
-    path.write_text(
-        json.dumps(spell_for_all(json.loads(path.read_text(encoding="utf-8")), str(path)), indent=2, sort_keys=True) + "\n",
-        encoding="utf-8",
-    )
-    (temporary / "model.safetensors").chmod(path.stat().st_mode)  # safetensors writes for the owner alone
-    build_tokenizer(temporary)
-    temporary.replace(directory)
+    """Save a transformers model with the task's tokenizer; the directory appears whole. Raises UserError if it holds something."""
+    with whole_directory(Path(directory)) as staging:
+        model.save_pretrained(str(staging))
+        # transformers 5 writes the RoPE base in `rope_parameters` alone, where version 4 (in many serving containers) doesn't look.
+        path = staging / "config.json"
+        write_file(path, json.dumps(spell_for_all(read_object(path), str(path)), indent=2, sort_keys=True) + "\n")
+        (staging / "model.safetensors").chmod(path.stat().st_mode)  # safetensors writes for the owner alone
+        build_tokenizer(staging)

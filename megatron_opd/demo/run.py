@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +9,13 @@ from importlib import resources
 from pathlib import Path
 
 from megatron_opd.config import Recipe, load_recipe
+from megatron_opd.convert.staging import whole_directory
 from megatron_opd.cost import read_stages
 from megatron_opd.demo import arithmetic, smollm2
+from megatron_opd.durable import make_folder, write_file
 from megatron_opd.evaluate.report import evaluation_cells, stage_cells, write_report
 from megatron_opd.evaluate.run import describe_difference
+from megatron_opd.untrusted import read_object
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def run_demo(model: str, *, run_dir: str | None = None, overrides: list[str]) ->
     folder = Path(run_dir or f"runs/demo-{model}")
     settings = [f"run_dir={str(folder)!r}", *overrides]
     recipe = load_recipe(demo.recipe, settings)
-    started = time.time()
-    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    make_folder(folder)
     demo.prepare(folder)
     for stage in _stages(recipe):
         command = stage if stage[0] == "inspect" else [*stage, *settings]
@@ -41,7 +42,7 @@ def run_demo(model: str, *, run_dir: str | None = None, overrides: list[str]) ->
         if code:
             return code
     page = write_report([str(folder)])
-    print(summary(folder, seconds=time.time() - started))
+    print(summary(folder, seconds=time.monotonic() - started))
     print(f"report: {page}")
     return 0
 
@@ -77,7 +78,7 @@ def _run(command: list[str]) -> int:
 
 def summary(folder: Path, *, seconds: float) -> str:
     """The closing table: models, then the cost of every stage."""
-    evaluations = [json.loads((folder / "eval" / f"{name}.json").read_text(encoding="utf-8")) for name in ("teacher", "sft", "opd")]
+    evaluations = [read_object(folder / "eval" / f"{name}.json") for name in ("teacher", "sft", "opd")]
     models = [["model", "accuracy (95 % interval)", "reverse KL to the teacher, nat/token", "tokens a response", "ended by itself"]]
     models += [evaluation_cells(evaluation) for evaluation in evaluations]
     stages = [["stage", "seconds", "tokens", "tokens/s", "GPU hours"], *(stage_cells(row) for row in read_stages(folder / "stages.jsonl"))]
@@ -93,19 +94,14 @@ def _table(rows: list[list[str]]) -> str:
 def _prepare_arithmetic(folder: Path) -> None:
     """The shipped teacher, a random student, and prompts of splits that do not overlap."""
     if not (folder / "teacher").exists():
-        _copy_whole(Path(str(resources.files("megatron_opd") / "demo" / "teacher")), folder / "teacher")
+        with whole_directory(folder / "teacher") as staging:
+            for path in (resources.files("megatron_opd") / "demo" / "teacher").iterdir():
+                write_file(staging / path.name, path.read_bytes())
     if not (folder / "student").exists():
         arithmetic.make_model_dir(folder / "student", **STUDENT)
     for split, count in PROMPTS.items():
         if not (folder / "prompts" / f"{split}.jsonl").exists():
             arithmetic.write_prompts(folder / "prompts" / f"{split}.jsonl", split=split, count=count, seed=0)
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    staging = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging)
-    staging.rename(target)
 
 
 def _prepare_smollm2(folder: Path) -> None:

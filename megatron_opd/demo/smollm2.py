@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.convert.staging import whole_directory
+from megatron_opd.durable import make_folder, write_file
 from megatron_opd.errors import UserError
 
 # Short questions with short answers, so that a small model on a CPU finishes many of them.
@@ -72,12 +72,10 @@ def make_student(teacher: Path, directory: Path, *, layers: int) -> None:
 def _save(model: Any, tokenizer: Any, directory: Path) -> None:
     import torch
 
-    staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(str(staging))
-    tokenizer.save_pretrained(str(staging))
-    (staging / "model.safetensors").chmod((staging / "config.json").stat().st_mode)  # safetensors writes for the owner alone
-    staging.rename(directory)
+    with whole_directory(directory) as staging:
+        model.to(torch.bfloat16).save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        (staging / "model.safetensors").chmod((staging / "config.json").stat().st_mode)  # safetensors writes for the owner alone
 
 
 def write_prompts(path: Path, *, count: int, seed: int) -> None:
@@ -99,7 +97,5 @@ def write_prompts(path: Path, *, count: int, seed: int) -> None:
                 "reasoning_gym": {"dataset": name, "entry": entry},
             }
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    make_folder(path.parent)
+    write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_opd.durable import write_file
 from megatron_opd.evaluate.wording import kl_caveat, shown
 
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
@@ -172,6 +174,8 @@ def _cost(stages: dict[str, list[dict[str, Any]]], plt: Any) -> Any:
 
 def _save(figure: Any, path: Path, plt: Any) -> Path:
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
     plt.close(figure)
+    write_file(path, image.getvalue())
     return path

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.durable import make_folder, write_file
 from megatron_opd.evaluate.figures import distils, draw, kl_by_position, window
 from megatron_opd.evaluate.run_files import read_run
 from megatron_opd.evaluate.wording import interval, kl_caveat, shown
@@ -25,12 +26,12 @@ def write_report(runs: list[str], output: str | None = None) -> Path:
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     data = {label: read_run(folder) for label, folder in zip(labels, folders, strict=True)}
     target = Path(output) if output else folders[0] / "report"
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     figures = draw(data, target)
     tables = _tables(data)
-    (target / "report.md").write_text("\n\n".join(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables) + "\n", "utf-8")
+    write_file(target / "report.md", "\n\n".join(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables) + "\n")
     page = target / "report.html"
-    page.write_text(_page(data, tables, figures), "utf-8")
+    write_file(page, _page(data, tables, figures))
     print(f"report: {page}")
     return page
 

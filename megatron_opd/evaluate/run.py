@@ -33,7 +33,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
     Unreadable answers and a baseline that can't be compared with are found before anything is sampled. Samples of an earlier run are
     graded anew, with the answers and the grader of now.
     """
-    started = time.time()
+    started = time.monotonic()
     prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts)
     if stage.grader != "none":
         check_answers(stage.grader, prompts, stage.prompts, seconds=stage.grading_seconds)
@@ -89,7 +89,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
         result["reverse_kl_caveat"] = kl_caveat(result["sampling"])
     if baseline is not None:
         result["against"] = _compare(stage, figures, baseline, prompts)
-    result |= {"seconds": time.time() - started, "provenance": provenance()}
+    result |= {"seconds": time.monotonic() - started, "provenance": provenance()}
     write_json(output / f"{stage.name}.json", result)
     print(f"eval: {describe(result)}")
     return result

@@ -17,6 +17,7 @@ from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.cost import StageCost, open_meter, provenance
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
+from megatron_opd.durable import write_file
 from megatron_opd.errors import Interrupted, UserError
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
@@ -173,8 +174,8 @@ def train(
         result = train_step(
             trainee, job.ready.arch, loss, micro_batches, seed=config.seed + step, chunk_tokens=config.chunk_tokens, watch=watch
         )
-        if step == job.going.step and dist.get_rank() == 0:  # a start that comes to no step leaves the folder as it was
-            start_files(job)
+        if step == job.going.step:  # a start that comes to no step leaves the folder as it was
+            on_first_rank(lambda: start_files(job))
         facts = step_facts(job, step, len(micro_batches), seconds=time.perf_counter() - start, data_seconds=data_seconds)
         row = step_row(result, facts, resources.read(facts.seconds))
         report(job, row, log)
@@ -191,8 +192,9 @@ def train(
         writer.poll()
         due = progress.step % config.save_every == 0 or progress.step == job.steps or stopping
         if due and progress.step > progress.skipped:  # an optimizer without a step has no state to save
+            on_first_rank(lambda: log and log.sync())  # what a checkpoint covers is on disk before it is announced
             checkpoint, saved = writer.save(trainee, progress.state(job)), progress.step
-            cost.keep()
+            on_first_rank(cost.keep)
     writer.finish()
     cost.facts |= {"skipped_steps": progress.skipped} if progress.skipped else {}
     if (energy := resources.total_energy()) is not None:
@@ -232,7 +234,7 @@ def open_log(job: Job) -> MetricsLog | None:
 
 def start_files(job: Job) -> None:
     """Write down what the steps from here on are made with: the resolved recipe, and what of it changed."""
-    (job.output / "recipe.toml").write_text(job.recipe.to_toml(), encoding="utf-8")
+    write_file(job.output / "recipe.toml", job.recipe.to_toml())
     write_history(job.output, job.going)
 
 
@@ -328,12 +330,12 @@ class _NoCost:
 
 
 def on_first_rank(function: Callable[[], T]) -> T:
-    """Run on rank 0 alone; its result, or its UserError, is everybody's."""
+    """Run on rank 0 alone; its result, or its UserError or OSError, is everybody's."""
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:

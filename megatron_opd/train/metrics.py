@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import uuid
@@ -16,9 +17,11 @@ import torch.distributed as dist
 
 from megatron_opd.config import TrainerConfig
 from megatron_opd.cost import GpuMeter, append_jsonl, read_jsonl, write_jsonl
+from megatron_opd.durable import sync, write_file
 from megatron_opd.errors import UserError
 from megatron_opd.redact import redact_override
 from megatron_opd.train.step import StepResult
+from megatron_opd.untrusted import read_bytes
 
 # Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets; utilisation is reported only for these.
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -159,6 +162,7 @@ class MetricsLog:
         """Rows after `first_step` are those of steps that will be made again: the first `write` cuts them. Raises UserError for a missing package."""
         self.path, self._cut_after = output / "metrics.jsonl", first_step
         self._is_cut = False
+        self._unwritten: list[dict[str, Any]] = []
         self._sinks: list[Any] = []
         if "tensorboard" in config.loggers:
             self._sinks.append(_TensorBoard(output / "tensorboard", first_step))
@@ -166,14 +170,30 @@ class MetricsLog:
             self._sinks.append(_WandB(output, config.wandb_project, settings))
 
     def write(self, row: dict[str, Any]) -> None:
-        if not self._is_cut:
-            rows = read_jsonl(self.path)
-            write_jsonl(self.path, [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= self._cut_after])
-            self._is_cut = True
-        append_jsonl(self.path, row)
+        """Rows that find no room wait for the next: other ranks can't know of it before they save."""
+        self._unwritten.append(row)
+        try:
+            self._append()
+        except OSError as error:
+            print(f"WARNING: {error}; rows that are not written are kept until the next checkpoint", flush=True)
         scalars = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
         for sink in self._sinks:
             sink.log(row["step"], scalars)
+
+    def _append(self) -> None:
+        if not self._is_cut:
+            write_jsonl(self.path, [row for row in read_jsonl(self.path, number="step") if row["step"] <= self._cut_after])
+            self._is_cut = True
+        while self._unwritten:
+            append_jsonl(self.path, self._unwritten[0], durable=False)
+            del self._unwritten[0]
+
+    def sync(self) -> None:
+        """The rows so far are on disk: a checkpoint that is announced has them, also after a power cut. Raises OSError."""
+        if self._unwritten:
+            self._append()
+        if self._is_cut:
+            sync(self.path)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -209,13 +229,13 @@ class _WandB:
         except ImportError:
             raise UserError("loggers has 'wandb', which is not installed; pip install wandb, or take it out") from None
         identity = output / "wandb_run_id"
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        write_file(identity, uuid.uuid4().hex[:8], exclusive=True)
+        name = read_bytes(identity).decode(errors="replace").strip()
+        if not re.fullmatch(r"[\w.-]{1,128}", name, re.ASCII):
+            raise UserError(f"{identity}: {name[:80]!r} is no name of a W&B run; remove the file, and the rows go on in a new one")
         arguments, sys.argv = sys.argv, [sys.argv[0], *map(redact_override, sys.argv[1:])]  # W&B sends the command line too
         try:
-            self.run = wandb.init(
-                project=project, id=identity.read_text(encoding="utf-8").strip(), resume="allow", dir=str(output), config=settings
-            )
+            self.run = wandb.init(project=project, id=name, resume="allow", dir=str(output), config=settings)
         except Exception as error:  # no key, no network, a project that is not there: the client's errors have no common ground
             raise UserError(
                 f"loggers has 'wandb', which could not start: {type(error).__name__}: {error}; log in with `wandb login` (or WANDB_API_KEY), "

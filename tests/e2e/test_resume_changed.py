@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -144,6 +146,18 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
     lock.acquire()
     assert time.monotonic() - start < 5
     lock.release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Lustre mounted without flock, NFS without lockd: none can be mounted on every machine that runs this."""
+
+    def lockf(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match=f"{tmp_path}: nothing can be locked there \\(.* at /.*: {os.strerror(number)}\\)"):
+        OutputLock(tmp_path).acquire()
 
 
 def test_changes_are_named_with_their_section() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -183,11 +184,29 @@ def test_a_cut_line_costs_no_other(tmp_path: Path) -> None:
         assert [row["row"] for row in read_jsonl(path)] in ([0, 1, 3], [0, 1, 2, 3])
 
 
-@pytest.mark.parametrize("damage", [b"5", b"null", b"[1]", b'"text"', b"\xff\xfe", b"\x00\x00", b"", b"[" * 100_000])
-def test_a_line_that_is_no_row_is_left_out(damage: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", [b"5", b"null", b"[1]", b'"text"', b"\xff\xfe", b'{"row": "\xff"}', b"\x00\x00", b"[" * 100_000, b'{"step": 1.5}']
+)
+def test_a_line_that_is_no_row_is_left_out_and_named(damage: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"row": 0}\n' + damage + b'\n{"row": 1, "text": "\xff"}\n')
-    assert [row["row"] for row in read_jsonl(path)] == [0, 1]
+    path.write_bytes(b'{"row": 0}\n' + damage + b'\n\n{"row": 1}\n')
+    assert [row["row"] for row in read_jsonl(path, number="row")] == [0, 1]
+    assert capsys.readouterr().out == f"WARNING: {path}: damaged rows are left out: line 2\n"
+    path.write_bytes((b'{"row": 0}\n' + damage + b"\n") * 8 + b'{"row": 1}\n')
+    assert len(read_jsonl(path, number="row")) == 9
+    assert "lines 2, 4, 6, 8, 10 and 3 more" in capsys.readouterr().out
+    path.write_bytes(b'{"row": 0}\n' + damage)  # a kill cut it off
+    assert read_jsonl(path, number="row") == [{"row": 0}]
+    assert not capsys.readouterr().out
+
+
+def test_a_clock_that_is_set_back_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    with StageCost(tmp_path, "score", tokens=1) as cost:
+        monkeypatch.setattr(time, "time", lambda: now - 3600.0)
+        assert 0 <= cost.seconds() < 60
+    (row,) = read_stages(tmp_path / "stages.jsonl")
+    assert abs(row["started"] - now) < 60
 
 
 def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

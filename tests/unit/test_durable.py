@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from megatron_opd import durable
-from megatron_opd.durable import publish_folder, write_file, write_json
+from megatron_opd.durable import make_folder, publish_folder, write_file, write_json
+from megatron_opd.errors import UserError
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -20,14 +22,20 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_of_many_writers_one_makes_the_file(tmp_path, monkeypatch, links):
-    if not links:
+def refuse(number):
+    def call(*arguments):
+        raise OSError(number, os.strerror(number))
 
-        def link(source, target):
-            raise OSError(errno.EPERM, "Operation not permitted")
+    return call
 
-        monkeypatch.setattr(os, "link", link)
+
+@pytest.mark.parametrize("file_system", ["links", "no links", "neither links nor free renames"])
+def test_of_many_writers_one_makes_the_file(tmp_path, monkeypatch, file_system):
+    """The last is what a real exFAT through FUSE says."""
+    if file_system != "links":
+        monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    if file_system.startswith("neither"):
+        monkeypatch.setattr(durable, "_rename_to_free", refuse(errno.EINVAL))
     path = tmp_path / "file"
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda number: write_file(path, str(number), exclusive=True), range(40)))
@@ -36,15 +44,29 @@ def test_of_many_writers_one_makes_the_file(tmp_path, monkeypatch, links):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_claim_that_a_killed_process_left_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(durable, "_rename_to_free", refuse(errno.EINVAL))
+    monkeypatch.setattr(durable, "_CLAIM_SECONDS", 0.1)
+    path, claim = tmp_path / "file", tmp_path / ".file.claim"
+    claim.mkdir()
+    with pytest.raises(
+        UserError, match=re.escape(f"{path}: {claim} is in the way; ") + ".* at /.*; if none is at work, remove that folder"
+    ):
+        write_file(path, "mine", exclusive=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == [claim.name]
+    claim.rmdir()
+    assert write_file(path, "mine", exclusive=True)
+    claim.mkdir()
+    assert not write_file(path, "other", exclusive=True)
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_file(path, "old")
 
-    def fsync(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "fsync", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         write_file(path, "new")
     assert path.read_text("utf-8") == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
@@ -65,3 +87,12 @@ def test_a_link_is_not_followed(tmp_path):
     with pytest.raises(FileExistsError):
         durable.open_new(tmp_path / "link")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_new_folders_are_synced_into_those_that_were_there(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(durable, "sync", lambda path: done.append(str(path)))
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert sorted(done) == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert len(done) == 3

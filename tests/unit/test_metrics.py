@@ -19,6 +19,7 @@ import megatron_opd.model  # noqa: F401  before megatron.core
 from megatron_opd.config import DriftConfig, TrainStage
 from megatron_opd.errors import UserError
 from megatron_opd.records import LossSums
+from megatron_opd.train import metrics
 from megatron_opd.train.batches import MicroBatch
 from megatron_opd.train.drift import DriftRule, Watch, Watched
 from megatron_opd.train.metrics import MetricsLog, StepFacts, console_line, step_row
@@ -148,6 +149,41 @@ def test_a_resume_goes_on_over_damaged_rows(tmp_path: Path) -> None:
         file.write(b'5\n\xff\n{"loss": 1.0}\n{"step": "two"}\n{"step": null}\n')
     write(tmp_path, first_step=2, steps=range(3, 4))
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_rows_are_on_disk_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop asks before a checkpoint, not at each step."""
+    log, synced = MetricsLog(tmp_path, config_of(tmp_path), first_step=0, settings={}), []
+    log.sync()  # no row yet, no file
+    log.write({"step": 1})
+    monkeypatch.setattr(metrics, "sync", synced.append)
+    log.write({"step": 2})
+    assert not synced
+    log.sync()
+    assert synced == [tmp_path / "metrics.jsonl"]
+
+
+def test_rows_that_find_no_room_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, config_of(tmp_path), first_step=0, settings={})
+    log.write({"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "append_jsonl", lambda *args, **options: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        log.write({"step": 2})
+        assert "No space left on device; rows that are not written are kept until the next checkpoint" in capsys.readouterr().out
+        with pytest.raises(OSError, match="No space left"):
+            log.sync()
+    log.sync()
+    log.write({"step": 3})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\0\0\0\0\0", b"\xff", b"a/b", b"x" * 5000])
+def test_a_damaged_name_of_the_wandb_run(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
+    (tmp_path / "wandb_run_id").write_bytes(content)
+    with pytest.raises(UserError, match=r"wandb_run_id: .* is no name of a W&B run; remove the file") as caught:
+        write(tmp_path, "wandb", first_step=0, steps=range(1, 2))
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

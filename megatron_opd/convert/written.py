@@ -1,0 +1,51 @@
+"""What a conversion wrote, by size and checksum, so that it is known again: after a power cut, and beside another conversion's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_opd.checksums import CHECKSUM_FILE, Sums, sum_files
+from megatron_opd.errors import UserError
+from megatron_opd.lineage import CACHE_FILE, ORIGIN_FILE
+from megatron_opd.train.saved import STATE_FILE
+
+# They hold times, versions or random names: two conversions of one model differ in them.
+_OF_ONE_CONVERSION = (ORIGIN_FILE, CACHE_FILE, STATE_FILE, CHECKSUM_FILE, ".metadata")
+
+
+def sum_folder(folder: Path) -> Sums:
+    """Path below `folder` -> (bytes, CRC-32C) of each file, but for those that say who converted, and when."""
+    sums: Sums = {}
+    for parent in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir())):
+        files = sorted(path for path in parent.iterdir() if path.is_file())
+        sums |= {str((parent / name).relative_to(folder)): found for name, found in sum_files(files).items()}
+    return {name: found for name, found in sums.items() if Path(name).name not in _OF_ONE_CONVERSION}
+
+
+def same_content(left: Path, right: Path) -> bool:
+    """Whether two conversions made the same."""
+    return right.is_dir() and sum_folder(left) == sum_folder(right)
+
+
+def read_sums(record: Any) -> Sums | None:
+    """The sums in a converted directory's ORIGIN_FILE; None for an older version's. Raises ValueError, TypeError or AttributeError."""
+    files = record.get("files")
+    return None if files is None else {str(name): (int(size), int(checksum)) for name, (size, checksum) in files.items()}
+
+
+def check_written(folder: Path, wanted: Sums) -> None:
+    """Compare files with what was written. Raises UserError naming the first that is other; further files may be there."""
+    found = sum_folder(folder)
+    for name, (size, checksum) in sorted(wanted.items()):
+        if found.get(name) != (size, checksum):
+            if name not in found:
+                what = "is missing"
+            elif found[name][0] != size:
+                what = f"has {found[name][0]} bytes, but {size} were written"
+            else:
+                what = "is not what was written: its checksum is another"
+            raise UserError(
+                f"{folder / name} {what}; move {folder} away and convert again (if you changed the file yourself, and mean it: "
+                f"remove {folder / ORIGIN_FILE}, and the weights are compared instead)"
+            )
