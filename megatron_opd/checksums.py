@@ -71,7 +71,7 @@ def collect_sums(folder: Path) -> Sums:
 def record_checksums(folder: Path, data: Sums) -> None:
     """Write the record, of `data` and of all other files; the last file of a checkpoint."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    write_file(folder / CHECKSUM_FILE, _text(data, sum_files(folder, set(names) - data.keys())))
+    write_file(folder / CHECKSUM_FILE, _text(data, sum_files(folder, set(names) - {CHECKSUM_FILE, *data})))
 
 
 def _text(data: Sums, side: Sums) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -48,6 +49,8 @@ _TENSORS = {"collections": {"OrderedDict"}, "torch._utils": {"_rebuild_tensor_v2
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if name == "PosixPath" and module in ("pathlib", "pathlib._local"):  # where it was written
+            return PurePosixPath
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name not in _CLASSES.get(module, ()) and not is_dtype:
             raise _strange(f"{module}.{name}")
@@ -140,9 +143,8 @@ def check_extra_state(name: str, value: Any) -> None:
 def _one_line(error: Exception) -> str:
     """Torch's own text for a strange class goes on with how to allow it."""
     text = str(error)
-    if "Unsupported global: GLOBAL " in text:
-        name = text.split("Unsupported global: GLOBAL ")[1].split()[0]
-        return str(_strange(name))
+    if (found := re.search(r"\bGLOBAL (\S+)", text)) is not None:
+        return str(_strange(found[1]))
     return text.strip().split("\n")[0] or type(error).__name__
 
 

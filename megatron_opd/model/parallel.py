@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed.distributed_c10d import TCPStore
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.errors import ConfigError
@@ -44,8 +43,8 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
             rank = int(os.environ["RANK"])
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             # Its socket is one that the launcher bound to this machine's own address; torch would listen on all.
-            listening = int(listener) if rank == 0 else None
-            store = TCPStore(address, port, world, rank == 0, timeout, master_listen_fd=listening)
+            make_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+            store = make_store(address, port, world, rank == 0, timeout, master_listen_fd=int(listener) if rank == 0 else None)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)

@@ -109,7 +109,7 @@ class _Ranks:
                             file=sys.stderr,
                         )
                 failed = [code for code in codes if code]
-                code = 2 if 2 in failed else failed[0]
+                code = 2 if 2 in failed else min(failed)  # rather that one was killed than what the others made of it
                 return code if code > 0 else 128 - code
             if None not in codes:
                 return max(code or 0 for code in codes)

@@ -58,12 +58,21 @@ def write_and_sum(write: Callable[..., None], staging: Path, results: Results, r
     leave_interrupts_to_parent()
     gc.disable()  # as Megatron-Core does: the parent's CUDA tensors must not be freed here
     end_with_parent(results.rank)
+    writer = os.getpid()
+    os.register_at_fork(after_in_child=lambda: _end_with(writer))  # a worker alone would wait for its writer for ever
     signal.signal(signal.SIGALRM, lambda number, frame: _look_after_workers(results))
     signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)  # a SIGCHLD that comes just before a wait would not end it
     write(rank, *args)
     signal.setitimer(signal.ITIMER_REAL, 0)
     with contextlib.suppress(OSError):  # a full disk: publishing finds what is lacking
         write_part(staging, rank, sum_files(staging, (path.name for path in staging.glob(f"__{rank}_*"))))
+
+
+def _end_with(writer: int) -> None:
+    try:
+        end_with_parent(writer)
+    except SystemExit:
+        os._exit(_FAILED)
 
 
 def _look_after_workers(results: Results) -> None:
