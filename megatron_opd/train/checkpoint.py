@@ -8,6 +8,7 @@ what was not published is removed by the next save. docs/training.md has the lay
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import shutil
 import time
@@ -141,6 +142,8 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"{_HIDDEN}{STEP_PREFIX}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in folder.glob(f"{_HIDDEN}{LATEST}.*"):
+                leftover.unlink(missing_ok=True)
             # A writer of a killed run may still be at work: it must never write into this save.
             name[0] = f"{_HIDDEN}{step_name(step)}.{uuid.uuid4().hex[:8]}.tmp"
             (folder / name[0]).mkdir()
@@ -174,7 +177,8 @@ class CheckpointWriter:
         replaced = _set_aside(target)  # of a run that was set back, or a damaged one
         publish_folder(staging, target)
         for parent in (self.output, *list(self.output.absolute().parents)[:2]):  # the run's folders may be as new
-            sync(parent)
+            with contextlib.suppress(PermissionError):
+                sync(parent)
         write_file(folder / LATEST, step_name(step) + "\n")
         shutil.rmtree(replaced, ignore_errors=True)
         steps = [found for path in folder.glob(f"{STEP_PREFIX}*") if (found := step_of(path.name)) is not None]

@@ -7,6 +7,7 @@ looks after its workers, reports through a file that it shares with its rank, an
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import pickle
@@ -40,17 +41,20 @@ class Results:
     def put(self, value: Any) -> None:
         """In the writer, its signal handlers included."""
         descriptor = self._file.fileno()
+        content = pickle.dumps(value)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, pickle.dumps(value), 0)
+        if os.pwrite(descriptor, content, 0) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
 
     def get_nowait(self) -> Any:
         """Raises queue.Empty."""
         descriptor = self._file.fileno()
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         os.ftruncate(descriptor, 0)
-        if not content:
-            raise queue.Empty
-        return pickle.loads(content)
+        try:
+            return pickle.loads(content)
+        except (EOFError, pickle.UnpicklingError):
+            raise queue.Empty from None
 
 
 def write_and_sum(write: Callable[..., None], staging: Path, results: Results, rank: int, *args: Any) -> None:
@@ -89,7 +93,7 @@ def how_it_ended(writer: Any, results: Results) -> str | None:
     """Why a rank's writer, which is not alive, did not do its work; None if it did."""
     if not writer.exitcode:
         return None
-    with contextlib.suppress(queue.Empty, pickle.UnpicklingError, EOFError):
+    with contextlib.suppress(queue.Empty):
         if writer.exitcode == _FAILED and isinstance(reason := results.get_nowait(), str):
             return reason
     return f"process {writer.pid}, which wrote its files, {_ending(writer.exitcode)}"

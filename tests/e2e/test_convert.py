@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from checkpoints import make_older
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_model
 
 from megatron_opd import lineage

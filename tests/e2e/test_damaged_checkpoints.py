@@ -114,7 +114,9 @@ def test_a_run_that_is_short_of_a_step_is_not_converted_for_the_next_stage(
     flip(next(checkpoint.glob("*.distcp")), 8000)
     monkeypatch.setattr(saved, "_SMALL", 20_000)  # tensors of a real model are larger than what is read when one looks for a checkpoint
     assert main(words) == 2
-    assert ".distcp is damaged: its checksum is not that of what was written; make it again ('megatron-opd train')" in capsys.readouterr().err
+    assert (
+        ".distcp is damaged: its checksum is not that of what was written; make it again ('megatron-opd train')" in capsys.readouterr().err
+    )
     (checkpoint / "opd_state.json").unlink()
     assert main(words) == 2
     assert f"{STEPS - 1} of {STEPS} steps; {checkpoint / 'opd_state.json'} is missing" in capsys.readouterr().err

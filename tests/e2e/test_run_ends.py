@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from checkpoints import make_older
+from safetensors.torch import load_file, save_file
 from stores import make_scored_store
 from tiny_models import make_model
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stores import make_scored_store
 from checkpoints import edit_state
+from stores import make_scored_store
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
