@@ -20,6 +20,7 @@ from tiny_models import make_model
 
 from megatron_opd.checksums import check_files
 from megatron_opd.cli import main
+from megatron_opd.convert.pickles import check_extra_state
 from megatron_opd.errors import DamagedCheckpoint
 from megatron_opd.lineage import CACHE_FILE
 from megatron_opd.train import saved
@@ -242,6 +243,13 @@ def test_a_checkpoint_runs_nothing(folder: Path, attack: Callable[[Path, Command
     assert main(["convert", "to-hf", str(checkpoint), str(output / "hf")]) == (2 if by_conversion else 0)
     assert (said in capsys.readouterr().err) == by_conversion
     assert not proof.exists()
+
+
+def test_what_transformer_engine_keeps_of_fp8_is_read() -> None:
+    state = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(4, 3), "extra_fp8_variables": {"num_gemms": 1, "sizes": (1, 2)}}
+    check_extra_state("layer._extra_state", torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8))
+    check_extra_state("layer._extra_state", torch.empty(0, dtype=torch.uint8))
+    check_extra_state("layer._extra_state", None)
 
 
 def test_weights_that_changed_behind_their_times_are_not_trained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

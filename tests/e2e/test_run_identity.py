@@ -201,7 +201,9 @@ def test_a_checkpoint_of_an_older_version_goes_on(runs: Runs) -> None:
 def test_a_state_that_is_not_this_checkpoints(runs: Runs) -> None:
     output = runs.copy("edited")
     edit_state(output, lambda state: state.update(step=8))
-    assert "step = 8, but the folder is named step_000002" in runs("train", "edited", code=2, steps=9)
+    message = runs("train", "edited", steps=2)
+    assert "step = 8, but the folder is named step_000002" in message
+    assert f"going on after step 1 from {output / 'checkpoints/step_000001'}" in message
     runs.copy("mixed")
     runs("train", "mixed", steps=3)
     state = json.loads((runs.folder / "mixed/checkpoints/step_000003/opd_state.json").read_text())
