@@ -83,8 +83,7 @@ def addresses(process: psutil.Process) -> set[str]:
     return {entry.laddr.ip for entry in process.net_connections("inet") if entry.status == psutil.CONN_LISTEN}  # pyright: ignore
 
 
-@pytest.mark.parametrize("generation", ["writer", "worker"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("generation", "ranks"), [("writer", 2), ("worker", 1)])
 def test_who_writes_a_checkpoint_is_killed(folder: Path, generation: str, ranks: int) -> None:
     """A rank's writer, or one of the processes that it has for its files. The same command goes on."""
     output = folder / f"{generation}-{ranks}"
