@@ -36,5 +36,9 @@ class CheckpointError(UserError):
     """A checkpoint is missing, unfinished, or was made by a different run."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing, cut, changed or unreadable: an older checkpoint may be whole."""
+
+
 class QuarantineError(UserError):
     """A stage is done, but excluded more rollouts than it may; the command line exits with 3."""

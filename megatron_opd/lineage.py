@@ -201,6 +201,20 @@ def _weights_sha256(directory: Path) -> str:
     return _remember(directory, stamp, digest if known == stamp else _hash_all(hash_tensors(directory)))
 
 
+def check_weights(directory: str | Path, model: ModelFingerprint) -> None:
+    """Read every byte of the weights, and raise LineageError if they are not `model`'s.
+
+    A fingerprint is made anew where a file's size or times say so; whatever changes bytes and keeps these (a disk, somebody) is found here.
+    """
+    place = Path(directory)
+    found = _hash_all(hash_tensors(place))
+    if found != model.weights_sha256:
+        raise LineageError(
+            f"{place}: the weights are {found[:12]}, but were {model.weights_sha256[:12]} when they were last read, and the files' sizes and times are as "
+            f"then: a damaged disk, or somebody who hides a change; copy the model again, or remove {place / CACHE_FILE} if it is to be this one"
+        )
+
+
 def known_weights(directory: str | Path) -> str | None:
     """The weights' hash where it was made before and no file has changed since; reads no weights."""
     folder = Path(directory)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_opd.checksums import content_id, record_checksums, sum_files, write_part
+from megatron_opd.checksums import collect_sums, id_of, record_checksums, sum_files, write_part
 from megatron_opd.config import Recipe, require
 from megatron_opd.convert.hf_files import copy_side_files, hash_tensor
 from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoint
@@ -18,24 +18,41 @@ from megatron_opd.convert.to_hf import HF_FOLDER, checkpoint_origin, convert_to_
 from megatron_opd.convert.written import check_written, read_sums, sum_folder
 from megatron_opd.cost import provenance
 from megatron_opd.durable import write_json
-from megatron_opd.errors import CheckpointError, UserError
+from megatron_opd.errors import CheckpointError, DamagedCheckpoint, UserError
 from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, read_lineage, write_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
-from megatron_opd.train.saved import STATE_FILE, latest_checkpoint
+from megatron_opd.train.saved import STATE_FILE, find_checkpoint
 from megatron_opd.untrusted import read_json, read_object
 
 
 def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
     """Convert a run's latest checkpoint, or one step folder. Raises UserError."""
-    path = Path(checkpoint)
-    if not (path / STATE_FILE).exists():
-        latest = latest_checkpoint(path)
-        if latest is None:
+    path, out_dtype = Path(checkpoint), None if dtype is None else getattr(torch, dtype)
+    if (path / STATE_FILE).exists():
+        return _convert_one(path, Path(target), out_dtype)
+    damaged: dict[Path, str] = {}
+    while True:
+        found = find_checkpoint(path, damaged)
+        if found.checkpoint is None:
             raise CheckpointError(f"{path}: neither a checkpoint nor the output of a run with one (checkpoints/latest)")
-        path = latest
-    return convert_to_hf(path, Path(target), dtype=None if dtype is None else getattr(torch, dtype))
+        try:
+            written = convert_to_hf(found.checkpoint, Path(target), dtype=out_dtype)
+        except DamagedCheckpoint as error:
+            damaged[found.checkpoint] = str(error)
+            continue
+        for note in found.notes:
+            print(f"WARNING: {note}", flush=True)
+        return written
+
+
+def _convert_one(checkpoint: Path, target: Path, dtype: torch.dtype | None = None) -> Path:
+    """Convert this checkpoint and no other."""
+    try:
+        return convert_to_hf(checkpoint, target, dtype=dtype)
+    except DamagedCheckpoint as error:
+        raise CheckpointError(f"{error}; use another step folder") from None
 
 
 def trained_to_hf(recipe: Recipe, stage: str) -> str:
@@ -46,19 +63,26 @@ def trained_to_hf(recipe: Recipe, stage: str) -> str:
     """
     source = Path(recipe.sft.output if stage == "sft" else recipe.train.output)
     target = Path(require(recipe.rollout, "rollout").model if stage == "sft" else require(recipe.eval, "eval").model)
-    progress = stage_progress(recipe, stage)
-    if not progress.finished:
-        raise CheckpointError(f"{source}: {progress.done} of {progress.total} steps; finish it ('megatron-opd {stage}'), then convert")
-    latest = latest_checkpoint(source)
-    if latest is None or not (target / "config.json").exists():
-        return f"wrote {to_hf(str(source), str(target))}"
+    progress, found = stage_progress(recipe, stage), find_checkpoint(source)
+    latest, again = found.checkpoint, f"('megatron-opd {stage}'), then convert"
+    if not progress.finished or latest is None:  # an older checkpoint than the last is the model of fewer steps
+        notes = "".join(f"; {note}" for note in found.notes)
+        raise CheckpointError(f"{source}: {progress.done} of {progress.total} steps{notes}; finish it {again}")
+    if not (target / "config.json").exists():
+        try:
+            written = convert_to_hf(latest, target)
+        except DamagedCheckpoint as error:
+            raise CheckpointError(f"{error}; make it again {again}") from None
+        for note in found.notes:
+            print(f"WARNING: {note}", flush=True)
+        return f"wrote {written}"
     now, origin = checkpoint_origin(latest), _read_origin(target)
-    written = None if origin is None else read_sums(origin)
-    if written is not None:
-        check_written(target, written)
+    sums = None if origin is None else read_sums(origin)
+    if sums is not None:
+        check_written(target, sums)
     read_lineage(target)  # raises if its weights are others than were written
     contents = {now["content"], None if origin is None else origin["content"]}
-    if None in contents or (written is None and len(contents) == 1):  # an older version made one of them: the weights themselves tell
+    if None in contents or (sums is None and len(contents) == 1):  # an older version made one of them: the weights themselves tell
         same = _adopt(latest, target, (origin or {}) | now)
     else:
         same = len(contents) == 1
@@ -122,11 +146,12 @@ def to_mcore(model: str, target: str) -> Path:
     with whole_directory(folder) as staging:
         write_mcore_checkpoint(staging, arch, stored_dtype(model), lambda entry, index: global_tensor(source, entry, arch, index))
         _check_same_tensors(McoreTensors(staging, arch), arch, model)
-        write_part(staging, 0, sum_files(staging.glob("*.distcp")))
-        record_checksums(staging)
+        write_part(staging, 0, sum_files(staging, (path.name for path in staging.glob("*.distcp"))))
+        data = collect_sums(staging)
         copy_side_files(model, staging / HF_FOLDER)
         write_lineage(staging, lineage or Lineage(), for_weights=False)
-        write_json(staging / STATE_FILE, {"step": 0, "position": {}, "content": content_id(staging), **provenance()})
+        write_json(staging / STATE_FILE, {"step": 0, "position": {}, "content": id_of(data), **provenance()})
+        record_checksums(staging, data)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from megatron_opd.convert.mapping import Entry, Index, table
+from megatron_opd.convert.pickles import read_metadata
 from megatron_opd.convert.staging import not_written
-from megatron_opd.errors import CheckpointError
+from megatron_opd.errors import CheckpointError, DamagedCheckpoint
 from megatron_opd.model.architecture import Architecture
 
 Piece = tuple[Entry, Index]
@@ -42,11 +42,7 @@ class McoreTensors:
 
     def __init__(self, checkpoint: Path, arch: Architecture):
         self._reader = FileSystemReader(checkpoint)
-        try:
-            metadata = self._reader.read_metadata().state_dict_metadata
-        except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-            reason = str(error) or type(error).__name__
-            raise CheckpointError(f"{checkpoint}: not a whole Megatron checkpoint ({reason}); use another step") from None
+        metadata = read_metadata(checkpoint).state_dict_metadata
         self.stored = {key: entry for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
         missing = [entry.mcore for entry in table(arch) if entry.mcore not in self.stored]
         if missing:
@@ -71,9 +67,7 @@ class McoreTensors:
             load_dcp({}, storage_reader=self._reader, planner=_PieceLoader(wanted), no_dist=True)
         except CheckpointException as error:
             cause = _cause(error)
-            raise CheckpointError(
-                f"{self._reader.path}: it can't be read ({str(cause) or type(cause).__name__}); use another step"
-            ) from error
+            raise DamagedCheckpoint(f"{self._reader.path}: it can't be read ({str(cause) or type(cause).__name__})") from error
         inner_zeros = {entry.mcore: (0,) * len(entry.shape) for entry, _ in pieces}
         return [wanted[entry.mcore][(*index, *inner_zeros[entry.mcore])][(0,) * len(index)] for entry, index in pieces]
 

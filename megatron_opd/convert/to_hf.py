@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_opd.checksums import NO_CHECKSUMS, check_files, content_id
+from megatron_opd.checksums import check_files, content_id, said_of
 from megatron_opd.convert.hf_files import write_hf_directory
 from megatron_opd.convert.mcore_files import McoreTensors, pieces_by_layer
 from megatron_opd.cost import provenance
@@ -21,14 +21,15 @@ HF_FOLDER = "hf"  # inside a checkpoint: config and tokenizer of the model that 
 
 
 def convert_to_hf(checkpoint: Path, target: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 << 30) -> Path:
-    """Write `checkpoint` (a step folder) as a Hugging Face directory, in the stored dtype or `dtype`; its files are checked first. Raises UserError.
+    """Write `checkpoint` (a step folder) as a Hugging Face directory, in the stored dtype or `dtype`; its files are checked first. Raises UserError,
+    DamagedCheckpoint where an older checkpoint may be whole.
 
     One layer and one file of the result are held at a time.
     """
-    side_files = checkpoint / HF_FOLDER
+    if unchecked := said_of(checkpoint, check_files(checkpoint)):
+        print(unchecked, flush=True)
+    side_files, origin = checkpoint / HF_FOLDER, checkpoint_origin(checkpoint)
     arch, lineage = read_architecture(side_files), read_lineage(checkpoint)
-    if not check_files(checkpoint):
-        print(f"{checkpoint} {NO_CHECKSUMS}", flush=True)
     source = McoreTensors(checkpoint, arch)
     out_dtype = dtype or source.dtype
     write_hf_directory(
@@ -37,7 +38,7 @@ def convert_to_hf(checkpoint: Path, target: Path, *, dtype: torch.dtype | None =
         side_files=side_files,
         dtype=out_dtype,
         lineage=lineage,
-        origin={**checkpoint_origin(checkpoint), "dtype": str(out_dtype).removeprefix("torch."), **provenance()},
+        origin={**origin, "dtype": str(out_dtype).removeprefix("torch."), **provenance()},
         max_shard_bytes=max_shard_bytes,
     )
     return target

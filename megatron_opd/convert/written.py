@@ -16,11 +16,8 @@ _OF_ONE_CONVERSION = (ORIGIN_FILE, CACHE_FILE, STATE_FILE, CHECKSUM_FILE, ".meta
 
 def sum_folder(folder: Path) -> Sums:
     """Path below `folder` -> (bytes, CRC-32C) of each file, but for those that say who converted, and when."""
-    sums: Sums = {}
-    for parent in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir())):
-        files = sorted(path for path in parent.iterdir() if path.is_file())
-        sums |= {str((parent / name).relative_to(folder)): found for name, found in sum_files(files).items()}
-    return {name: found for name, found in sums.items() if Path(name).name not in _OF_ONE_CONVERSION}
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in _OF_ONE_CONVERSION)
+    return sum_files(folder, (path.relative_to(folder).as_posix() for path in paths))
 
 
 def same_content(left: Path, right: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_opd.config import ParallelConfig
 from megatron_opd.errors import ConfigError
+from megatron_opd.processes import LISTENER
 
 
 def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -> torch.device:
@@ -37,9 +39,18 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
-        if "RANK" in os.environ:
+        if listener := os.environ.pop(LISTENER, None):
+            rank = int(os.environ["RANK"])
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            # Its socket is one that the launcher bound to this machine's own address; torch would listen on all.
+            make_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+            store = make_store(address, port, world, rank == 0, timeout, master_listen_fd=int(listener) if rank == 0 else None)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
+            if sys.platform == "linux":
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():

@@ -1,51 +1,50 @@
 """Checkpoints: Megatron's distributed format with the data position inside; they appear whole and load into any layout.
 
 A save has two halves. `CheckpointWriter.save` copies the tensors and lets a forked process of each rank write them, under a name
-that no other save uses; training goes on. When all ranks' writers are done the checkpoint is published: renamed to step_NNNNNN, then
-`latest` is replaced. A process killed anywhere leaves `latest` naming a whole checkpoint; what was not published is removed by the
-next save. docs/training.md has the layout.
+that no other save uses; training goes on. When all ranks' writers are done the checkpoint is published: on disk with all its files, then
+renamed to step_NNNNNN, then `latest` is replaced. A process killed anywhere, or a power cut, leaves `latest` naming a whole checkpoint;
+what was not published is removed by the next save. docs/training.md has the layout.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import os
 import pickle
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_opd.checksums import NO_CHECKSUMS, check_files, content_id, record_checksums, sum_files, write_part
+from megatron_opd.checksums import check_files, collect_sums, id_of, record_checksums, said_of
 from megatron_opd.convert.hf_files import copy_side_files
+from megatron_opd.convert.pickles import check_common, check_extra_state, read_metadata
 from megatron_opd.convert.to_hf import HF_FOLDER
-from megatron_opd.durable import write_json
-from megatron_opd.errors import CheckpointError
+from megatron_opd.durable import publish_folder, sync, write_file, write_json
+from megatron_opd.errors import CheckpointError, DamagedCheckpoint
 from megatron_opd.lineage import write_lineage
-from megatron_opd.processes import leave_interrupts_to_parent, serve_parent, signals_held
 from megatron_opd.records import Lineage
 from megatron_opd.train.optim import Trainee, optimizer_parts
-from megatron_opd.train.saved import LATEST, STATE_FILE, STEP_PREFIX, checkpoint_folder, latest_checkpoint, step_name
+from megatron_opd.train.saved import LATEST, STATE_FILE, STEP_PREFIX, checkpoint_folder, last_saved, step_name, step_of
+from megatron_opd.train.writers import Results, how_it_ended, write_and_sum
 
 # Names that start so are no checkpoints: being written, or being removed.
 _HIDDEN = "."
+_POLL_SECONDS = 0.05
+_ROWS = ("metrics.jsonl", "history.jsonl", "recipe.toml")  # in the run's folder
 
 
 @dataclass
@@ -59,10 +58,12 @@ class CheckpointWriter:
     keep_every: int | None = None  # steps; multiples of it are never removed
     asynchronous: bool = True
     _calls: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
+    _results: Results = field(default_factory=Results)
     _saving: int | None = None
+    _writer: Any = None  # this rank's process; a rank with nothing to write has none
 
     def __post_init__(self) -> None:
-        _start_results_queue()
+        self._results.install()
 
     def save(self, trainee: Trainee, state: dict[str, Any]) -> Path:
         """Start to save; `state` has 'step'. Returns where the checkpoint will be. Raises CheckpointError if an earlier save failed."""
@@ -78,10 +79,11 @@ class CheckpointWriter:
             content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
             **_ASYNC_STRATEGY,
         )
-        if request.async_fn is not None:  # a rank with nothing to write has none
-            request = request._replace(async_fn=partial(_write_and_sum, request.async_fn, staging))
+        if request.async_fn is not None:
+            request = request._replace(async_fn=partial(write_and_sum, request.async_fn, staging, self._results))
         request.add_finalize_fn(partial(self._publish, staging, state))
         self._calls.schedule_async_request(request)
+        self._writer = getattr(self._calls.async_calls[-1].async_caller, "process", None)
         self._saving = step
         if not self.asynchronous:
             self.finish()
@@ -96,18 +98,41 @@ class CheckpointWriter:
         self._finalize(blocking=True)
 
     def _finalize(self, *, blocking: bool) -> None:
+        if self._saving is None:
+            return
+        while self._is_writing():
+            if not blocking:
+                return
+            time.sleep(_POLL_SECONDS)
         try:
-            self._calls.maybe_finalize_async_calls(blocking=blocking)
+            self._calls.maybe_finalize_async_calls(blocking=True, no_dist=True)
         except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
-            latest = latest_checkpoint(self.output) or "none"
             # Which rank failed, and why; torch's own text is a traceback, and may not say that a disk is full.
             failures = getattr(error, "failures", None)
-            reason = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in failures.items()) if failures else str(error)
-            free = shutil.disk_usage(self.output).free / 2**20
-            raise CheckpointError(
-                f"the checkpoint of step {self._saving} could not be written: {reason} ({free:.1f} MiB are free there); the last whole one is "
-                f"{latest}; mend this and run the same command again"
+            raise self._failed(
+                "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in failures.items()) if failures else str(error)
             ) from None
+        self._saving = self._writer = None
+
+    def _is_writing(self) -> bool:
+        """Whether a rank's writer is still at work. Raises CheckpointError on every rank if one has ended before it was done."""
+        alive = self._writer is not None and self._writer.is_alive()
+        fault = None if alive or self._writer is None else how_it_ended(self._writer, self._results)
+        flags = torch.tensor([float(alive), float(fault is not None)], device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        writing, failed = flags.tolist()
+        if failed:
+            faults: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(faults, fault)
+            raise self._failed("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(faults) if text is not None))
+        return bool(writing)
+
+    def _failed(self, reason: str) -> CheckpointError:
+        free = shutil.disk_usage(self.output).free / 2**20
+        return CheckpointError(
+            f"the checkpoint of step {self._saving} could not be written: {reason} ({free:.1f} MiB are free there); {last_saved(self.output)}; "
+            "mend this and run the same command again"
+        )
 
     def _make_staging(self, step: int) -> Path:
         """A new folder for one save; what earlier processes left behind is removed."""
@@ -117,6 +142,8 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"{_HIDDEN}{STEP_PREFIX}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in folder.glob(f"{_HIDDEN}{LATEST}.*"):
+                leftover.unlink(missing_ok=True)
             # A writer of a killed run may still be at work: it must never write into this save.
             name[0] = f"{_HIDDEN}{step_name(step)}.{uuid.uuid4().hex[:8]}.tmp"
             (folder / name[0]).mkdir()
@@ -137,28 +164,26 @@ class CheckpointWriter:
 
     def _publish_alone(self, staging: Path, state: dict[str, Any]) -> None:
         folder, step = staging.parent, int(state["step"])
-        record_checksums(staging)
+        data = collect_sums(staging)
         copy_side_files(self.init, staging / HF_FOLDER)
         write_lineage(staging, self.lineage, for_weights=False)
-        write_json(staging / STATE_FILE, state | {"content": content_id(staging)})
-        _remove(folder / step_name(step))
-        staging.rename(folder / step_name(step))
-        pointer = folder / LATEST
-        pointer.with_suffix(".tmp").write_text(step_name(step) + "\n", encoding="utf-8")
-        pointer.with_suffix(".tmp").replace(pointer)
-        for old in outdated(
-            [int(path.name.removeprefix(STEP_PREFIX)) for path in folder.glob(f"{STEP_PREFIX}*")], step, self.keep_last, self.keep_every
-        ):
-            _remove(folder / step_name(old))
-
-
-def _write_and_sum(write: Callable[..., None], staging: Path, rank: int, *args: Any) -> None:
-    """In a rank's writer process: write the rank's files, then read them back for their checksums; training goes on meanwhile."""
-    leave_interrupts_to_parent()
-    gc.disable()  # as Megatron-Core does: the parent's CUDA tensors must not be freed here
-    write(rank, *args)
-    with contextlib.suppress(OSError):  # a full disk: publishing finds what is lacking
-        write_part(staging, rank, sum_files(staging.glob(f"__{rank}_*")))
+        write_json(staging / STATE_FILE, state | {"content": id_of(data)})
+        record_checksums(staging, data)
+        for name in _ROWS:  # what these steps have logged is not to be behind what is saved of them
+            if (self.output / name).exists():
+                sync(self.output / name)
+        # Files of tensors are on disk already: each writer has seen to its own.
+        target = folder / step_name(step)
+        replaced = _set_aside(target)  # of a run that was set back, or a damaged one
+        publish_folder(staging, target)
+        for parent in (self.output, *list(self.output.absolute().parents)[:2]):  # the run's folders may be as new
+            with contextlib.suppress(PermissionError):
+                sync(parent)
+        write_file(folder / LATEST, step_name(step) + "\n")
+        shutil.rmtree(replaced, ignore_errors=True)
+        steps = [found for path in folder.glob(f"{STEP_PREFIX}*") if (found := step_of(path.name)) is not None]
+        for old in outdated(steps, step, self.keep_last, self.keep_every):
+            shutil.rmtree(_set_aside(folder / step_name(old)), ignore_errors=True)
 
 
 def outdated(steps: list[int], saved: int, keep_last: int, keep_every: int | None) -> list[int]:
@@ -170,31 +195,16 @@ def outdated(steps: list[int], saved: int, keep_last: int, keep_every: int | Non
     return [step for step in earlier if keep_every is None or step % keep_every]
 
 
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; it stops being one at once, not file by file."""
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint, if it is there, a name to be removed under: it stops being one at once, not file by file."""
+    gone = checkpoint.with_name(f"{_HIDDEN}{checkpoint.name}.{uuid.uuid4().hex[:8]}.old")
     if checkpoint.exists():
-        gone = checkpoint.with_name(f"{_HIDDEN}{checkpoint.name}.{uuid.uuid4().hex[:8]}.old")
         checkpoint.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    return gone
 
 
 # Megatron-Core 0.19 would ask for NVIDIA's resiliency extension otherwise; 0.16 has its own way alone, and no such argument.
 _ASYNC_STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
-
-
-def _start_results_queue() -> None:
-    """Start the process through which Megatron-Core's writers report, once a process.
-
-    Megatron-Core starts one itself at the first save, but that one outlives a killed trainer for ever, and a stop signal to the
-    whole job ends it in the middle of a save.
-    """
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=get_context("spawn"))
-        with signals_held():  # while it starts it could not ignore them yet
-            manager.start(serve_parent, (os.getpid(),))
-        queue = manager.Queue()
-        queue.manager = manager  # pyright: ignore[reportAttributeAccessIssue]  a manager ends with its last reference
-        filesystem_async._results_queue = queue  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _keep_step() -> None:
@@ -215,12 +225,11 @@ _keep_step()
 
 
 def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
-    """Fill model and optimizer, whatever layout the checkpoint was saved with; its files are checked first. Raises CheckpointError.
+    """Fill model and optimizer, whatever layout the checkpoint, whose files were checked, was saved with. Raises CheckpointError.
 
     Settings of the optimizer (rates, betas, ...) stay those of `trainee`, not those of the run that saved it.
     """
     settings = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in trainee.optimizer.param_groups]
-    _check_files(checkpoint)
     _prime_optimizer(trainee.optimizer)
     _allow_optimizer_classes(trainee.optimizer)
     try:
@@ -232,8 +241,13 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     except (
         OSError, EOFError, AttributeError, KeyError, RuntimeError, pickle.UnpicklingError, CheckpointException, dist_checkpointing.core.CheckpointingException,
     ) as error:  # fmt: skip
-        raise CheckpointError(f"{checkpoint} can't be loaded: {_reason(error)}; point {LATEST} to another step folder") from error
+        raise CheckpointError(
+            f"{checkpoint} can't be loaded: {_reason(error)}; write the name of another step folder into {LATEST}"
+        ) from error
     for number, student in enumerate(trainee.students):
+        for key, value in loaded["model"][str(number)].items():
+            if "_extra_state" in key:
+                check_extra_state(key, value)
         _check_absent(student.load_state_dict(loaded["model"][str(number)], strict=False).missing_keys)
     with torch.no_grad():
         trainee.optimizer.load_state_dict(loaded["optimizer"])
@@ -244,19 +258,22 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     trainee.remake_weights()
 
 
-def _check_files(checkpoint: Path) -> None:
-    """Every rank reads a share of the files; the first error is everybody's. Raises CheckpointError."""
+def find_fault(checkpoint: Path) -> str | None:
+    """What is damaged of a checkpoint; every rank reads a share of its files, and has the first rank's answer that there is."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    fault = unchecked = None
     try:
-        found: str | bool = check_files(checkpoint, share=rank, shares=world)
-    except CheckpointError as error:
-        found = str(error)
+        unchecked = said_of(checkpoint, check_files(checkpoint, share=rank, shares=world))
+        if rank == 0:
+            read_metadata(checkpoint)
+            check_common(checkpoint)
+    except DamagedCheckpoint as error:
+        fault = str(error)
     answers: list[Any] = [None] * world
-    dist.all_gather_object(answers, found)
-    if errors := [answer for answer in answers if isinstance(answer, str)]:
-        raise CheckpointError(errors[0])
-    if rank == 0 and not found:
-        print(f"{checkpoint} {NO_CHECKSUMS}", flush=True)
+    dist.all_gather_object(answers, fault)
+    if rank == 0 and unchecked:
+        print(unchecked, flush=True)
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _reason(error: BaseException) -> str:

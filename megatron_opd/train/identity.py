@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from megatron_opd.errors import CheckpointError
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.objective import LossConfig
 from megatron_opd.records import ModelFingerprint
-from megatron_opd.train.saved import latest_checkpoint, read_state
+from megatron_opd.train.saved import find_checkpoint, read_state
 
 # Settings that decide which rollouts are in which step, and the one that decides how the optimizer's state is laid out.
 _FIXED = ("seed", "global_batch", "max_response_tokens", "distributed_optimizer")
@@ -99,26 +100,29 @@ class Resumption:
     new: list[str] = field(default_factory=list)  # those of now: 'loss.name opd -> vopd'
     settings: list[str] = field(default_factory=list)  # 'lr 0.001 -> 1e-05'
     unrecorded: list[str] = field(default_factory=list)  # what the checkpoint does not say of its objective
+    notes: list[str] = field(default_factory=list)  # why it is not the checkpoint that one would expect
 
     @property
     def step(self) -> int:
         return int(self.state.get("step", 0))
 
 
-def plan_resume(name: str, config: TrainerConfig, now: RunIdentity, *, allow_changes: bool) -> Resumption:
-    """What the last checkpoint in the run's folder means for this run; `name` is the stage.
+def plan_resume(
+    name: str, config: TrainerConfig, now: RunIdentity, *, allow_changes: bool, damaged: Mapping[Path, str] | None = None
+) -> Resumption:
+    """What the newest whole checkpoint in the run's folder means for this run; `name` is the stage, `damaged` what is known of others.
 
-    Raises CheckpointError if it is of a run with other data or another layout of the optimizer's state and, unless `allow_changes`,
+    Raises CheckpointError if none is whole, if it is of a run with other data or another layout of the optimizer's state and, unless `allow_changes`,
     of one with another objective.
     """
-    checkpoint = latest_checkpoint(Path(config.output))
-    if checkpoint is None:
+    found = find_checkpoint(Path(config.output), damaged)
+    if (checkpoint := found.checkpoint) is None:
         return Resumption()
     state = read_state(checkpoint)
     wrong = [key for key, kind in _STATE.items() if not isinstance(state.get(key, kind()), kind)]
     if wrong or "fixed" not in state:
         raise CheckpointError(
-            f"{checkpoint}: its state has no field {(wrong or ['fixed'])[0]!r} that can be read; point 'latest' to another step folder, or take another output"
+            f"{checkpoint}: its state has no field {(wrong or ['fixed'])[0]!r} that can be read; write the name of another step folder into 'latest', or take another output"
         )
     _check_fixed(checkpoint, state["fixed"], now, name, config.store)
     free = dict(state.get("settings", {}))
@@ -139,6 +143,7 @@ def plan_resume(name: str, config: TrainerConfig, now: RunIdentity, *, allow_cha
         new=new,
         settings=changes(free, now.free),
         unrecorded=sorted(now.objective.keys() - objective.keys()),
+        notes=[f"WARNING: {note}" for note in found.notes],
     )
 
 

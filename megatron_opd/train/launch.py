@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.errors import INTERRUPTED, ConfigError
-from megatron_opd.processes import INTERRUPT, STOP_SIGNALS, end_with_parent
+from megatron_opd.processes import INTERRUPT, LISTENER, STOP_SIGNALS, end_with_parent, signal_name
+from megatron_opd.train.saved import last_saved
 from megatron_opd.train.stop import STOPPING, ended_at_once, not_started
 
 RANKS_PER_CORE = 4  # started without being asked for, on a CPU
@@ -51,15 +52,24 @@ class _Ranks:
         self.last_words: str | None = None  # of a Ctrl-C that ended the ranks at once
         self._heard, tell = os.pipe()
         os.set_blocking(self._heard, False)
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        environment = os.environ | world | {_LAUNCHED: str(os.getpid()), _TELL: str(tell)}
+        # torch would have the first rank listen for the others on every address of this machine, and at a port that was free a moment ago.
+        meeting = socket.create_server(("127.0.0.1", 0), backlog=ranks)
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.getsockname()[1])}
+        environment = os.environ | world | {_LAUNCHED: str(os.getpid()), _TELL: str(tell), LISTENER: str(meeting.fileno())}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        if sys.platform == "linux":
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         command = [sys.executable, "-P", "-c", _RANK, str(Path(__file__).resolve().parents[2]), *arguments]
         self.children = [
-            subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, pass_fds=[tell])
+            subprocess.Popen(
+                command,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                pass_fds=[tell] if rank else [tell, meeting.fileno()],
+            )
             for rank in range(ranks)
         ]
         os.close(tell)
+        meeting.close()
 
     def pass_on(self, number: int, frame: Any) -> None:
         for child in self.children:
@@ -91,8 +101,15 @@ class _Ranks:
                 return INTERRUPTED
             if any(code not in (None, 0, INTERRUPTED) for code in codes):
                 time.sleep(1)  # let the others say what they have to say
-                codes = [code for child in self.children if (code := child.poll())]
-                code = 2 if 2 in codes else codes[0]
+                codes = [child.poll() for child in self.children]
+                for rank, code in enumerate(codes):
+                    if code is not None and code < 0:
+                        print(
+                            f"rank {rank} was ended by {signal_name(-code)}; {last_saved(self.output)}; the same command goes on",
+                            file=sys.stderr,
+                        )
+                failed = [code for code in codes if code]
+                code = 2 if 2 in failed else min(failed)  # rather that one was killed than what the others made of it
                 return code if code > 0 else 128 - code
             if None not in codes:
                 return max(code or 0 for code in codes)
@@ -137,9 +154,3 @@ def end_with_launcher() -> None:
     launcher = os.environ.get(_LAUNCHED)
     if launcher is not None:
         end_with_parent(int(launcher))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +21,12 @@ from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
 from megatron_opd.durable import write_file
 from megatron_opd.errors import Interrupted, UserError
+from megatron_opd.lineage import check_weights
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
+from megatron_opd.records import ModelFingerprint
 from megatron_opd.train.batches import BatchSource, MicroBatch
-from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint
+from megatron_opd.train.checkpoint import CheckpointWriter, find_fault, load_checkpoint
 from megatron_opd.train.drift import DriftRule, Watch, advice
 from megatron_opd.train.identity import Resumption, plan_resume
 from megatron_opd.train.launch import tell_launcher
@@ -92,12 +96,13 @@ def _run(
     steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
     lock = OutputLock(Path(config.output))
     on_first_rank(lock.acquire)
-    going = on_first_rank(lambda: plan_resume(name, config, ready.identity, allow_changes=allow_changes))
+    going = find_start(name, config, ready, allow_changes=allow_changes)
     job = Job(name, recipe, config, Path(config.output), ready, going, source, steps, device)
     say(describe(job))
-    for note in (*ready.notes, *(f"WARNING: {override}" for override in going.overrides)):
+    for note in (*ready.notes, *going.notes, *(f"WARNING: {override}" for override in going.overrides)):
         say(note)
-    trainee = build_trainee(ready, config, steps=steps, device=device)
+    with reading_all_of(config.init, ready.init) if going.checkpoint is None else contextlib.nullcontext():
+        trainee = build_trainee(ready, config, steps=steps, device=device)
     progress = resume(job, trainee)
     stop.listen_to_interrupts()
     tell_launcher()
@@ -114,6 +119,28 @@ def _run(
     if stop.interrupted and progress.step < steps:
         raise Interrupted
     return checkpoint
+
+
+def find_start(name: str, config: TrainerConfig, ready: Readiness, *, allow_changes: bool) -> Resumption:
+    """Where the run goes on: from the newest checkpoint of which every byte is as it was written."""
+    damaged: dict[Path, str] = {}
+    while True:
+        going = on_first_rank(lambda: plan_resume(name, config, ready.identity, allow_changes=allow_changes, damaged=damaged))
+        if going.checkpoint is None or (fault := find_fault(going.checkpoint)) is None:
+            return going
+        damaged[going.checkpoint] = fault
+
+
+@contextlib.contextmanager
+def reading_all_of(directory: str, model: ModelFingerprint) -> Iterator[None]:
+    """The weights that are loaded within are those that the checks took them for: the first rank reads every byte meanwhile.
+
+    The checks go by the files' times where they can, which can lie. Raises LineageError.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(check_weights, directory, model) if dist.get_rank() == 0 else None
+        yield
+        on_first_rank(lambda: reading.result() if reading else None)
 
 
 @dataclass(frozen=True)

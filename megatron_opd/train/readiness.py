@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
@@ -46,8 +46,8 @@ def check_start(recipe: Recipe, name: str, *, ranks: int | None = None, allow_ch
     if ranks is not None:
         check_ranks(config, name, ranks)
     ready = check_stage(recipe, name)
-    plan_resume(name, config, ready.identity, allow_changes=allow_changes)
-    return ready
+    going = plan_resume(name, config, ready.identity, allow_changes=allow_changes)
+    return replace(ready, notes=[*ready.notes, *going.notes])
 
 
 def check_ranks(config: TrainerConfig, name: str, ranks: int) -> None:

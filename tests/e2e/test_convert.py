@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import make_older
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_model
 
 from megatron_opd import lineage
-from megatron_opd.checksums import CHECKSUM_FILE
 from megatron_opd.cli import main
 from megatron_opd.convert import hf_files
 from megatron_opd.convert.hf_files import HfTensors, hash_tensor, write_hf_directory
@@ -100,11 +100,11 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path: Path, capsys: 
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 2
     assert f"{weights} has {weights.stat().st_size} bytes, but" in capsys.readouterr().err
-    (tmp_path / "mcore" / CHECKSUM_FILE).unlink()
+    make_older(tmp_path / "mcore", checksums=False)
     assert main(["convert", "to-hf", str(tmp_path / "mcore"), str(tmp_path / "back")]) == 2
     printed = capsys.readouterr()
     assert f"{tmp_path / 'mcore'} has no checksums" in printed.out
-    assert f"{tmp_path / 'mcore'}: it can't be read (" in printed.err
+    assert f"of {weights.name}, which has {weights.stat().st_size}; the file is cut" in printed.err
     assert not (tmp_path / "back").exists()
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 from safetensors.torch import load_file, save_file
 from stores import make_scored_store
@@ -81,9 +82,7 @@ def content(output: Path) -> dict[str, str]:
 def edit_state(output: Path, change: Any) -> None:
     checkpoint = latest_checkpoint(output)
     assert checkpoint is not None
-    state = json.loads((checkpoint / "opd_state.json").read_text())
-    change(state)
-    (checkpoint / "opd_state.json").write_text(json.dumps(state))
+    checkpoints.edit_state(checkpoint, change)
 
 
 def test_a_finished_run_is_not_filed_under_another_loss(runs: Runs) -> None:
@@ -202,13 +201,16 @@ def test_a_checkpoint_of_an_older_version_goes_on(runs: Runs) -> None:
 def test_a_state_that_is_not_this_checkpoints(runs: Runs) -> None:
     output = runs.copy("edited")
     edit_state(output, lambda state: state.update(step=8))
-    assert "step = 8, but the folder is named step_000002" in runs("train", "edited", code=2, steps=9)
+    message = runs("train", "edited", steps=2)
+    assert "step = 8, but the folder is named step_000002" in message
+    assert f"going on after step 1 from {output / 'checkpoints/step_000001'}" in message
     runs.copy("mixed")
     runs("train", "mixed", steps=3)
     state = json.loads((runs.folder / "mixed/checkpoints/step_000003/opd_state.json").read_text())
     edit_state(runs.folder / "mixed", lambda own: own.update(state | {"content": "0" * 16}))
-    message = runs("train", "mixed", code=2, steps=4)
-    assert "written for other weights (content 0000000000000000) than those beside it" in message
+    message = runs("train", "mixed", steps=4)
+    assert "written for other weights (content '0000000000000000') than those beside it" in message
+    assert f"going on after step 2 from {runs.folder / 'mixed/checkpoints/step_000002'}" in message
 
 
 def test_the_recipes_teacher_and_the_one_that_scored(runs: Runs) -> None:

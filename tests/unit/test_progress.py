@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from checkpoints import edit_state
 from stores import make_scored_store
 from tiny_models import make_model, write_prompts
 
@@ -72,8 +73,7 @@ def test_a_directory_that_is_of_no_known_checkpoint_is_compared_by_its_weights(
     checkpoint = tmp_path / "sft/checkpoints/step_000004"
     student, teacher = (Path(inputs[number].split("'")[1]) for number in (2, 1))
     assert main(["convert", "to-mcore", str(student), str(checkpoint)]) == 0
-    state = json.loads((checkpoint / "opd_state.json").read_text())
-    (checkpoint / "opd_state.json").write_text(json.dumps(state | {"step": 4}))
+    edit_state(checkpoint, lambda state: state.update(step=4))
     command = ["convert", "trained", *inputs, f"run_dir={str(tmp_path)!r}", "sft.steps=4", "--stage", "sft"]
     target = tmp_path / "sft-hf"
     shutil.copytree(student, target)
