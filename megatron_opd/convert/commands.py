@@ -82,10 +82,8 @@ def trained_to_hf(recipe: Recipe, stage: str) -> str:
         check_written(target, sums)
     read_lineage(target)  # raises if its weights are others than were written
     contents = {now["content"], None if origin is None else origin["content"]}
-    if None in contents or (sums is None and len(contents) == 1):  # an older version made one of them: the weights themselves tell
-        same = _adopt(latest, target, (origin or {}) | now)
-    else:
-        same = len(contents) == 1
+    old = None in contents or (sums is None and len(contents) == 1)  # an older version made one of them: the weights themselves tell
+    same = _adopt(latest, target, (origin or {}) | now) if old else len(contents) == 1
     if not same:
         made_of = f"step {origin['step']} ({origin['checkpoint']})" if origin else "another model, it is not recorded which"
         if origin and origin["step"] == now["step"]:
