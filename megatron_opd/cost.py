@@ -16,6 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.errors import UserError
+from megatron_opd.untrusted import load_json, read_bytes
+
+_LARGEST = 1 << 30  # bytes of a JSONL file
+
 
 class GpuMeter:
     """Energy and memory of GPUs through NVML (nvidia-ml-py). Make it with `open_meter`."""
@@ -150,10 +155,10 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file; a line that is no row, as it was cut off or damaged, is left out."""
     rows = []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in read_bytes(path, _LARGEST).decode(errors="replace").split("\n") if path.exists() else []:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = load_json(line, str(path))
+        except UserError:
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
 from megatron_opd.train.saved import STATE_FILE, latest_checkpoint
+from megatron_opd.untrusted import read_object
 
 
 def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
@@ -71,7 +71,7 @@ def _read_origin(target: Path) -> dict[str, Any] | None:
     """What `target` was converted from, None if that is not recorded. Raises UserError."""
     path = target / ORIGIN_FILE
     try:
-        origin = json.loads(path.read_text(encoding="utf-8"))
+        origin = read_object(path)
         return {key: origin[key] for key in ("step", "content", "checkpoint")}
     except FileNotFoundError:
         return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.cost import read_jsonl, read_stages
 from megatron_opd.errors import UserError
+from megatron_opd.untrusted import read_json
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def _read_evaluation(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return _leave_out(path, str(error))
+        found = read_json(path)
+    except (OSError, UserError) as error:
+        return _leave_out(path, str(error).removeprefix(f"{path}: "))
     return found if _is_evaluation(found) else _leave_out(path, "it lacks figures of an evaluation")
 
 
