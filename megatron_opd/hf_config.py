@@ -121,6 +121,9 @@ def read_rope(config: dict[str, Any], where: str) -> Rope:
             tables[key] = _normal_rope(config[key], f"{where}: {key}")
             if config[key].get("rope_theta") is not None:
                 thetas[f"{key}.rope_theta"] = config[key]["rope_theta"]
+    for field, theta in thetas.items():
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+            raise UserError(f"{where}: {field} = {theta!r:.100}, but a number above 0 is expected; copy the file again from where the model is from")
     if len(tables) == 2 and tables["rope_parameters"] != tables["rope_scaling"]:
         said = " and ".join(f"{key} ({Rope(None, *table)})" for key, table in tables.items())
         raise UserError(f"{where}: {said} differ, and engines follow the one or the other; keep the one that the model was trained with")

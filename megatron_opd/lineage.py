@@ -32,7 +32,7 @@ _MAX_HEADER = 100_000_000  # of the safetensors library
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
 _BITS |= {"I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
 # Where hashes are kept: in this process, and for a directory that can't be written in the run's.
-_known: dict[Path, tuple[Any, str]] = {}
+_known: dict[str, tuple[Any, str]] = {}
 _run_directory: Path | None = None
 
 
@@ -56,7 +56,7 @@ def fingerprint_model(directory: str | Path, *, name: str | None = None) -> Mode
     check_head(directory)
     config = spell_for_all(read_config(directory), f"{directory}/config.json")
     return ModelFingerprint(
-        name=name or directory.resolve().name,
+        name=name or os.path.basename(os.path.realpath(directory)),
         config_sha256=_sha256_json({key: value for key, value in config.items() if not key.startswith("_")}),
         weights_sha256=_weights_sha256(directory),
         vocab_size=config["vocab_size"],
@@ -106,9 +106,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         header = load_json(file.read(first - 8), "its header") if 8 < first <= min(size, _MAX_HEADER) else None
     if not isinstance(header, dict):
         raise ValueError("no header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"__metadata__ must be an object of texts, not {metadata!r:.100}")
     found = {}
-    if not isinstance(header.pop("__metadata__", {}), dict):
-        raise ValueError("__metadata__ is no object")
     for name, entry in header.items():
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(shape, list) or not isinstance(offsets, list) or not isinstance(dtype, str):
@@ -224,7 +225,7 @@ def _weights_sha256(directory: Path) -> str:
     stamp = _stamp(directory)
     if (digest := _cached_sha256(directory, stamp)) is not None:
         return digest
-    known, digest = _known.get(directory.resolve(), (None, ""))
+    known, digest = _known.get(os.path.realpath(directory), (None, ""))
     return _remember(directory, stamp, digest if known == stamp else _hash_all(hash_tensors(directory)))
 
 
@@ -235,8 +236,8 @@ def known_weights(directory: str | Path) -> str | None:
 
 
 def _cached_sha256(directory: Path, stamp: list[Any]) -> str | None:
-    place = directory.resolve()
-    for cached in (_read_cache(directory / CACHE_FILE), _read_cache(_run_cache()).get(str(place))):
+    place = os.path.realpath(directory)
+    for cached in (_read_cache(directory / CACHE_FILE), _read_cache(_run_cache()).get(place)):
         if isinstance(cached, dict) and cached.get("files") == stamp and isinstance(digest := cached.get("weights_sha256"), str):
             _known[place] = stamp, digest
             return digest
@@ -259,7 +260,7 @@ def _stamp(directory: Path) -> list[Any]:
 
 
 def _remember(directory: Path, stamp: list[Any], digest: str) -> str:
-    place = directory.resolve()
+    place = os.path.realpath(directory)
     _known[place] = stamp, digest
     entry = {"files": stamp, "weights_sha256": digest}
     try:
@@ -268,7 +269,7 @@ def _remember(directory: Path, stamp: list[Any], digest: str) -> str:
         if (cache := _run_cache()) is not None:
             with contextlib.suppress(OSError):
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                write_json(cache, _read_cache(cache) | {str(place): entry})
+                write_json(cache, _read_cache(cache) | {place: entry})
     return digest
 
 

@@ -149,7 +149,7 @@ def fingerprint_tokenizer(directory: str | Path) -> TokenizerFingerprint:
     """
     folder = Path(directory)
     facts = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.suffix != ".safetensors"] if folder.is_dir() else []
-    key = (folder.resolve(), *((name, fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in facts))
+    key = (os.path.realpath(folder), *((name, fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in facts))
     if key not in _fingerprints:
         _fingerprints[key] = fingerprint_loaded_tokenizer(load_tokenizer(folder))
     return _fingerprints[key]

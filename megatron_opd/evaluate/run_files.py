@@ -51,7 +51,7 @@ def _created(evaluation: dict[str, Any]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
 
 
 def _are_intervals(record: dict[str, Any]) -> bool:
