@@ -41,27 +41,22 @@ def run_confined(function: Callable[[T], str], items: Iterable[T], what: Callabl
         os.close(ours)
         _serve(function, items, theirs)  # does not return
     os.close(theirs)
-    done, status = False, 0
+    answered = 0
     try:
         with os.fdopen(ours, "rb") as replies:
-            for item in items:  # noqa: B007
-                line = replies.readline(6 * LARGEST_TEXT)
-                if not line.endswith(b"\n"):
-                    break
+            while answered < len(items) and (line := replies.readline(6 * LARGEST_TEXT)).endswith(b"\n"):
                 reply = json.loads(line)
                 if "refused" in reply:
                     raise UserError(reply["refused"])
+                answered += 1
                 yield reply["text"]
-            else:
-                done = True
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-    if not done:
-        ended = os.waitstatus_to_exitcode(status)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if answered < len(items):
         late = ended in (-signal.SIGPROF, -signal.SIGXCPU)
-        raise Ended(f"{what(item)}: {f'it takes more than {SECONDS} s' if late else f'its process ended with code {ended}'}")
+        raise Ended(f"{what(items[answered])}: {f'it takes more than {SECONDS} s' if late else f'its process ended with code {ended}'}")
 
 
 def _serve(function: Callable[[T], str], items: list[T], descriptor: int) -> None:

@@ -23,7 +23,7 @@ MODEL_TYPES = {
 DEFAULT_THETA = 10000.0  # of these architectures, in transformers 4 and 5 alike
 EXPERT_FIELDS = ("num_experts", "num_local_experts")  # of version 4 and of version 5
 # No model has more: a slip that would be counted through for hours, or fill the memory.
-MOST = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", *EXPERT_FIELDS), 10_000)
+MOST: dict[str, int] = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", *EXPERT_FIELDS), 10_000)
 MOST_OF_ALL = 1 << 31
 ADAPTER_CONFIG = "adapter_config.json"
 # Files that quantisers leave beside config.json, and the field that names their work in it.
@@ -123,7 +123,9 @@ def read_rope(config: dict[str, Any], where: str) -> Rope:
                 thetas[f"{key}.rope_theta"] = config[key]["rope_theta"]
     for field, theta in thetas.items():
         if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < float("inf"):
-            raise UserError(f"{where}: {field} = {theta!r:.100}, but a number above 0 is expected; copy the file again from where the model is from")
+            raise UserError(
+                f"{where}: {field} = {theta!r:.100}, but a number above 0 is expected; copy the file again from where the model is from"
+            )
     if len(tables) == 2 and tables["rope_parameters"] != tables["rope_scaling"]:
         said = " and ".join(f"{key} ({Rope(None, *table)})" for key, table in tables.items())
         raise UserError(f"{where}: {said} differ, and engines follow the one or the other; keep the one that the model was trained with")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -154,7 +154,9 @@ def render(
     return next(confined_texts(tokenizer, text, [messages], lambda _: "a conversation"))
 
 
-def confined_texts(tokenizer: Any, function: Callable[[T], str], items: Sequence[T], name: Callable[[T], str]) -> Iterator[str]:
+def confined_texts(
+    tokenizer: Any, function: Callable[[T], str], items: Sequence[T], name: Callable[[T], str]
+) -> Generator[str, None, None]:
     """`function`, which renders by the tokenizer's chat template, of every item, within limits of time and memory. Raises UserError."""
     template = str(tokenizer.chat_template)
     if template in _ended:

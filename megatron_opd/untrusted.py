@@ -13,7 +13,7 @@ import stat
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from megatron_opd.errors import UserError
 
@@ -134,7 +134,7 @@ def shortened(text: str) -> str:
 class Console(io.TextIOBase):
     """A text stream to which all is written `printable`."""
 
-    def __init__(self, stream: IO[str]):
+    def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from megatron_opd.cost import read_jsonl, read_stages
 from megatron_opd.errors import UserError
 from megatron_opd.untrusted import read_json
+
+_LARGEST = 1e100
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -40,7 +43,9 @@ def _leave_out(path: Path, why: str) -> None:
 def _rows(path: Path, found: list[dict[str, Any]], is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     rows = [row for row in found if is_whole(row)]
     if len(rows) < len(found):
-        print(f"report: {path}: {len(found) - len(rows)} of {len(found)} rows are left out: they lack fields, or hold text for numbers")
+        print(
+            f"report: {path}: {len(found) - len(rows)} of {len(found)} rows are left out: they lack fields, or hold no numbers where they should"
+        )
     return rows
 
 
@@ -51,7 +56,8 @@ def _created(evaluation: dict[str, Any]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
+    """One that a figure can show; infinities stand for a missing bound in old files."""
+    return isinstance(value, int | float) and not _LARGEST < abs(value) < math.inf
 
 
 def _are_intervals(record: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,16 +28,19 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> np.
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], config: EncodingConfig) -> list[np.ndarray]:
     """Ids of every prompt, whatever their length. Raises UserError."""
     chats = [prompt for prompt in prompts if uses_template(prompt, config)]
-    texts = confined_texts(tokenizer, lambda prompt: _chat_text(tokenizer, prompt, config), chats, lambda prompt: f"prompt {prompt.index}")
+    rendered = confined_texts(
+        tokenizer, lambda prompt: _chat_text(tokenizer, prompt, config), chats, lambda prompt: f"prompt {prompt.index}"
+    )
     encoded = []
-    for prompt in prompts:
-        if uses_template(prompt, config):
-            ids = tokenizer(next(texts), add_special_tokens=False)["input_ids"]  # the template prints the special tokens itself
-        else:
-            ids = _encode_text(tokenizer, prompt, config)
-        if not ids:
-            raise UserError(f"prompt {prompt.index} has no tokens: {prompt.content!r:.200}")
-        encoded.append(np.asarray(ids, np.int32))
+    with contextlib.closing(rendered) as texts:
+        for prompt in prompts:
+            if uses_template(prompt, config):
+                ids = tokenizer(next(texts), add_special_tokens=False)["input_ids"]  # the template prints the special tokens itself
+            else:
+                ids = _encode_text(tokenizer, prompt, config)
+            if not ids:
+                raise UserError(f"prompt {prompt.index} has no tokens: {prompt.content!r:.200}")
+            encoded.append(np.asarray(ids, np.int32))
     return encoded
 
 
