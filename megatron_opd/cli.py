@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from megatron_opd import __version__
 from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, load_recipe, require, shipped_recipes
@@ -16,6 +18,7 @@ from megatron_opd.errors import INTERRUPTED, ConfigError, Interrupted, Quarantin
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
 from megatron_opd.redact import redact_override
+from megatron_opd.untrusted import Console, check_characters, printable, shortened
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
 
@@ -23,7 +26,22 @@ _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for what the user can mend, 3 for too many quarantined rollouts, 1 for our own faults."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.redirect_stdout(Console(sys.stdout)):  # names and texts of others are printed everywhere
+        return _run(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(printable(message)))
+
+
+def _run(arguments: list[str]) -> int:
     parser = build_parser()
+    for word in arguments:
+        try:
+            check_characters(word, "the command line")
+        except UserError as error:
+            return _fail(f"{str(error).partition(';')[0]}; names must be in UTF-8")
     args, rest = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option: overrides may stand there too.
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
@@ -69,14 +87,14 @@ def _left_behind(args: argparse.Namespace) -> str:
 def _fail(message: str, *, code: int = 2, rank: int | None = None) -> int:
     if rank is not None or int(os.environ.get("RANK", "0")) == 0:
         of_rank = f" on rank {rank}" if rank else ""
-        print(f"megatron-opd: error{of_rank}: {message}", file=sys.stderr, flush=True)
+        print(f"megatron-opd: error{of_rank}: {shortened(printable(message))}", file=sys.stderr, flush=True)
     if os.environ.get("OPD_TRACEBACK") == "1":
         traceback.print_exc()
     return code
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="megatron-opd",
         description="Offline on-policy distillation: sample once, score once, train with no teacher server.",
         epilog="The way of a run: generate, sft, convert, rollout, score, check, train, convert, eval, report. Every stage goes on where it was stopped.",

@@ -6,25 +6,26 @@ given"; there are no magic numbers for that.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-import tomllib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
-from megatron_opd.errors import ConfigError
+from megatron_opd.errors import ConfigError, UserError
 from megatron_opd.inference import EncodingConfig, EngineConfig
-from megatron_opd.layout import Fp8Config, ParallelConfig
+from megatron_opd.layout import MOST, Count, Fp8Config, ParallelConfig
 from megatron_opd.layout import Section as _Section
 from megatron_opd.objective import DriftConfig, LossConfig
 from megatron_opd.paths import PathText, expand_paths
 from megatron_opd.records import SamplingParams
 from megatron_opd.redact import holds_secret, is_redacted, redact, redact_address, redact_override
+from megatron_opd.untrusted import LARGEST_TOML, leaves, load_toml, read_bytes
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -32,6 +33,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _FREE_TEXT = {"system"}
 # Adam divides the rate by 1 - beta1 at its first step, and the result must be a float32 number.
 _LARGEST_RATE = 1e30
+_DEEPEST_KEY = 10  # sections within sections that an override may name
 
 
 class ModelsConfig(_Section):
@@ -41,17 +43,27 @@ class ModelsConfig(_Section):
     student: PathText = Field(description="base student, before SFT")
 
 
+def _check_sampling(sampling: SamplingParams) -> SamplingParams:
+    """Not a field's bound, as older stores may have been sampled so."""
+    if sampling.temperature != 0 and not 0.01 <= sampling.temperature <= 100:
+        raise ValueError(f"temperature = {sampling.temperature:g} must be 0 (greedy), or between 0.01 and 100")
+    return sampling
+
+
+_Sampling = Annotated[SamplingParams, AfterValidator(_check_sampling)]
+
+
 class SampleStage(_Section):
     """A stage that samples responses into a store."""
 
     model: PathText
     prompts: PathText = Field(description="JSONL or Parquet file, or the folder of a Hugging Face dataset")
     store: PathText
-    num_prompts: int | None = Field(default=None, gt=0, description="use only the first N prompts of the file")
+    num_prompts: int | None = Field(default=None, gt=0, le=MOST, description="use only the first N prompts of the file")
     unique_prompts: bool = Field(default=False, description="each prompt but once (DAPO-Math-17k holds each a hundred times)")
-    prompts_per_part: int = Field(default=256, gt=0)
+    prompts_per_part: int = Field(default=256, gt=0, le=MOST)
     max_quarantined: float = Field(default=0.001, ge=0, le=1, description="share of failed rollouts above which the stage exits with 3")
-    sampling: SamplingParams = SamplingParams()
+    sampling: _Sampling = SamplingParams()
     encoding: EncodingConfig = EncodingConfig()
 
 
@@ -77,7 +89,7 @@ class ScoreStage(_Section):
     store: PathText = "{run_dir}/rollouts.opd.zarr"
     model: PathText = "{teacher}"
     teacher: str = Field(default="teacher", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the teacher's group in the store")
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, le=MOST)
     topk_dtype: Literal["float32", "float16"] = "float32"
     overlong: Literal["error", "cut", "skip"] = Field(
         default="error", description="rollouts longer than the teacher takes: score what fits, or leave them out; both are recorded"
@@ -90,7 +102,7 @@ class LrSchedule(_Section):
     """Learning-rate schedule of Megatron's OptimizerParamScheduler, in steps."""
 
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MOST)
     min_lr: float = Field(default=0.0, ge=0)
 
 
@@ -108,21 +120,26 @@ class TrainerConfig(_Section):
     adam_eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_grad: float = Field(default=1.0, ge=0, description="0: no clipping; the norm is logged all the same")
-    global_batch: int = Field(default=256, gt=0, description="rollouts a step")
-    steps: int | None = Field(default=None, gt=0, description="optimizer steps; by default `epochs` over the store")
-    epochs: int = Field(default=1, gt=0)
-    micro_batch_tokens: int = Field(default=16384, gt=0, description="token slots of one packed micro-batch")
+    global_batch: int = Field(default=256, gt=0, le=MOST, description="rollouts a step")
+    steps: int | None = Field(default=None, gt=0, le=MOST, description="optimizer steps; by default `epochs` over the store")
+    epochs: int = Field(default=1, gt=0, le=MOST)
+    micro_batch_tokens: int = Field(default=16384, gt=0, le=MOST, description="token slots of one packed micro-batch")
     packing: bool = Field(default=True, description="several sequences a micro-batch; False: one")
-    max_response_tokens: int | None = Field(default=None, gt=0, description="cut responses after this many tokens")
+    max_response_tokens: int | None = Field(default=None, gt=0, le=MOST, description="cut responses after this many tokens")
     overlong: Literal["refuse", "cut"] = Field(default="refuse", description="a rollout of more than micro_batch_tokens tokens")
     seed: int = Field(default=0, ge=0, lt=1 << 63)
-    save_every: int = Field(default=50, gt=0)
-    log_every: int = Field(default=1, gt=0, description="steps between console lines; metrics.jsonl has every step")
-    keep_last: int = Field(default=2, gt=0, description="newest checkpoints kept")
-    keep_every: int | None = Field(default=None, gt=0, description="keep every n-th step's checkpoint for good; a multiple of save_every")
+    save_every: int = Field(default=50, gt=0, le=MOST)
+    log_every: int = Field(default=1, gt=0, le=MOST, description="steps between console lines; metrics.jsonl has every step")
+    keep_last: int = Field(default=2, gt=0, le=MOST, description="newest checkpoints kept")
+    keep_every: int | None = Field(
+        default=None, gt=0, le=MOST, description="keep every n-th step's checkpoint for good; a multiple of save_every"
+    )
     async_save: bool = Field(default=True, description="write checkpoints while training goes on")
     max_skipped_steps: int = Field(
-        default=3, ge=0, description="steps in a row that may be skipped as their loss or gradient is not finite; one more ends the run"
+        default=3,
+        ge=0,
+        le=MOST,
+        description="steps in a row that may be skipped as their loss or gradient is not finite; one more ends the run",
     )
     loggers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="besides metrics.jsonl")
     wandb_project: str = "megatron-opd"
@@ -148,7 +165,7 @@ class TrainerConfig(_Section):
     deterministic: bool = Field(
         default=False, description="on GPUs: only kernels that give the same bits each time, so that a resumed run is the same bit for bit"
     )
-    loss_chunk_tokens: Annotated[int, Field(gt=0)] | Literal["all"] = Field(
+    loss_chunk_tokens: Count | Literal["all"] = Field(
         default=4096, description="response tokens whose logits are held at once; 'all' of a micro-batch"
     )
     parallel: ParallelConfig = ParallelConfig()
@@ -239,12 +256,12 @@ class EvalStage(_Section):
     output: PathText = "{run_dir}/eval"
     grader: Literal["exact", "number", "math", "reasoning_gym", "none"] = "exact"
     grading_seconds: float = Field(
-        default=5.0, gt=0, le=3600, description="CPU time to grade a response; one that takes more scores 0 and is counted"
+        default=5.0, ge=0.01, le=3600, description="CPU time to grade a response; one that takes more scores 0 and is counted"
     )
     teacher: PathText | None = Field(default="{teacher}", description="score samples with this model for the reverse KL; 'none' does not")
     baseline: str | None = Field(default=None, description="name of an earlier evaluation in `output` to give the paired difference to")
-    num_prompts: int | None = Field(default=None, gt=0)
-    sampling: SamplingParams = SamplingParams()
+    num_prompts: int | None = Field(default=None, gt=0, le=MOST)
+    sampling: _Sampling = SamplingParams()
     encoding: EncodingConfig = EncodingConfig()
     allow_template_mismatch: bool = Field(default=False, description="prompts written otherwise than those of the SFT answers; recorded")
 
@@ -319,7 +336,10 @@ def read_recipe_text(name: str) -> str:
     """Text of a recipe: a file, or a shipped recipe by name (with or without .toml). Raises ConfigError."""
     path = Path(name)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return read_bytes(path, LARGEST_TOML).decode().replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}: not TOML: {error}") from None
     shipped = shipped_recipes()
     if path.parent == Path(".") and path.name.removesuffix(".toml") in shipped:
         return (resources.files("megatron_opd") / "recipes" / f"{path.name.removesuffix('.toml')}.toml").read_text(encoding="utf-8")
@@ -329,27 +349,30 @@ def read_recipe_text(name: str) -> str:
 def parse_override(override: str) -> tuple[list[str], Any]:
     """'train.lr=1e-6' -> (['train', 'lr'], 1e-06). The value is TOML; what is not TOML is a string. Raises ConfigError."""
     key, sign, text = override.partition("=")
-    if not sign or not key or any(not piece for piece in key.split(".")):
-        raise ConfigError(f"override {redact_override(override)!r} is not of the form section.field=value")
+    shown = f"override {redact_override(override)!r:.200}"
+    if not sign or not key or any(not piece for piece in key.split(".")) or key.count(".") >= _DEEPEST_KEY:
+        raise ConfigError(f"{shown} is not of the form section.field=value")
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = load_toml(f"value = {text}", shown)
+    except UserError as error:
+        if "not TOML" not in str(error) or "digits" in str(error):
+            raise ConfigError(str(error)) from None
         parsed = {"value": None if text == "null" else text}
     if len(parsed) > 1:
-        raise ConfigError(f"override {redact_override(override)!r} holds more than one value; give each field an override of its own")
+        raise ConfigError(f"{shown} holds more than one value; give each field an override of its own")
     return key.split("."), parsed["value"]
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of `tree` with the dotted overrides set; 'null' unsets an optional field."""
-    result = tomllib.loads(tomli_w.dumps(tree))
+    result = copy.deepcopy(tree)
     for override in overrides:
         keys, value = parse_override(override)
         node = result
         for key in keys[:-1]:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"override {redact_override(override)!r}: {key!r} is a value, not a section")
+                raise ConfigError(f"override {redact_override(override)!r:.200}: {key!r} is a value, not a section")
         node[keys[-1]] = value
     return result
 
@@ -357,14 +380,16 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """Read, override, resolve and check a recipe. Raises ConfigError with every fault and its field path."""
     try:
-        tree = tomllib.loads(read_recipe_text(name))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}: not TOML: {error}") from None
+        tree = load_toml(read_recipe_text(name), name)
+    except UserError as error:
+        raise ConfigError(str(error)) from None
     return build_recipe(apply_overrides(tree, overrides or []), name)
 
 
 def build_recipe(tree: dict[str, Any], name: str = "recipe") -> Recipe:
     """Check a raw tree, expand its paths and fill in the {placeholders}. Raises ConfigError."""
+    if found := next((leaf for leaf in leaves(tree) if isinstance(leaf, str) and "\0" in leaf), None):
+        raise ConfigError(f"{name}: holds a NUL character ({found!r:.100}); remove it")
     try:
         recipe = Recipe.model_validate(tree)
         filled = recipe.model_dump()
@@ -417,7 +442,7 @@ def _explain(error: ValidationError) -> str:
             and not (fault["type"] == "value_error" and isinstance(fault["input"], dict))
             and not is_redacted(where, fault["input"])
         ):
-            text = f"{text} (got {fault['input']!r})"
+            text = f"{text} (got {fault['input']!r:.200})"
         lines.append(f"  {where}: {text}")
     return f"{len(lines)} field(s) wrong\n" + "\n".join(lines)
 

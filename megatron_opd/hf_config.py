@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.errors import UserError
-from megatron_opd.untrusted import read_json
+from megatron_opd.untrusted import read_object
 
 # The model type that belongs to each architecture: transformers chooses the code by the one, SGLang and vLLM by the other.
 MODEL_TYPES = {
@@ -22,6 +22,9 @@ MODEL_TYPES = {
 }
 DEFAULT_THETA = 10000.0  # of these architectures, in transformers 4 and 5 alike
 EXPERT_FIELDS = ("num_experts", "num_local_experts")  # of version 4 and of version 5
+# No model has more: a slip that would be counted through for hours, or fill the memory.
+MOST: dict[str, int] = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", *EXPERT_FIELDS), 10_000)
+MOST_OF_ALL = 1 << 31
 ADAPTER_CONFIG = "adapter_config.json"
 # Files that quantisers leave beside config.json, and the field that names their work in it.
 _QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -47,18 +50,30 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = directory / "config.json"
     _refuse_adapter(directory)
     try:
-        config = read_json(path)
+        config = read_plainly(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: no such file; a Hugging Face model directory is expected (config.json, *.safetensors, tokenizer)"
         ) from None
-    if not isinstance(config, dict) or "vocab_size" not in config:
+    if "vocab_size" not in config:
         raise UserError(f"{path}: no 'vocab_size'; only text models are supported")
     vocab_size = config["vocab_size"]
     if type(vocab_size) is not int or vocab_size < 1:
-        raise UserError(f"{path}: vocab_size is {vocab_size!r}, not a whole number above 0")
+        raise UserError(f"{path}: vocab_size is {vocab_size!r:.100}, not a whole number above 0")
     check_model_type(config, str(path))
     read_rope(config, str(path))
+    return config
+
+
+def read_plainly(path: Path) -> dict[str, Any]:
+    """A config.json whose numbers are of a model's size; nothing else is looked at. Raises UserError, OSError if it isn't there."""
+    config = read_object(path)
+    for key, value in config.items():
+        most = MOST.get(key, MOST_OF_ALL)
+        if isinstance(value, int) and value > most:
+            raise UserError(
+                f"{path}: {key} = {value!r}, but no model has more than {most}; copy the file again from where the model is from"
+            )
     return config
 
 
@@ -66,8 +81,7 @@ def _refuse_adapter(directory: Path) -> None:
     """transformers loads an adapter on top of whatever lies beside it, other engines don't."""
     path = directory / ADAPTER_CONFIG
     if path.exists():
-        content = read_json(path)
-        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        base = read_object(path).get("base_model_name_or_path")
         raise UserError(
             f"{path}: a LoRA adapter{f' of {base}' if base else ''}, not a whole model; merge it into its base "
             "(peft: merge_and_unload, then save_pretrained) and give that directory"
@@ -107,6 +121,11 @@ def read_rope(config: dict[str, Any], where: str) -> Rope:
             tables[key] = _normal_rope(config[key], f"{where}: {key}")
             if config[key].get("rope_theta") is not None:
                 thetas[f"{key}.rope_theta"] = config[key]["rope_theta"]
+    for field, theta in thetas.items():
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+            raise UserError(
+                f"{where}: {field} = {theta!r:.100}, but a number above 0 is expected; copy the file again from where the model is from"
+            )
     if len(tables) == 2 and tables["rope_parameters"] != tables["rope_scaling"]:
         said = " and ".join(f"{key} ({Rope(None, *table)})" for key, table in tables.items())
         raise UserError(f"{where}: {said} differ, and engines follow the one or the other; keep the one that the model was trained with")

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.errors import ConfigError
-from megatron_opd.layout import Section
+from megatron_opd.layout import LONGEST, MOST, MOST_RANKS, Section
 from megatron_opd.redact import NOT_KEPT, redact_address, referenced
 
 DATE_FORMAT = "%d %b %Y"
@@ -19,17 +19,17 @@ DATE_FORMAT = "%d %b %Y"
 class LaunchConfig(Section):
     """SGLang servers that a stage starts as its children and ends with itself; the model is the stage's."""
 
-    servers: int = Field(default=1, gt=0)
-    tp: int = Field(default=1, gt=0, description="GPUs that share one copy of the model")
-    dp: int = Field(default=1, gt=0, description="copies of the model in one server")
+    servers: int = Field(default=1, gt=0, le=MOST_RANKS)
+    tp: int = Field(default=1, gt=0, le=MOST_RANKS, description="GPUs that share one copy of the model")
+    dp: int = Field(default=1, gt=0, le=MOST_RANKS, description="copies of the model in one server")
     options: list[str] = Field(default_factory=list, description="further options of sglang.launch_server, a word each")
     command: list[str] = Field(default_factory=list, description="by default PYTHON -m sglang.launch_server with this Python")
     environment: dict[str, str] = Field(
         default_factory=dict,
         description="further variables; HF_TOKEN = '$HF_TOKEN' takes a value from this process. Values are not recorded",
     )
-    start_seconds: float = Field(default=1800.0, gt=0, description="until a server must answer")
-    restarts: int = Field(default=3, ge=0, description="times that a server that died is started again")
+    start_seconds: float = Field(default=1800.0, gt=0, le=LONGEST, description="until a server must answer")
+    restarts: int = Field(default=3, ge=0, le=MOST, description="times that a server that died is started again")
 
     def variables(self) -> dict[str, str]:
         """`environment` with values such as $HF_TOKEN taken from this process. Raises ConfigError for what is not there."""
@@ -64,15 +64,15 @@ class EngineConfig(Section):
     launch: LaunchConfig | None = Field(default=None, description="start SGLang servers for the stage")
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_tokens: int = Field(default=16384, gt=0, description="transformers: tokens (with padding) a forward pass")
-    batch_sequences: int = Field(default=256, gt=0, description="transformers: sequences generated together")
-    tokens_under_way: int = Field(default=1 << 19, gt=0, description="sglang: tokens of the requests that a server has at once")
-    timeout: float = Field(default=300.0, gt=0, description="sglang: seconds for a request, to which come those for its length")
-    slowest_decode: float = Field(default=2.0, gt=0, description="sglang: tokens/s; a response may take its length at this speed")
-    slowest_prefill: float = Field(default=200.0, gt=0, description="sglang: tokens/s; reading a sequence may take as long")
-    retries: int = Field(default=4, ge=0, description="sglang: repeats of a request that failed for a passing reason")
-    patience: float = Field(default=600.0, ge=0, description="sglang: seconds to wait for a server at engine.urls that is away")
-    context_length: int | None = Field(default=None, gt=0, description="longest sequence; from the model's config when not given")
+    batch_tokens: int = Field(default=16384, gt=0, le=MOST, description="transformers: tokens (with padding) a forward pass")
+    batch_sequences: int = Field(default=256, gt=0, le=MOST, description="transformers: sequences generated together")
+    tokens_under_way: int = Field(default=1 << 19, gt=0, le=MOST, description="sglang: tokens of the requests that a server has at once")
+    timeout: float = Field(default=300.0, gt=0, le=LONGEST, description="sglang: seconds for a request, to which come those for its length")
+    slowest_decode: float = Field(default=2.0, ge=1e-3, description="sglang: tokens/s; a response may take its length at this speed")
+    slowest_prefill: float = Field(default=200.0, ge=1e-3, description="sglang: tokens/s; reading a sequence may take as long")
+    retries: int = Field(default=4, ge=0, le=MOST, description="sglang: repeats of a request that failed for a passing reason")
+    patience: float = Field(default=600.0, ge=0, le=LONGEST, description="sglang: seconds to wait for a server at engine.urls that is away")
+    context_length: int | None = Field(default=None, gt=0, le=MOST, description="longest sequence; from the model's config when not given")
 
     @model_validator(mode="after")
     def _check_urls(self) -> EngineConfig:
@@ -107,7 +107,7 @@ class EncodingConfig(Section):
         default=None, description="the date that a template prints, as '26 Jul 2024' (the default); never that of the day"
     )
     overlong_prompt: Literal["error", "skip"] = Field(default="error", description="a prompt that leaves no room for a response")
-    max_prompt_tokens: int | None = Field(default=None, gt=0)
+    max_prompt_tokens: int | None = Field(default=None, gt=0, le=MOST)
     assistant_last: Literal["refuse", "continue"] = Field(
         default="refuse", description="a prompt that ends in an assistant message: 'continue' has the model write on in that turn"
     )

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_opd.errors import ConfigError
+
+# Slips of the finger: no run has more, and some would be counted through, or held in memory, before anything else finds them.
+MOST_RANKS = 1 << 20
+MOST = 1 << 31  # tokens, steps, prompts
+LONGEST = 1e8  # seconds
+Count = Annotated[int, Field(gt=0, le=MOST)]
 
 
 class Section(BaseModel):
@@ -19,11 +25,13 @@ class Section(BaseModel):
 class ParallelConfig(Section):
     """Sizes of Megatron's parallel groups; data parallel is what is left of the world."""
 
-    tp: int = Field(default=1, gt=0, description="tensor parallel")
-    pp: int = Field(default=1, gt=0, description="pipeline parallel")
-    vpp: int = Field(default=1, gt=0, description="interleaved pipeline: model chunks a rank (1: plain 1F1B)")
-    cp: int = Field(default=1, gt=0, description="context parallel: every sequence cut over this many ranks")
-    ep: int = Field(default=1, gt=0, description="expert parallel: a mixture's experts spread over this many of the tp * cp * dp ranks")
+    tp: int = Field(default=1, gt=0, le=MOST_RANKS, description="tensor parallel")
+    pp: int = Field(default=1, gt=0, le=MOST_RANKS, description="pipeline parallel")
+    vpp: int = Field(default=1, gt=0, le=MOST_RANKS, description="interleaved pipeline: model chunks a rank (1: plain 1F1B)")
+    cp: int = Field(default=1, gt=0, le=MOST_RANKS, description="context parallel: every sequence cut over this many ranks")
+    ep: int = Field(
+        default=1, gt=0, le=MOST_RANKS, description="expert parallel: a mixture's experts spread over this many of the tp * cp * dp ranks"
+    )
     sequence_parallel: bool = Field(default=True, description="with tp > 1: split norms and residuals over the sequence")
 
     @model_validator(mode="after")
@@ -57,8 +65,8 @@ class Fp8Config(Section):
     format: Literal["auto", "hybrid", "e4m3"] = Field(
         default="auto", description="'hybrid': e4m3 forward, e5m2 gradients; 'auto': hybrid for delayed and tensorwise, e4m3 for the others"
     )
-    bf16_first_layers: int = Field(default=0, ge=0, description="layers at the start that stay in bfloat16 (not with 'delayed')")
-    bf16_last_layers: int = Field(default=0, ge=0, description="layers at the end that stay in bfloat16 (not with 'delayed')")
+    bf16_first_layers: int = Field(default=0, ge=0, le=MOST, description="layers at the start that stay in bfloat16 (not with 'delayed')")
+    bf16_last_layers: int = Field(default=0, ge=0, le=MOST, description="layers at the end that stay in bfloat16 (not with 'delayed')")
     parameters: bool = Field(
         default=False,
         description="keep matrices in FP8 alone, and gather them so after each step: less memory and traffic, no overlap with the forward pass",

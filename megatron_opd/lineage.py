@@ -18,7 +18,7 @@ from megatron_opd.hf_config import MODEL_TYPES, quantisation, read_config, spell
 from megatron_opd.records import Lineage, ModelFingerprint
 from megatron_opd.tokenizer import fingerprint_tokenizer
 from megatron_opd.tokenizer import load_tokenizer as load_tokenizer
-from megatron_opd.untrusted import read_json
+from megatron_opd.untrusted import load_json, open_file, read_json, read_object
 
 LINEAGE_FILE = "opd_lineage.json"
 ORIGIN_FILE = "opd_converted.json"  # which checkpoint a model directory was converted from
@@ -27,12 +27,12 @@ RUN_CACHE_FILE = "fingerprints.json"  # in the run directory, for model director
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_INDEX, WHOLE_MODEL = "model.safetensors.index.json", "model.safetensors"
 _BLOCK = 16 << 20
-_MAX_HEADER = 1 << 30
+_MAX_HEADER = 100_000_000  # of the safetensors library
 # Bits of an element; a type that is not here is not checked against its shape.
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
 _BITS |= {"I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
 # Where hashes are kept: in this process, and for a directory that can't be written in the run's.
-_known: dict[Path, tuple[Any, str]] = {}
+_known: dict[str, tuple[Any, str]] = {}
 _run_directory: Path | None = None
 
 
@@ -56,7 +56,7 @@ def fingerprint_model(directory: str | Path, *, name: str | None = None) -> Mode
     check_head(directory)
     config = spell_for_all(read_config(directory), f"{directory}/config.json")
     return ModelFingerprint(
-        name=name or directory.resolve().name,
+        name=name or os.path.basename(os.path.realpath(directory)),
         config_sha256=_sha256_json({key: value for key, value in config.items() if not key.startswith("_")}),
         weights_sha256=_weights_sha256(directory),
         vocab_size=config["vocab_size"],
@@ -85,8 +85,10 @@ def tensor_index(directory: str | Path) -> dict[str, StoredTensor]:
     for path in files:
         try:
             found = _read_header(path)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error}); copy or convert it again") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: not a whole safetensors file ({str(error).removeprefix(f'{path}: ')}); copy or convert it again"
+            ) from None
         if both := sorted(found.keys() & index.keys()):
             raise UserError(
                 f"{path} and {index[both[0]].path.name} both hold tensor {both[0]}: two copies of weights lie side by side "
@@ -97,26 +99,36 @@ def tensor_index(directory: str | Path) -> dict[str, StoredTensor]:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Raises ValueError and its like for what is no safetensors file, or a part of one."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_len = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_len)) if 0 < header_len < min(size, _MAX_HEADER) else None
+    """Raises ValueError, KeyError or TypeError for what is no safetensors file, or a part of one."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        first = 8 + int.from_bytes(file.read(8), "little")
+        header = load_json(file.read(first - 8), "its header") if 8 < first <= min(size, _MAX_HEADER) else None
     if not isinstance(header, dict):
         raise ValueError("no header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"__metadata__ must be an object of texts, not {metadata!r:.100}")
     found = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in [*shape, *offsets]) or len(offsets) != 2:
-            raise ValueError(f"tensor {name} has shape {shape} and offsets {offsets}")
-        start, end = (8 + header_len + offset for offset in offsets)
+        if not isinstance(shape, list) or not isinstance(offsets, list) or not isinstance(dtype, str):
+            raise ValueError(f"tensor {name} has shape {shape!r:.100}, offsets {offsets!r:.100} and type {dtype!r:.100}")
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in [*shape, *offsets]) or len(offsets) != 2:
+            raise ValueError(f"tensor {name} has shape {shape!r:.100} and offsets {offsets!r:.100}")
+        start, end = (first + offset for offset in offsets)
         if end > size or start > end:
             raise ValueError(f"tensor {name} ends at byte {end} of {size}")
         if dtype in _BITS and (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
-            raise ValueError(f"tensor {name} of shape {shape} and type {dtype} has {end - start} bytes")
+            raise ValueError(f"tensor {name} of shape {shape!r:.100} and type {dtype} has {end - start} bytes")
         found[name] = StoredTensor(path, start, end, dtype, shape)
+    reached = first
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != reached:
+            raise ValueError(f"tensor {name} begins at byte {tensor.start}, but the one before it ends at {reached}")
+        reached = tensor.end
+    if reached != size:
+        raise ValueError(f"its tensors end at byte {reached} of {size}")
     return found
 
 
@@ -125,11 +137,13 @@ def _check_shards(directory: Path, files: set[str]) -> None:
     path = directory / SHARD_INDEX
     if not path.exists():
         return
-    try:
-        named = set(read_json(path)["weight_map"].values())
-    except (UserError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not an index of shards ({error}); copy it again") from None
-    if missing := sorted(str(name) for name in named - files):
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(
+            f"{path}: not an index of shards: weight_map must name the file of each tensor, not {weight_map!r:.100}; copy it again"
+        )
+    named = set(weight_map.values())
+    if missing := sorted(named - files):
         stale = " (or remove the index, if model.safetensors is the whole model)" if WHOLE_MODEL in files else ""
         raise UserError(
             f"{directory}: {', '.join(missing[:5])} ({len(missing)} of {len(named)} files that {path.name} names) missing; copy again{stale}"
@@ -138,7 +152,7 @@ def _check_shards(directory: Path, files: set[str]) -> None:
 
 def _blocks(tensor: StoredTensor) -> Iterator[bytes]:
     """The tensor's bytes, a block at a time. Raises UserError."""
-    with tensor.path.open("rb") as file:
+    with open_file(tensor.path) as file:
         file.seek(tensor.start)
         left = tensor.end - tensor.start
         while left:
@@ -175,10 +189,10 @@ def check_head(directory: Path) -> None:
 
     A copy of the embedding, bit for bit, is no contradiction. Of unknown architectures and quantised weights nothing is said.
     """
-    config = read_config(directory)
+    config, index, where = read_config(directory), tensor_index(directory), f"{directory}/config.json"
+    _check_amount(config, index, where)
     if config.get("architectures") not in [[name] for name in MODEL_TYPES] or quantisation(directory) is not None:
         return
-    index, where = tensor_index(directory), f"{directory}/config.json"
     tied = bool(config.get("tie_word_embeddings"))
     if tied and {EMBEDDING, HEAD} <= index.keys() and not same_bits(index[HEAD], index[EMBEDDING]):
         raise UserError(
@@ -192,12 +206,26 @@ def check_head(directory: Path) -> None:
         )
 
 
+def _check_amount(config: dict[str, Any], index: dict[str, StoredTensor], where: str) -> None:
+    """Raise UserError if config.json asks for more than the files can hold: engines would make room for it before they look."""
+    bits = 8 * sum(tensor.end - tensor.start for tensor in index.values())
+    for fields, there, unit in (
+        (("vocab_size", "hidden_size"), bits, "bits"),
+        (("intermediate_size", "hidden_size"), bits, "bits"),
+        (("num_hidden_layers",), len(index), "tensors"),
+    ):
+        values = [value for name in fields if isinstance(value := config.get(name), int)]
+        if len(values) == len(fields) and math.prod(values) > there:
+            said = " and ".join(f"{name} = {value}" for name, value in zip(fields, values, strict=True))
+            raise UserError(f"{where}: {said}, but all the weights have {there} {unit}; does it belong to these weights?")
+
+
 def _weights_sha256(directory: Path) -> str:
     """One hash of all tensors, whatever files they lie in; computed again only if a file changed (`_stamp`). Raises UserError."""
     stamp = _stamp(directory)
     if (digest := _cached_sha256(directory, stamp)) is not None:
         return digest
-    known, digest = _known.get(directory.resolve(), (None, ""))
+    known, digest = _known.get(os.path.realpath(directory), (None, ""))
     return _remember(directory, stamp, digest if known == stamp else _hash_all(hash_tensors(directory)))
 
 
@@ -222,8 +250,8 @@ def known_weights(directory: str | Path) -> str | None:
 
 
 def _cached_sha256(directory: Path, stamp: list[Any]) -> str | None:
-    place = directory.resolve()
-    for cached in (_read_cache(directory / CACHE_FILE), _read_cache(_run_cache()).get(str(place))):
+    place = os.path.realpath(directory)
+    for cached in (_read_cache(directory / CACHE_FILE), _read_cache(_run_cache()).get(place)):
         if isinstance(cached, dict) and cached.get("files") == stamp and isinstance(digest := cached.get("weights_sha256"), str):
             _known[place] = stamp, digest
             return digest
@@ -246,7 +274,7 @@ def _stamp(directory: Path) -> list[Any]:
 
 
 def _remember(directory: Path, stamp: list[Any], digest: str) -> str:
-    place = directory.resolve()
+    place = os.path.realpath(directory)
     _known[place] = stamp, digest
     entry = {"files": stamp, "weights_sha256": digest}
     try:
@@ -255,7 +283,7 @@ def _remember(directory: Path, stamp: list[Any], digest: str) -> str:
         if (cache := _run_cache()) is not None:
             with contextlib.suppress(OSError):
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                write_json(cache, _read_cache(cache) | {str(place): entry})
+                write_json(cache, _read_cache(cache) | {place: entry})
     return digest
 
 
@@ -281,11 +309,13 @@ def read_lineage(directory: str | Path) -> Lineage | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         lineage = Lineage.model_validate(content["lineage"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise LineageError(f"{path}: not a lineage file: {error}") from None
+    except (ValueError, KeyError) as error:
+        raise LineageError(f"{path}: not a lineage file: {' '.join(str(error).split()).removeprefix(f'{path}: ')}; copy it again") from None
     written_for = content.get("weights_sha256")
+    if written_for is not None and not isinstance(written_for, str):
+        raise LineageError(f"{path}: not a lineage file: weights_sha256 is {written_for!r:.100}; copy it again")
     if written_for is not None and written_for != _weights_sha256(Path(directory)):
         raise LineageError(
             f"{path} was written for other weights ({written_for[:12]}); delete it and declare the SFT teacher (rollout.sft_teacher)"

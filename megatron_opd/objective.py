@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_opd.layout import Section
+from megatron_opd.layout import MOST, Section
 
 
 class LossConfig(Section):
@@ -42,5 +42,5 @@ class DriftConfig(Section):
     min_effective_share: float | None = Field(
         default=None, gt=0, lt=1, description="advise new rollouts when the effective sample share is less"
     )
-    patience: int = Field(default=3, gt=0, description="steps in a row beyond a limit before the advice")
+    patience: int = Field(default=3, gt=0, le=MOST, description="steps in a row beyond a limit before the advice")
     stop: bool = Field(default=False, description="with the advice, save and end the run")

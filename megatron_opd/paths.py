@@ -18,8 +18,10 @@ PathText = Annotated[str, _PATH]
 def expand_path(text: str) -> str:
     """`text` with ~ and environment variables ($HOME, ${SCRATCH}) filled in; addresses such as s3://... stay as they are.
 
-    Raises ConfigError for a variable that is not set, or a user that is not known.
+    Raises ConfigError for a variable that is not set, a user that is not known, and what is no name.
     """
+    if "\0" in text:
+        raise ConfigError(f"a path can't hold a NUL character (got {text!r:.200})")
     if "://" in text:
         return text
     for match in _VARIABLE.finditer(text):

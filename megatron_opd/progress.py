@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from megatron_opd.config import STAGES, EvalStage, Recipe, SampleStage, ScoreSta
 from megatron_opd.data.location import Location
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
+from megatron_opd.errors import UserError
 from megatron_opd.lineage import ORIGIN_FILE, known_weights
+from megatron_opd.untrusted import read_object
 
 NOT_FINISHED = 3  # exit code
 
@@ -155,10 +156,9 @@ def _trained_since(directory: str, config: TrainerConfig) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(path)
+    except (OSError, UserError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _open(store: str, teacher: str | None = None) -> StoreReader | None:

@@ -203,11 +203,11 @@ class SamplingParams(_Record):
 
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, description="0 samples from the whole vocabulary")
-    max_new_tokens: int = Field(default=4096, gt=0)
-    samples_per_prompt: int = Field(default=1, gt=0)
+    top_k: int = Field(default=0, ge=0, le=1 << 31, description="0 samples from the whole vocabulary")
+    max_new_tokens: int = Field(default=4096, gt=0, le=1 << 31)
+    samples_per_prompt: int = Field(default=1, gt=0, le=1 << 20)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=1 << 31)]] = Field(
         default_factory=list, description="ids that end a response besides those that the model's files, template and SFT answers name"
     )
 

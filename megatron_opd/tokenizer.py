@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.errors import LineageError, UserError
+from megatron_opd.hf_config import read_plainly
 from megatron_opd.records import ModelFingerprint, TokenizerFingerprint
+from megatron_opd.untrusted import open_file, read_json
 
 # Any of these makes a tokenizer; transformers' message about a directory without one is about something else.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "spiece.model", "*.tiktoken", "tekken.json")
@@ -25,6 +28,8 @@ PROBE = (
     "def f(x):\n    return {'a': [x**2, x // 3]}  # it's don't I'LL\n",
     "\\boxed{\\frac{1}{2}} A b C UPPER lower_case CamelCase",
 )
+_READ_BY_LIBRARIES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_LARGEST_FILE = 1 << 29  # bytes; tokenizers of 256,000 tokens take about 40 MiB
 _said: set[Path] = set()  # directories whose tokenizer needed a word
 _fingerprints: dict[tuple[Any, ...], TokenizerFingerprint] = {}  # by directory and its files' sizes and times
 _MOST_ADDED = 1000  # added tokens that a fingerprint lists; with more, two tables are compared as wholes
@@ -44,13 +49,18 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise UserError(f"{directory}: no such directory; a Hugging Face model directory is expected")
     if not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise UserError(f"{directory}: no tokenizer in it (tokenizer.json); copy the tokenizer files of the model that it was made from")
+    _check_files(directory)
     own: Any = None
     tokenizer: Any = None
     try:
         own = _own_reading(directory)
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         fault = _misreading(tokenizer, own, directory)
-    except Exception as error:  # for a damaged file the tokenizers library raises the bare class
+    except (
+        BaseException
+    ) as error:  # for a damaged file the tokenizers library raises the bare class, and PanicException, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         fault = f"no tokenizer could be loaded: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
     if fault is None and (own is None or tokenizer.get_vocab() == own.get_vocab()):
         return tokenizer
@@ -69,6 +79,18 @@ def load_tokenizer(directory: str | Path) -> Any:
         fault = fault or f"{_describe(tokenizer, directory)} adds tokens that are not in tokenizer.json"
         print(f"{directory}: {fault}; it is read as tokenizer.json says", flush=True)
     return plain
+
+
+def _check_files(directory: Path) -> None:
+    """Raise UserError for files that libraries, which read them in their own way, would wait for, or take all memory for."""
+    if (directory / "config.json").exists():
+        read_plainly(directory / "config.json")  # AutoTokenizer looks into it
+    for path in directory.iterdir():
+        if path.suffix in _READ_BY_LIBRARIES and not path.name.startswith(".") and path.exists():
+            with open_file(path) as file:
+                size = os.fstat(file.fileno()).st_size
+            if size > _LARGEST_FILE:
+                raise UserError(f"{path}: {size >> 20} MiB, but no tokenizer's file has more than {_LARGEST_FILE >> 20}")
 
 
 def _own_reading(directory: Path) -> Any:
@@ -109,8 +131,8 @@ def _describe(tokenizer: Any, directory: Path) -> str:
 def tokenizer_class(directory: Path) -> str | None:
     """What tokenizer_config.json declares."""
     try:
-        content = json.loads((directory / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(directory / "tokenizer_config.json")
+    except (OSError, UserError):
         return None
     return content.get("tokenizer_class") if isinstance(content, dict) else None
 
@@ -127,7 +149,7 @@ def fingerprint_tokenizer(directory: str | Path) -> TokenizerFingerprint:
     """
     folder = Path(directory)
     facts = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.suffix != ".safetensors"] if folder.is_dir() else []
-    key = (folder.resolve(), *((name, fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in facts))
+    key = (os.path.realpath(folder), *((name, fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns) for name, fact in facts))
     if key not in _fingerprints:
         _fingerprints[key] = fingerprint_loaded_tokenizer(load_tokenizer(folder))
     return _fingerprints[key]

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_opd import untrusted
+from megatron_opd.confined import Ended, run_confined
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
 from megatron_opd.hf_config import read_config
 from megatron_opd.inference import DATE_FORMAT, EncodingConfig
 from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import Lineage, SftFacts, StoreManifest
-from megatron_opd.untrusted import read_json
 
 GENERATION_CONFIG = "generation_config.json"
 # The date that Llama 3's template falls back to where there is no clock.
@@ -31,15 +32,14 @@ DEFAULT_DATE = "26 Jul 2024"
 # SGLang stops at this token whatever the files say, if the tokenizer has it.
 _SGLANG_STOPS = "<|eom_id|>"
 _CONTENT = "opdprobe"
+T = TypeVar("T")
+_ended: dict[str, str] = {}  # chat templates that had to be ended, and why: they are not tried again
 _NOW_CALL = re.compile(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)")
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object of a model directory, empty where there is no file. Raises UserError."""
-    content = read_json(path) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {type(content).__name__}, not an object; copy it again")
-    return content
+    return untrusted.read_object(path) if path.exists() else {}
 
 
 def own_stop_ids(directory: str | Path, tokenizer: Any = None) -> dict[int, list[str]]:
@@ -58,7 +58,7 @@ def own_stop_ids(directory: str | Path, tokenizer: Any = None) -> dict[int, list
             if type(token) is not int or not 0 <= token < config["vocab_size"]:
                 where = folder / source if source.endswith(".json") else f"{folder}, {source}"
                 raise UserError(
-                    f"{where}: no valid end-of-turn ids: eos_token_id is {value!r}, but whole numbers below {config['vocab_size']} are expected"
+                    f"{where}: no valid end-of-turn ids: eos_token_id is {value!r:.100}, but whole numbers below {config['vocab_size']} are expected"
                 )
             if source not in (sources := found.setdefault(token, [])):
                 sources.append(source)
@@ -145,8 +145,30 @@ def render(
 ) -> str:
     """The text of a conversation by the chat template, which is told nothing of today's date. Raises UserError for what it refuses.
 
-    `how` goes to the tokenizer's `apply_chat_template`.
+    A template is a program, so it runs confined (`confined_texts` for many conversations). `how` goes to the tokenizer's `apply_chat_template`.
     """
+
+    def text(messages: Sequence[Any]) -> str:
+        return _render(tokenizer, messages, config, tools=tools, add_generation_prompt=add_generation_prompt, **how)
+
+    return next(confined_texts(tokenizer, text, [messages], lambda _: "a conversation"))
+
+
+def confined_texts(
+    tokenizer: Any, function: Callable[[T], str], items: Sequence[T], name: Callable[[T], str]
+) -> Generator[str, None, None]:
+    """`function`, which renders by the tokenizer's chat template, of every item, within limits of time and memory. Raises UserError."""
+    template = str(tokenizer.chat_template)
+    if template in _ended:
+        raise UserError(_ended[template])
+    try:
+        yield from run_confined(function, items, lambda item: f"the chat template of {tokenizer.name_or_path} was ended at {name(item)}")
+    except Ended as error:
+        _ended[template] = str(error)
+        raise
+
+
+def _render(tokenizer: Any, messages: Sequence[Any], config: EncodingConfig, *, tools: list[Any] | None, **how: Any) -> str:
     if tokenizer.chat_template is None:
         raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; give prompts as text and set encoding.chat_template='never'"
@@ -156,14 +178,12 @@ def render(
         text = tokenizer.get_chat_template(None, tools)
         if "strftime_now" in text or "date_string" in text:
             options |= {"chat_template": _with_fixed_clock(text), **_fixed_dates(text, config.date_string or DEFAULT_DATE)}
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **options, **how
-        )
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options, **how)
     except UserError:
         raise
     except Exception as error:  # a template is a program: it may raise what it likes, divide by zero, recurse
         reason = str(error) or type(error).__name__
-        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses it: {reason.splitlines()[0]}") from None
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses it: {reason.strip().partition(chr(10))[0]}") from None
 
 
 def _with_fixed_clock(template: str) -> str:

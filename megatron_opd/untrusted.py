@@ -5,30 +5,48 @@ Whatever is wrong with it is one UserError that names the place.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO
 
 from megatron_opd.errors import UserError
 
 DEEPEST = 100  # levels; tool schemas have about ten, and Python's own limit is about a thousand
-LARGEST_JSON = 1 << 30  # bytes of a file; tokenizers of 256,000 tokens take about 40 MiB
+LARGEST_JSON = 64 << 20  # bytes of a file; the index of a model's 100,000 tensors takes about 10 MiB
 LARGEST_TOML = 1 << 20
+MOST_DIGITS = 300  # of a whole number; more is no float
+_LONG_NUMBER = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
+_MOST_SHOWN = 2000  # characters of a line
 # A dotted key of so many pieces; tomllib takes the square of their number in memory.
 _LONG_KEY = re.compile(rf"(?<![\w-])(?:(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*\.[ \t]*){{{DEEPEST + 1}}}")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def open_file(path: str | Path) -> IO[bytes]:
+    """A file for reading. Raises UserError for a name that none can have and for what is no file, without waiting for it (a FIFO, say).
+
+    FileNotFoundError and other OSErrors come as they are.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL, half of a surrogate pair
+        raise UserError(f"{str(path)!r}: no name of a file: {error}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a file")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
     """A file's content. Raises UserError for one that is too large or no file, FileNotFoundError and other OSErrors as they come."""
-    path = Path(path)
-    if not path.is_file() and path.exists():
-        raise UserError(f"{path}: not a file")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         content = file.read(largest + 1)
     if len(content) > largest:
         raise UserError(f"{path}: more than {largest >> 20} MiB, which no such file has")
@@ -51,7 +69,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
 def load_json(text: bytes | str, where: str, *, unique: bool = True, **options: Any) -> Any:
     """The value of a JSON text in UTF-8; `options` are json.loads'.
 
-    Raises UserError, also for more than DEEPEST levels, half of a surrogate pair and, with `unique`, a key that is there twice.
+    Raises UserError, also for more than DEEPEST levels, numbers of more than MOST_DIGITS digits, half of a surrogate pair and, with
+    `unique`, a key that is there twice.
     """
     try:
         if isinstance(text, bytes):
@@ -68,20 +87,22 @@ def load_json(text: bytes | str, where: str, *, unique: bool = True, **options: 
         ) from None
     except RecursionError:
         raise UserError(f"{where}: nested more than {DEEPEST} levels deep") from None
+    except MemoryError:
+        raise UserError(f"{where}: takes more memory than there is") from None
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
         raise UserError(f"{where}: nested more than {DEEPEST} levels deep")
-    if _ESCAPED_SURROGATE.search(text):
-        for piece in _strings(value):
-            check_characters(piece, where)
+    if _ESCAPED_SURROGATE.search(text) or _LONG_NUMBER.search(text):
+        for piece in leaves(value):
+            _check_leaf(piece, where)
     return value
 
 
 def load_toml(text: str, where: str) -> dict[str, Any]:
-    """The table of a TOML text. Raises UserError, also for more than DEEPEST levels."""
+    """The table of a TOML text. Raises UserError, also for more than DEEPEST levels and numbers of more than MOST_DIGITS digits."""
     if len(text) > LARGEST_TOML:
         raise UserError(f"{where}: more than {LARGEST_TOML >> 20} MiB of TOML")
     if _LONG_KEY.search(text):
@@ -94,12 +115,44 @@ def load_toml(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not TOML: {error}") from None
     if is_deep(value):
         raise UserError(f"{where}: nested more than {DEEPEST} levels deep")
+    for leaf in leaves(value):
+        _check_leaf(leaf, where)
     return value
 
 
 def printable(text: object) -> str:
     """`text` for a console: control characters, which could move the cursor or colour the rest, as escapes."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def shortened(text: str) -> str:
+    """`text` with the middle of very long lines left out: values of others stand in messages."""
+    half = _MOST_SHOWN // 2
+    return "\n".join(line if len(line) <= _MOST_SHOWN else f"{line[:half]} ... {line[-half:]}" for line in text.split("\n"))
+
+
+class Console(io.TextIOBase):
+    """A text stream to which all is written `printable`."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
 
 
 def check_characters(text: str, where: str) -> None:
@@ -130,14 +183,21 @@ def is_deep(value: Any) -> bool:
     return True
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string of a JSON value, keys included; `value` is not deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
+def _check_leaf(leaf: Any, where: str) -> None:
+    if isinstance(leaf, str):
+        check_characters(leaf, where)
+    elif isinstance(leaf, int) and leaf.bit_length() > 3.3 * MOST_DIGITS:
+        raise UserError(f"{where}: holds a whole number of more than {MOST_DIGITS} digits")
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Every key and every value that is no container; `value` is not deep."""
+    if isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from leaves(item)
     elif isinstance(value, dict):
         for key, item in value.items():
             yield key
-            yield from _strings(item)
+            yield from leaves(item)
+    else:
+        yield value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,16 @@ class HfTensors:
         if path not in self._files:
             if len(self._files) > 1:  # an open file is mapped into memory: drop the oldest
                 del self._files[next(iter(self._files))]
-            self._files[path] = safe_open(path, framework="pt")
-        return self._files[path].get_tensor(name)
+            self._files[path] = _reading(path, lambda: safe_open(path, framework="pt"))
+        return _reading(path, lambda: self._files[path].get_tensor(name))
+
+
+def _reading(path: Path, read: Callable[[], Any]) -> Any:
+    """What `read` gives. Raises UserError for a file that the library can't read."""
+    try:
+        return read()
+    except SafetensorError as error:
+        raise UserError(f"{path}: can't be read: {error}; copy or convert it again") from None
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from megatron_opd.errors import UserError
-from megatron_opd.untrusted import load_json
+from megatron_opd.untrusted import load_json, open_file, read_bytes, read_json
 
 _SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")  # of a folder's files those of the first kind that is there
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -23,6 +23,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 _NUMBERED = re.compile(r"(part|shard|chunk)?[-_]?\d+")
 _EXPECTED = "a JSONL or Parquet file or a dataset's folder is expected"
 _BATCH_ROWS = 1024
+_LARGEST_LINE, _LARGEST_ARRAY = 16 << 20, 1 << 30  # bytes; larger files are for JSONL
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
@@ -84,10 +85,9 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 def _names_in(listing: Path, key: str, name_of: Callable[[Any], Any]) -> list[str]:
     """File or folder names that a dataset's JSON file lists under `key`. Raises UserError."""
     try:
-        text = listing.read_bytes()
+        value = read_json(listing, unique=True)
     except OSError as error:
         raise UserError(f"{listing}: can't be read: {error.strerror}") from None
-    value = load_json(text, str(listing))
     entries = value.get(key) if isinstance(value, dict) else None
     try:
         names = [name_of(entry) for entry in entries] if isinstance(entries, list) else []
@@ -190,14 +190,14 @@ def _shorten(names: list[Any]) -> str:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
-        with path.open("rb") as file:
-            lines: Any = file
+        with open_file(path) as file:
+            lines = iter(lambda: _line(file, path), b"")
             if path.suffix.lower() == ".json":
-                data = file.read()
+                data = read_bytes(path, _LARGEST_ARRAY)
                 if data.removeprefix(_BOM).lstrip().startswith(b"["):
                     yield from _array_rows(path, data.removeprefix(_BOM))
                     return
-                lines = data.split(b"\n")
+                lines = iter(data.split(b"\n"))
             for number, line in enumerate(lines, start=1):
                 where = f"{path}:{number}"
                 if number == 1:
@@ -217,6 +217,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{str(path)!r}: can't be read: {reason}") from None
 
 
+def _line(file: IO[bytes], path: Path) -> bytes:
+    line = file.readline(_LARGEST_LINE + 1)
+    if len(line) > _LARGEST_LINE:
+        raise UserError(f"{path}: a line of more than {_LARGEST_LINE >> 20} MiB, which no row has")
+    return line
+
+
 def _array_rows(path: Path, data: bytes) -> Iterator[Row]:
     """Rows of a file that holds one JSON array."""
     values, written = load_json(data, str(path)), load_json(data, str(path), parse_float=str)
@@ -229,6 +236,7 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
     from pyarrow import ipc, parquet
 
     try:
+        open_file(path).close()  # a FIFO would be waited for
         if path.suffix.lower() == ".parquet":
             file = parquet.ParquetFile(path)
             schema, batches = file.schema_arrow, file.iter_batches(_BATCH_ROWS)
@@ -239,6 +247,7 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: a column name is there twice ({', '.join(schema.names)})")
         number = 0
         for batch in batches:
+            batch.validate(full=True)  # offsets beyond its memory
             for value in pa.RecordBatch.from_arrays([_readable(column) for column in batch.columns], batch.schema.names).to_pylist():
                 number += 1
                 yield Row(f"{path}, row {number}", value)

@@ -24,8 +24,10 @@ from typing import Any
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import check_package
 from megatron_opd.records import Prompt
+from megatron_opd.untrusted import load_json
 
 _START_SECONDS = 120.0
+_LONGEST_REPLY = 1 << 20  # bytes
 _MAIN = "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from megatron_opd.evaluate.grading_worker import main; main()"
 # Where a cluster keeps Python's own libraries; nothing else of the caller's environment reaches a worker.
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
@@ -191,8 +193,11 @@ class _Worker:
                 if not found:
                     return self._died()
                 self._pending += found
+                if len(self._pending) > _LONGEST_REPLY:  # no reply of ours: what it ran writes in its place
+                    self.close()
+                    return {"died": None}
         line, _, self._pending = self._pending.partition(b"\n")
-        return json.loads(line)
+        return load_json(line, "the reply of a grading process")
 
     def kill(self) -> None:
         self._process.kill()

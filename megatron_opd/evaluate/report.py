@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ def write_report(runs: list[str], output: str | None = None) -> Path:
     """Write report.html, report.md and PNG figures; returns the page. Raises UserError for a folder that holds no run."""
     different: dict[Path, Path] = {}
     for run in runs:
-        different.setdefault(Path(run).resolve(), Path(run))
+        different.setdefault(Path(os.path.realpath(run)), Path(run))
     folders = list(different.values())
     if len(folders) < len(runs):
         print(f"report: {len(runs)} folders were given, but only {len(folders)} different ones; each is shown once")
-    names = [folder.resolve().name for folder in folders]
+    names = [folder.name for folder in different]
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     data = {label: read_run(folder) for label, folder in zip(labels, folders, strict=True)}
     target = Path(output) if output else folders[0] / "report"

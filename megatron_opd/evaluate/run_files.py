@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.cost import read_jsonl, read_stages
 from megatron_opd.errors import UserError
+from megatron_opd.untrusted import read_json
+
+_LARGEST = 1e100
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -27,9 +30,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def _read_evaluation(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return _leave_out(path, str(error))
+        found = read_json(path)
+    except (OSError, UserError) as error:
+        return _leave_out(path, str(error).removeprefix(f"{path}: "))
     return found if _is_evaluation(found) else _leave_out(path, "it lacks figures of an evaluation")
 
 
@@ -40,7 +43,9 @@ def _leave_out(path: Path, why: str) -> None:
 def _rows(path: Path, found: list[dict[str, Any]], is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     rows = [row for row in found if is_whole(row)]
     if len(rows) < len(found):
-        print(f"report: {path}: {len(found) - len(rows)} of {len(found)} rows are left out: they lack fields, or hold text for numbers")
+        print(
+            f"report: {path}: {len(found) - len(rows)} of {len(found)} rows are left out: they lack fields, or hold no numbers where they should"
+        )
     return rows
 
 
@@ -51,7 +56,8 @@ def _created(evaluation: dict[str, Any]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    """One that a figure can show; infinities stand for a missing bound in old files."""
+    return isinstance(value, int | float) and not _LARGEST < abs(value) < math.inf
 
 
 def _are_intervals(record: dict[str, Any]) -> bool:

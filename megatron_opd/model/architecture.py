@@ -8,7 +8,16 @@ from typing import Any
 
 from megatron_opd.config import Fp8Config, ParallelConfig, TrainerConfig
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import EXPERT_FIELDS, MODEL_TYPES, architecture_name, check_model_type, read_config, read_rope
+from megatron_opd.hf_config import (
+    EXPERT_FIELDS,
+    MODEL_TYPES,
+    MOST,
+    MOST_OF_ALL,
+    architecture_name,
+    check_model_type,
+    read_config,
+    read_rope,
+)
 
 SUPPORTED = tuple(MODEL_TYPES)
 # Megatron-Core's llama3 RoPE scaling has these built in; another value would be silently another model.
@@ -55,8 +64,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
     "Qwen3MoeForCausalLM": {"num_key_value_heads": 4},
 }
-# No model has more: a slip that would be counted through for hours.
-_MOST = {"num_hidden_layers": 10_000, "num_attention_heads": 10_000, "num_key_value_heads": 10_000, "num_experts": 10_000}
 
 
 @dataclass(frozen=True)
@@ -257,7 +264,7 @@ def _switch(config: dict[str, Any], key: str, where: str) -> bool:
 
 
 def _size(config: dict[str, Any], key: str, where: str) -> int:
-    value, most = _number(config, key, where), _MOST.get(key.replace("local_", ""), 1 << 31)
+    value, most = _number(config, key, where), MOST.get(key, MOST_OF_ALL)
     if not isinstance(value, int):
         raise UserError(f"{where}: {key} = {config[key]!r}, but a whole number is expected")
     if value > most:

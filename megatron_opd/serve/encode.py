@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.inference import EncodingConfig
 from megatron_opd.records import Prompt
 from megatron_opd.serve.rendered import Messages, check_printed
-from megatron_opd.turns import render
+from megatron_opd.turns import confined_texts, render
 
 
 def uses_template(prompt: Prompt, config: EncodingConfig) -> bool:
@@ -21,15 +22,26 @@ def uses_template(prompt: Prompt, config: EncodingConfig) -> bool:
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> np.ndarray:
     """Token ids int32 [P] of a prompt, ready for the model's answer. Raises UserError."""
-    ids = _encode_chat(tokenizer, prompt, config) if uses_template(prompt, config) else _encode_text(tokenizer, prompt, config)
-    if not ids:
-        raise UserError(f"prompt {prompt.index} has no tokens: {prompt.content!r}")
-    return np.asarray(ids, np.int32)
+    return encode_prompts(tokenizer, [prompt], config)[0]
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], config: EncodingConfig) -> list[np.ndarray]:
     """Ids of every prompt, whatever their length. Raises UserError."""
-    return [encode_prompt(tokenizer, prompt, config) for prompt in prompts]
+    chats = [prompt for prompt in prompts if uses_template(prompt, config)]
+    rendered = confined_texts(
+        tokenizer, lambda prompt: _chat_text(tokenizer, prompt, config), chats, lambda prompt: f"prompt {prompt.index}"
+    )
+    encoded = []
+    with contextlib.closing(rendered) as texts:
+        for prompt in prompts:
+            if uses_template(prompt, config):
+                ids = tokenizer(next(texts), add_special_tokens=False)["input_ids"]  # the template prints the special tokens itself
+            else:
+                ids = _encode_text(tokenizer, prompt, config)
+            if not ids:
+                raise UserError(f"prompt {prompt.index} has no tokens: {prompt.content!r:.200}")
+            encoded.append(np.asarray(ids, np.int32))
+    return encoded
 
 
 def find_overlong(encoded: Sequence[np.ndarray], prompts: Sequence[Prompt], config: EncodingConfig, *, max_tokens: int) -> list[int]:
@@ -95,7 +107,7 @@ def _encode_text(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> list
     return ids if ids[: len(before)] == before else before + ids
 
 
-def _encode_chat(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> list[int]:
+def _chat_text(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> str:
     where = f"prompt {prompt.index}"
     messages = _messages_of(tokenizer, prompt, config)
     try:
@@ -105,7 +117,7 @@ def _encode_chat(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> list
     check_printed(lambda changed, tools: render_prompt(tokenizer, changed, tools, config), messages, prompt.tools, text, where)
     if messages[-1]["role"] == "assistant":
         _check_continued(text, messages[-1]["content"], where)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template prints the special tokens itself
+    return text
 
 
 def _check_continued(text: str, begun: str, where: str) -> None:

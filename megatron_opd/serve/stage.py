@@ -34,8 +34,8 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         index, sign, count = text.partition("/")
-        if not sign or not index.isdecimal() or not count.isdecimal():
-            raise UserError(f"--shard {text!r}: i/N is expected, for example 0/8")
+        if not sign or not index.isdecimal() or not count.isdecimal() or len(text) > 40:
+            raise UserError(f"--shard {text!r:.50}: i/N is expected, for example 0/8")
         return cls(int(index), int(count))
 
     def owns(self, part: int) -> bool:

@@ -46,7 +46,10 @@ class TransformersEngine(Engine):
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype = getattr(torch, dtype)
         hf_config = read_config(model)
-        self.context_length = config.context_length or int(hf_config.get("max_position_embeddings", 1 << 20))
+        longest = hf_config.get("max_position_embeddings", 1 << 20)
+        if type(longest) is not int or longest < 1:
+            raise UserError(f"{model}/config.json: max_position_embeddings = {longest!r:.100}, but a whole number above 0 is expected")
+        self.context_length = config.context_length or longest
         self.vocab_size = int(hf_config["vocab_size"])
         self.stop_ids = list(own_stop_ids(model))
         transformers.utils.logging.disable_progress_bar()  # the stage has its own
@@ -54,7 +57,8 @@ class TransformersEngine(Engine):
             load: Any = AutoModelForCausalLM.from_pretrained
             loaded, found = load(str(model), dtype=self.dtype, local_files_only=True, output_loading_info=True)
         except Exception as error:  # it raises any type for what it does not like in a config or a file
-            raise UserError(f"{model}: transformers can't load this model: {type(error).__name__}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{model}: transformers can't load this model: {type(error).__name__}: {reason}") from error
         missing = sorted(found["missing_keys"])
         if missing:  # transformers would draw them at random
             raise UserError(f"{model}: {len(missing)} tensors are in no *.safetensors file (first: {missing[0]}); copy or convert it again")

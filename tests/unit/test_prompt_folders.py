@@ -128,7 +128,7 @@ def test_listed_files_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.arrow: no such prompt file"):
         read_prompts(tmp_path)
     (tmp_path / "data.arrow").mkdir()
-    with pytest.raises(UserError, match=r"data.arrow: can't be read"):
+    with pytest.raises(UserError, match=r"data.arrow: not a file"):
         read_prompts(tmp_path)
 
 

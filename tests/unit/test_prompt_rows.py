@@ -305,7 +305,7 @@ def test_files_that_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prompts in it"):
         read_prompts(tmp_path / "none.parquet")
     for path in ("nul\0.jsonl", "nul\0.parquet"):
-        with pytest.raises(UserError, match=r"can't be read|no such"):
+        with pytest.raises(UserError, match=r"no name of a file"):
             read_prompts(path)
 
 

@@ -90,7 +90,7 @@ def test_a_folder_without_anything_to_read(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "eval" / "opd.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 2
     captured = capsys.readouterr()
-    assert f"{tmp_path / 'eval' / 'opd.json'} is left out: Expecting" in captured.out
+    assert f"{tmp_path / 'eval' / 'opd.json'} is left out: not JSON: Expecting" in captured.out
     assert "run 'megatron-opd eval' with eval.name=opd again, or delete the file" in captured.out
     assert f"{tmp_path}: no run here" in captured.err
 
