@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LOGP_EPSILON = 1e-3
 # Engines write the lowest finite number for -inf (SGLang clamps to it); no real model is this sure that a token won't come.
 LOGP_FLOOR = -1e4
+_StoreId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 # A count or a row number in a manifest; what is larger was not counted, and would overflow.
 _Count = Annotated[int, Field(ge=0, lt=1 << 40)]
 
@@ -280,7 +281,7 @@ class PartManifest(_Record):
     """
 
     part: _Count
-    store_id: str | None = None
+    store_id: _StoreId | None = None
     num_rollouts: _Count
     num_tokens: _Count
     num_response_tokens: _Count
@@ -298,11 +299,11 @@ class ScoreManifest(_Record):
     """
 
     part: _Count
-    store_id: str | None = None
+    store_id: _StoreId | None = None
     teacher: ModelFingerprint
     top_k: int = Field(default=0, ge=0, lt=1 << 20)
     max_tokens: int | None = Field(default=None, gt=0, lt=1 << 40)
-    largest_candidate: int | None = None
+    largest_candidate: _Count | None = None
     excluded: list[Excluded] = Field(default_factory=list)
     allow_teacher_mismatch: bool = False
     part_crc32c: dict[str, int]

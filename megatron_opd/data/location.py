@@ -37,7 +37,7 @@ _LARGEST_MANIFEST = 1 << 28  # bytes; a part that excludes a million rollouts ha
 # Values that can never be data, so that a chunk that is missing inside a file is seen, never read as zeros.
 FILL = {"f": float("nan"), "i": -1, "u": 255}
 # What stands between :// and a host: a user, or a user and a password, which may hold a slash. And what stands behind the path.
-_PRIVATE = re.compile(r"(?<=://)(?:[^/@]*:[^@]*|[^/@]*)@|[?#].*")
+_PRIVATE = re.compile(r"(?<=://)(?:[^/@]*:.*|[^/@]*)@|[?#].*", re.DOTALL)
 
 
 def public_address(address: str) -> str:
@@ -81,6 +81,8 @@ class Location:
         shown, remedy = self.show(name), MAKE_AGAIN if group else _RESTORE
         try:
             attributes = load_json(content, shown)["attributes"]
+            if attributes == {}:
+                return None  # as Zarr makes it when the first array is written on an object store
             record = attributes[ATTRIBUTE]
             if not isinstance(record, dict):
                 raise TypeError(f"{ATTRIBUTE!r} is no object")
@@ -137,7 +139,7 @@ class Location:
             os.mkdir(path)
         except (FileExistsError, NotADirectoryError):
             if not os.path.isdir(path):  # else another worker has just made it
-                raise StoreError(f"{self.url} is a file; a store is a directory") from None
+                raise StoreError(f"{printable(path)} is a file; a store is a directory") from None
         durable.sync(os.path.dirname(path))
 
     def children(self, group: str) -> list[str]:
@@ -289,10 +291,9 @@ def _empty_unsealed(folder: str) -> None:
     except FileNotFoundError:
         return
     try:
-        names = os.listdir(descriptor)
-        if "zarr.json" in names:
+        if _is_sealed(descriptor):
             return
-        for name in names:
+        for name in os.listdir(descriptor):
             try:
                 os.unlink(name, dir_fd=descriptor)
             except IsADirectoryError:
@@ -301,3 +302,11 @@ def _empty_unsealed(folder: str) -> None:
                 pass
     finally:
         os.close(descriptor)
+
+
+def _is_sealed(descriptor: int) -> bool:
+    try:
+        with open("zarr.json", "rb", opener=lambda path, flags: os.open(path, flags, dir_fd=descriptor)) as file:
+            return f'"{ATTRIBUTE}"'.encode() in file.read()
+    except FileNotFoundError:
+        return False

@@ -112,7 +112,7 @@ def _check_store(recorded: str | None, identity: str, where: str, remedy: str) -
     """Raise StoreError if a group says that it is of another store; those of older versions don't say."""
     if recorded not in (None, identity):
         raise StoreError(
-            f"{where} is of another store, with other prompts, models or settings ({printable(recorded)}, this one is {identity}); {remedy}"
+            f"{where} is of another store, with other prompts, models or settings ({recorded}, this one is {identity}); {remedy}"
         )
 
 

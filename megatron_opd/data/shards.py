@@ -134,7 +134,7 @@ class ShardedArray:
         if not self._is_local:
             size = int(self._fs.size(self._file))
             return size, self._bytes(max(0, size - length), min(size, length))
-        with open(self._file, "rb") as file:
+        with open(self._file, "rb", opener=_at_once) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - length))
             return size, file.read(min(size, length))
@@ -144,9 +144,14 @@ class ShardedArray:
             return self._small[offset : offset + length]
         if not self._is_local:
             return self._fs.cat_file(self._file, start=offset, end=offset + length)
-        with open(self._file, "rb") as file:
+        with open(self._file, "rb", opener=_at_once) as file:
             file.seek(offset)
             return file.read(length)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens a file; of a named pipe it would wait for the other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _without_crc(content: bytes, what: str) -> memoryview:
