@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_opd.data.calibration import read_calibration
+from megatron_opd.data.location import one_line
 from megatron_opd.data.store import StoreReader
 from megatron_opd.records import Finish, ModelFingerprint, PartManifest, ScoreManifest, StoreManifest
-from megatron_opd.untrusted import printable
 
 _BAR = 40
 
@@ -46,7 +46,7 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
     if calibration is not None and calibration.floor is not None:
         rows.append(("engines", f"{calibration.engine.get('kind')} and Megatron differ by {calibration.floor.describe()}"))
     for name, text in rows:
-        print(printable(f"{name:<18} {text}"))
+        print(one_line(f"{name:<18} {text}"))
     _print_exclusions([*reader.parts.values(), *(record for records in scores.values() for record in records)])
     if len(reader):
         print("response length, tokens")
@@ -102,7 +102,7 @@ def _scores(reader: StoreReader, records: Sequence[ScoreManifest]) -> str:
 def _print_exclusions(records: Sequence[PartManifest | ScoreManifest]) -> None:
     reasons = Counter(excluded.reason for record in records for excluded in record.excluded)
     for reason, count in reasons.most_common(10):
-        print(printable(f"{'excluded':<18} {count} x {reason}"))
+        print(one_line(f"{'excluded':<18} {count} x {reason}"))
 
 
 def histogram(values: np.ndarray, *, bins: int = 10) -> list[str]:

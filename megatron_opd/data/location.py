@@ -40,11 +40,16 @@ FILL = {"f": float("nan"), "i": -1, "u": 255}
 _PRIVATE = re.compile(r"(?<=://)(?:[^/@]*:.*|[^/@]*)@|[?#].*", re.DOTALL)
 
 
+def one_line(text: object) -> str:
+    """`text` for a console, line ends as escapes too."""
+    return printable(text).replace("\n", "\\n")
+
+
 def public_address(address: str) -> str:
     """`address` for people and records: without user, password and query."""
     if "://" not in address:
-        return printable(address)
-    return printable("::".join(_PRIVATE.sub("", piece) for piece in address.split("::")))
+        return one_line(address)
+    return one_line("::".join(_PRIVATE.sub("", piece) for piece in address.split("::")))
 
 
 class Location:
@@ -63,14 +68,14 @@ class Location:
 
     def reason(self, error: Exception) -> str:
         """An error's text for people."""
-        return printable(str(error).replace(self.address, self.url) or type(error).__name__)
+        return one_line(str(error).replace(self.address, self.url) or type(error).__name__)
 
     def path(self, relative: str) -> str:
         return f"{self.root}/{relative}" if relative else self.root
 
     def show(self, relative: str) -> str:
         """A path for error messages."""
-        return f"{self.url.rstrip('/')}/{printable(relative)}" if relative else self.url
+        return f"{self.url.rstrip('/')}/{one_line(relative)}" if relative else self.url
 
     def read_attributes(self, group: str) -> dict[str, Any] | None:
         """The group's 'opd' attributes, None if there is no sealed group. Raises StoreError if they are not ours, or not as written."""
@@ -139,7 +144,7 @@ class Location:
             os.mkdir(path)
         except (FileExistsError, NotADirectoryError):
             if not os.path.isdir(path):  # else another worker has just made it
-                raise StoreError(f"{printable(path)} is a file; a store is a directory") from None
+                raise StoreError(f"{one_line(path)} is a file; a store is a directory") from None
         durable.sync(os.path.dirname(path))
 
     def children(self, group: str) -> list[str]:

@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_opd.data.location import MAKE_AGAIN, Location
+from megatron_opd.data.location import MAKE_AGAIN, Location, one_line
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError
 from megatron_opd.records import PartManifest, ScoreManifest, StoreManifest
-from megatron_opd.untrusted import printable
 
 FORMAT_VERSION = 1
 # What may differ between two runs that add to the same store.
@@ -40,7 +39,7 @@ def read_manifest(location: Location) -> tuple[StoreManifest, str]:
     if attributes is None:
         raise StoreError(f"{location.url}: no store here; make one with 'megatron-opd rollout' (or 'generate')")
     if attributes.get("format_version") != FORMAT_VERSION:
-        version = printable(str(attributes.get("format_version"))[:80])
+        version = one_line(str(attributes.get("format_version"))[:80])
         raise StoreError(f"{location.url}: store format {version}, this program reads {FORMAT_VERSION}")
     return parse_manifest(StoreManifest, attributes, location.url), store_id(attributes)
 
@@ -63,7 +62,7 @@ def parse_manifest(kind: type[_Manifest], attributes: dict[str, Any], where: str
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors()]
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise StoreError(f"{where}: manifest is not valid: {printable('; '.join(faults[:3]))}{more}") from None
+        raise StoreError(f"{where}: manifest is not valid: {one_line('; '.join(faults[:3]))}{more}") from None
 
 
 def read_part(location: Location, part: int, identity: str) -> tuple[PartManifest, dict[str, ArrayFacts]] | None:

@@ -9,12 +9,11 @@ import numpy as np
 
 from megatron_opd.data.account import find_fault
 from megatron_opd.data.cache import ArrayCache
-from megatron_opd.data.location import MAKE_AGAIN, Location
+from megatron_opd.data.location import MAKE_AGAIN, Location, one_line
 from megatron_opd.data.manifests import part_group, part_number, read_manifest, read_part, read_scores, score_group
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError, UserError
 from megatron_opd.records import Finish, PartManifest, Rollout, ScoreManifest, TeacherScores
-from megatron_opd.untrusted import printable
 
 _SMALL_ARRAYS = ("offsets", "prompt_len", "prompt_index", "sample_index", "finish")
 
@@ -207,7 +206,7 @@ class StoreReader:
         name = (int(self.prompt_indices[index]), int(self.sample_indices[index]))
         if (reason := self._exclusions[part, teacher].get(name)) is not None:
             raise StoreError(
-                f"{self.location.show(group)}, rollout {index}: has no scores: {printable(reason)}; open the store with teacher={teacher!r}"
+                f"{self.location.show(group)}, rollout {index}: has no scores: {one_line(reason)}; open the store with teacher={teacher!r}"
             )
         rollout = self.rollout(index)
         names = ("logp", "topk_ids", "topk_logp") if topk else ("logp",)

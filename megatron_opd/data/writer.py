@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.data.location import FILL, Location, checksum
+from megatron_opd.data.location import FILL, Location, checksum, one_line
 from megatron_opd.data.manifests import FREE_FIELDS, part_group, read_manifest, score_group
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
-from megatron_opd.untrusted import printable
 
 
 def create_store(url: str, manifest: StoreManifest) -> Location:
@@ -40,7 +39,7 @@ def _brief(value: Any, other: Any) -> str:
     """The part of `value` that differs from `other`."""
     if isinstance(value, dict) and isinstance(other, dict):
         return "{" + ", ".join(f"{key}: {_brief(value[key], other.get(key))}" for key in value if value[key] != other.get(key)) + "}"
-    return printable(value)
+    return one_line(value)
 
 
 def write_part(

@@ -54,9 +54,9 @@ def arguments(folder: Path, stage: str, store: str, shard: str, *changes: str) -
     return [stage, "tiny", *(f"{key}={value}" for key, value in settings.items()), *changes, f"--shard={shard}"]
 
 
-def start(folder: Path, stage: str, store: str, shard: str = "0/1", *changes: str) -> subprocess.Popen[str]:
+def start(folder: Path, stage: str, store: str, shard: str = "0/1") -> subprocess.Popen[str]:
     """The real command in a process of its own."""
-    command = [sys.executable, "-m", "megatron_opd", *arguments(folder, stage, store, shard, *changes)]
+    command = [sys.executable, "-m", "megatron_opd", *arguments(folder, stage, store, shard)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -160,9 +160,9 @@ def test_a_part_that_is_not_the_stores_is_refused_before_an_engine_starts(
 ) -> None:
     store = Path(shutil.copytree(folder / "rollouts", folder / harm))
     if harm == "foreign":
-        finish(start(folder, "rollout", "warm", "3/24", "rollout.sampling.temperature=0.5"))
+        assert main(arguments(folder, "rollout", "short", "3/24", "rollout.sampling.max_new_tokens=2")) == 0
         shutil.rmtree(store / "parts/000003")
-        shutil.copytree(folder / "warm/parts/000003", store / "parts/000003")
+        shutil.copytree(folder / "short/parts/000003", store / "parts/000003")
     else:
         path = store / "parts/000003/tokens/c/0"
         content = bytearray(path.read_bytes())
@@ -182,9 +182,10 @@ def test_a_worker_encodes_the_prompts_of_its_own_parts(folder: Path, monkeypatch
         "encode_prompts",
         lambda tokenizer, prompts, config: seen.extend(p.index for p in prompts) or real(tokenizer, prompts, config),
     )
-    assert main(arguments(folder, "rollout", "few", "5/12")) == 0
+    monkeypatch.setattr(sample, "open_engine", _no_engine)
+    with pytest.raises(AssertionError, match="an engine was started"):
+        main(arguments(folder, "rollout", "few", "5/12"))
     assert seen == [10, 11, 34, 35]
-    assert checksums(folder / "few", "rollout") == {part: checksums(folder / "scored", "rollout")[part] for part in (5, 17)}
 
 
 def _no_engine(*args: object, **options: object) -> None:

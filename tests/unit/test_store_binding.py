@@ -271,7 +271,7 @@ def test_addresses_are_shown_without_credentials(address: str, shown: str) -> No
 
 
 def test_names_with_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest, url, evil = small(), str(tmp_path / "s"), "\x1b[2J\x07"
+    manifest, url, evil = small(), str(tmp_path / "s"), "\x1b[2J\n\x07"
     sampler = manifest.sampler.model_copy(update={"name": evil})
     manifest = small(sampler=sampler)
     excluded = [Excluded(prompt_index=0, sample_index=0, reason=evil)]
