@@ -30,14 +30,14 @@ def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64,
     """
     reader = StoreReader(url)
     if len(reader) == 0:
-        raise UserError(f"{url}: no rollouts in it")
+        raise UserError(f"{reader.location.url}: no rollouts in it")
     fingerprint = fingerprint_model(model)
     check_same_tokenizer(reader.manifest.sampler, fingerprint)
     is_sampler = same_model(reader.manifest.sampler, fingerprint)
     servers = len(config.urls) if config.urls else config.launch.servers if config.launch else 1
     if not is_sampler and servers < 2:
         raise LineageError(
-            f"{url} was sampled from {reader.manifest.sampler.short()}, not from {fingerprint.short()}: give the sampler as --model to compare "
+            f"{reader.location.url} was sampled from {reader.manifest.sampler.short()}, not from {fingerprint.short()}: give the sampler as --model to compare "
             "the engines, or two servers of this model (--url twice) to compare them with each other"
         )
     sample = _sample(reader, rollouts)

@@ -323,7 +323,7 @@ def _data(config: TrainerConfig, sampler: SampleStage) -> _Data:
         reader = StoreReader(config.store)
         if len(reader):
             lengths = cut_lengths(reader, config)
-            return _Data(config.store, float(lengths.mean()), int(lengths.max()), len(reader))
+            return _Data(location.url, float(lengths.mean()), int(lengths.max()), len(reader))
     response = min(sampler.sampling.max_new_tokens, config.max_response_tokens or sampler.sampling.max_new_tokens)
     return _Data("no store yet, guessed", PROMPT_TOKENS + RESPONSE_SHARE * response, PROMPT_TOKENS + response, None)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import STAGES, EvalStage, Recipe, SampleStage, ScoreStage, TrainerConfig
-from megatron_opd.data.location import Location
+from megatron_opd.data.location import Location, public_address
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
@@ -72,22 +72,22 @@ def _sampled(stage: str, config: SampleStage | None, recipe: Recipe) -> Progress
         return Progress(stage, 0, 0, "parts", "(no such section in the recipe)")
     reader = _open(config.store)
     if reader is None:
-        return Progress(stage, 0, 0, "parts", config.store)
+        return Progress(stage, 0, 0, "parts", public_address(config.store))
     stale = _other_model("sampled from", reader.manifest.sampler.weights_sha256, config.model)
     if stage == "rollout":
         stale = _trained_since(config.model, recipe.sft) or stale
-    return Progress(stage, len(reader.parts), reader.manifest.num_parts, "parts", config.store, stale)
+    return Progress(stage, len(reader.parts), reader.manifest.num_parts, "parts", public_address(config.store), stale)
 
 
 def _scored(config: ScoreStage) -> Progress:
     reader = _open(config.store)
     if reader is None:
-        return Progress("score", 0, 0, "parts", config.store)
+        return Progress("score", 0, 0, "parts", public_address(config.store))
     records = (reader.score_manifest(part, config.teacher) for part in reader.parts)
     teachers = {record.teacher.weights_sha256 for record in records if record is not None}
     stale = next((why for weights in sorted(teachers) if (why := _other_model("scored by", weights, config.model))), None)
     scored = len(reader.parts) - len(reader.unscored_parts(config.teacher))
-    return Progress("score", scored, reader.manifest.num_parts, "parts", config.store, stale)
+    return Progress("score", scored, reader.manifest.num_parts, "parts", public_address(config.store), stale)
 
 
 def _trained(stage: str, config: TrainerConfig, *, teacher: str | None) -> Progress:
@@ -112,7 +112,7 @@ def _trained_on_others(state: dict[str, Any], config: TrainerConfig, reader: Sto
     if (why := _other_model("trained from", init, config.init)) is not None:
         return why
     if reader is not None and recorded is not None and recorded != (now := rollouts_id(reader)):
-        return f"trained on the rollouts {recorded}, but {config.store} holds {now} now"
+        return f"trained on the rollouts {recorded}, but {public_address(config.store)} holds {now} now"
     return None
 
 

@@ -12,12 +12,15 @@ from enum import IntEnum
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # A log-probability computed in fp32 may exceed 0 by rounding; more than this is an error.
 LOGP_EPSILON = 1e-3
 # Engines write the lowest finite number for -inf (SGLang clamps to it); no real model is this sure that a token won't come.
 LOGP_FLOOR = -1e4
+_StoreId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+# A count or a row number in a manifest; what is larger was not counted, and would overflow.
+_Count = Annotated[int, Field(ge=0, lt=1 << 40)]
 
 
 class Finish(IntEnum):
@@ -157,7 +160,8 @@ class ModelFingerprint(_Record):
     tokenizer: TokenizerFingerprint
 
     def short(self) -> str:
-        return f"{self.name} ({self.weights_sha256[:12]})"
+        name = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in self.name)
+        return f"{name} ({self.weights_sha256[:12]})"
 
 
 class SftFacts(_Record):
@@ -195,7 +199,7 @@ class PromptFile(_Record):
 
     name: str
     sha256: str
-    num_prompts: int
+    num_prompts: _Count
 
 
 class SamplingParams(_Record):
@@ -205,11 +209,14 @@ class SamplingParams(_Record):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, le=1 << 31, description="0 samples from the whole vocabulary")
     max_new_tokens: int = Field(default=4096, gt=0, le=1 << 31)
-    samples_per_prompt: int = Field(default=1, gt=0, le=1 << 20)
+    samples_per_prompt: int = Field(default=1, gt=0, lt=1 << 20)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     stop_token_ids: list[Annotated[int, Field(ge=0, le=1 << 31)]] = Field(
         default_factory=list, description="ids that end a response besides those that the model's files, template and SFT answers name"
     )
+
+
+MAX_PARTS = 10**6  # folders of six digits
 
 
 class StoreManifest(_Record):
@@ -225,7 +232,7 @@ class StoreManifest(_Record):
     sampler: ModelFingerprint
     lineage: Lineage
     prompts: PromptFile
-    prompts_per_part: int = Field(gt=0)
+    prompts_per_part: int = Field(gt=0, lt=1 << 40)
     sampling: SamplingParams
     encoding: dict[str, Any] = Field(default_factory=dict)
     stop_ids: list[int] = Field(default_factory=list)
@@ -236,6 +243,12 @@ class StoreManifest(_Record):
     allow_template_mismatch: bool = False
     engine: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _parts_have_names(self) -> StoreManifest:
+        if self.num_parts > MAX_PARTS:
+            raise ValueError(f"{self.num_parts} parts, at most {MAX_PARTS} are possible; raise prompts_per_part")
+        return self
 
     @property
     def num_parts(self) -> int:
@@ -254,8 +267,8 @@ class StoreManifest(_Record):
 class Excluded(_Record):
     """A rollout that was asked for and is not there (or not scored), with the reason; `quarantined`: the engine failed at it."""
 
-    prompt_index: int
-    sample_index: int
+    prompt_index: _Count
+    sample_index: _Count
     reason: str
     quarantined: bool = False
 
@@ -263,13 +276,15 @@ class Excluded(_Record):
 class PartManifest(_Record):
     """Attributes of a sealed part; written last. `crc32c` is of each array's raw bytes.
 
-    `endings`: how many responses each stop id ended; None in a part of an older version.
+    `store_id`: identity of the store that it was made for. `endings`: how many responses each stop id ended. Parts of older versions
+    have neither.
     """
 
-    part: int
-    num_rollouts: int
-    num_tokens: int
-    num_response_tokens: int
+    part: _Count
+    store_id: _StoreId | None = None
+    num_rollouts: _Count
+    num_tokens: _Count
+    num_response_tokens: _Count
     excluded: list[Excluded] = Field(default_factory=list)
     endings: dict[int, int] | None = None
     crc32c: dict[str, int]
@@ -280,14 +295,15 @@ class ScoreManifest(_Record):
     """Attributes of a teacher's group in a part; written last.
 
     `excluded` rollouts have no scores (NaN), and those longer than `max_tokens` are scored up to there; training leaves both out.
-    `largest_candidate` is the highest token id among the teacher's candidates, None without any.
+    `largest_candidate` is the highest token id among the teacher's candidates, None without any. `store_id` as in `PartManifest`.
     """
 
-    part: int
+    part: _Count
+    store_id: _StoreId | None = None
     teacher: ModelFingerprint
-    top_k: int = Field(default=0, ge=0)
-    max_tokens: int | None = None
-    largest_candidate: int | None = None
+    top_k: int = Field(default=0, ge=0, lt=1 << 20)
+    max_tokens: int | None = Field(default=None, gt=0, lt=1 << 40)
+    largest_candidate: _Count | None = None
     excluded: list[Excluded] = Field(default_factory=list)
     allow_teacher_mismatch: bool = False
     part_crc32c: dict[str, int]

@@ -15,8 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from megatron_opd import untrusted
 from megatron_opd.confined import Ended, run_confined
 from megatron_opd.data.store import StoreReader
@@ -288,10 +286,10 @@ def check_stored_format(reader: StoreReader) -> None:
     problem = check_prompt_format(sft, manifest, reader.location.url)
     if problem is None and sft.prompt_suffix and manifest.encoding.get("assistant_last", "refuse") == "refuse":
         for part in reader.parts:
-            rollout = next(iter(np.flatnonzero(reader.part_ids == part)), None)
-            if rollout is None:
+            rows = reader.part_rows(part)
+            if rows.start == rows.stop:
                 continue
-            tokens, end = reader.rollout(int(rollout)).tokens, int(reader.prompt_lens[rollout])
+            tokens, end = reader.rollout(rows.start).tokens, int(reader.prompt_lens[rows.start])
             found = tokens[max(0, end - len(sft.prompt_suffix)) : end].tolist()
             if found != sft.prompt_suffix:
                 problem = (

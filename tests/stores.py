@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_opd.data.store import StoreReader, create_store, write_part, write_scores
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import (
     Finish,

@@ -30,7 +30,7 @@ import numpy as np
 
 from megatron_opd.config import ScoreStage
 from megatron_opd.cost import provenance
-from megatron_opd.data.store import create_store, write_part
+from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import Finish, Lineage, PromptFile, Rollout, SamplingParams, StoreManifest

@@ -25,7 +25,8 @@ from bench_score import PROMPT, RESPONSE, cpu_seconds, make_model, make_store
 from pyarrow import parquet
 
 from megatron_opd.cost import provenance
-from megatron_opd.data.store import StoreReader, write_scores
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import write_scores
 from megatron_opd.records import ScoreManifest, TeacherScores
 
 TEACHER = "teacher"

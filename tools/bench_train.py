@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import megatron_opd.model  # noqa: F401  before megatron.core
 from megatron_opd.config import TrainStage
-from megatron_opd.data.store import StoreReader, create_store, write_part, write_scores
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.known_models import KNOWN
 from megatron_opd.model import parallel
 from megatron_opd.model.architecture import Architecture, read_architecture

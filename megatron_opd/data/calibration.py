@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
+import json
 
-from megatron_opd.data.location import Location
+from megatron_opd.data.location import Location, check_record, record_checksum
+from megatron_opd.data.manifests import parse_manifest
 from megatron_opd.errors import StoreError, UserError
 from megatron_opd.records import Calibration
+from megatron_opd.untrusted import load_json
 
-FILE = "calibration.json"
+FILE, _CHECKSUM = "calibration.json", "crc32c"
 
 
 def read_calibration(location: Location) -> Calibration | None:
     """None if it was never measured. Raises StoreError."""
-    try:
-        return Calibration.model_validate_json(location.fs.cat_file(location.path(FILE)))
-    except FileNotFoundError:
+    content, shown = location.read_file(FILE), location.show(FILE)
+    if content is None:
         return None
-    except ValidationError as error:
-        raise StoreError(
-            f"{location.show(FILE)} is not valid: {error}; delete it and run 'megatron-opd check STORE --model STUDENT'"
-        ) from None
+    remedy = f"delete it and run 'megatron-opd check {location.url} --model STUDENT'"
+    try:
+        record = load_json(content, shown)
+        if not isinstance(record, dict):
+            raise UserError(f"{shown}: must be a JSON object, not {type(record).__name__}")
+        crc32c = record.pop(_CHECKSUM, None)  # those of older versions have none
+        check_record(record, crc32c, shown, "measure again")
+        return parse_manifest(Calibration, record, shown)
+    except UserError as error:
+        raise StoreError(f"{error}; {remedy}") from None
 
 
-def write_calibration(location: Location, record: Calibration) -> None:
+def write_calibration(location: Location, calibration: Calibration) -> None:
     """Replace the record."""
-    location.write_file(FILE, record.model_dump_json(indent=1).encode())
+    record = calibration.model_dump(mode="json")
+    location.write_file(FILE, json.dumps({**record, _CHECKSUM: record_checksum(record)}, indent=1).encode())
 
 
 def check_calibration(location: Location, teacher_weights: str, bound: float) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_opd.data.calibration import read_calibration
+from megatron_opd.data.location import one_line
 from megatron_opd.data.store import StoreReader
-from megatron_opd.records import Finish, ModelFingerprint, StoreManifest
+from megatron_opd.records import Finish, ModelFingerprint, PartManifest, ScoreManifest, StoreManifest
 
 _BAR = 40
 
@@ -21,7 +23,7 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
     manifest = reader.manifest
     lineage = manifest.lineage
     rows = [
-        ("store", f"{url} (format {manifest.format_version})"),
+        ("store", f"{reader.location.url} (format {manifest.format_version}, identity {reader.store_id})"),
         ("sampled by", f"{manifest.sampler_role} {_model(manifest.sampler)}"),
         ("base model", _model(lineage.base)),
         ("SFT teacher", _model(lineage.sft_teacher) + (" (declared by the user)" if lineage.sft_teacher_declared else "")),
@@ -34,17 +36,18 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
         ("made", f"{manifest.provenance.get('created', '?')} at commit {manifest.provenance.get('git_commit', 'unknown')}"),
         ("parts", f"{len(reader.parts)} of {manifest.num_parts} sealed, {manifest.prompts_per_part} prompts each"),
         ("rollouts", _counts(reader)),
+        *(("NOTE", note) for note in reader.notes),
     ]
-    for teacher in reader.teachers():
-        rows.append((f"scores {teacher!r}", _scores(reader, teacher)))
-    if not reader.teachers():
+    scores = {name: [record for part in reader.parts if (record := reader.score_manifest(part, name))] for name in reader.teachers()}
+    rows += [(f"scores {name!r}", _scores(reader, records)) for name, records in scores.items()]
+    if not scores:
         rows.append(("scores", "none; run 'megatron-opd score'"))
     calibration = read_calibration(reader.location)
     if calibration is not None and calibration.floor is not None:
         rows.append(("engines", f"{calibration.engine.get('kind')} and Megatron differ by {calibration.floor.describe()}"))
     for name, text in rows:
-        print(f"{name:<18} {text}")
-    _print_exclusions(reader)
+        print(one_line(f"{name:<18} {text}"))
+    _print_exclusions([*reader.parts.values(), *(record for records in scores.values() for record in records)])
     if len(reader):
         print("response length, tokens")
         print("\n".join(histogram(reader.response_lens)))
@@ -87,8 +90,7 @@ def _counts(reader: StoreReader) -> str:
     return f"{len(reader)} ({finishes}); {int(reader.response_lens.sum()):,} response tokens, {int(reader.lengths.sum()):,} in all"
 
 
-def _scores(reader: StoreReader, teacher: str) -> str:
-    records = [record for part in reader.parts if (record := reader.score_manifest(part, teacher)) is not None]
+def _scores(reader: StoreReader, records: Sequence[ScoreManifest]) -> str:
     mismatch = "; TEACHER MISMATCH ALLOWED" if any(record.allow_teacher_mismatch for record in records) else ""
     top_k = f", top-{records[0].top_k}" if records[0].top_k else ""
     excluded = sum(len(record.excluded) for record in records)
@@ -97,14 +99,10 @@ def _scores(reader: StoreReader, teacher: str) -> str:
     return f"{_model(records[0].teacher)}{top_k}, {len(records)} of {len(reader.parts)} parts{notes}{mismatch}"
 
 
-def _print_exclusions(reader: StoreReader) -> None:
-    reasons: dict[str, int] = {}
-    scores = [record for part in reader.parts for name in reader.teachers() if (record := reader.score_manifest(part, name)) is not None]
-    for record in [*reader.parts.values(), *scores]:
-        for excluded in record.excluded:
-            reasons[excluded.reason] = reasons.get(excluded.reason, 0) + 1
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:10]:
-        print(f"{'excluded':<18} {count} x {reason}")
+def _print_exclusions(records: Sequence[PartManifest | ScoreManifest]) -> None:
+    reasons = Counter(excluded.reason for record in records for excluded in record.excluded)
+    for reason, count in reasons.most_common(10):
+        print(one_line(f"{'excluded':<18} {count} x {reason}"))
 
 
 def histogram(values: np.ndarray, *, bins: int = 10) -> list[str]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
+import stat
 import time
 import uuid
 from typing import Any
@@ -23,52 +25,104 @@ from fsspec.implementations.local import LocalFileSystem
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore, LocalStore
 
-from megatron_opd.data.shards import ShardedArray
-from megatron_opd.errors import StoreError
+from megatron_opd import durable
+from megatron_opd.data.shards import CHUNK_ITEMS, ArrayFacts, ShardedArray
+from megatron_opd.errors import StoreError, UserError
+from megatron_opd.untrusted import load_json, printable
 
-ATTRIBUTE = "opd"
-CHUNK_ITEMS = 1 << 15
+ATTRIBUTE, CHECKSUM = "opd", "opd_crc32c"
+MAKE_AGAIN = "delete this group and make it again"
+_RESTORE = "put it back from a copy, or delete this file and run the stage with the settings that it had, which writes it again"
+_LARGEST_MANIFEST = 1 << 28  # bytes; a part that excludes a million rollouts has half of it
 # Values that can never be data, so that a chunk that is missing inside a file is seen, never read as zeros.
 FILL = {"f": float("nan"), "i": -1, "u": 255}
+# What stands between :// and a host: a user, or a user and a password, which may hold a slash. And what stands behind the path.
+_PRIVATE = re.compile(r"(?<=://)(?:[^/@]*:.*|[^/@]*)@|[?#].*", re.DOTALL)
+
+
+def one_line(text: object) -> str:
+    """`text` for a console, line ends as escapes too."""
+    return printable(text).replace("\n", "\\n")
+
+
+def public_address(address: str) -> str:
+    """`address` for people and records: without user, password and query."""
+    if "://" not in address:
+        return one_line(address)
+    return one_line("::".join(_PRIVATE.sub("", piece) for piece in address.split("::")))
 
 
 class Location:
-    """A folder that may hold Zarr groups; paths below it are relative, with '/'."""
+    """A folder that may hold Zarr groups; paths below it are relative, with '/'. `url` is for people, `address` for opening it."""
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None):
-        self.url = str(url)
+        self.address, self.url = str(url), public_address(str(url))
         self.storage_options = storage_options or {}
+        if "\0" in self.address:
+            raise StoreError(f"{self.url}: an address can't hold NUL characters")
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+            self.fs, self.root = fsspec.core.url_to_fs(self.address, **self.storage_options)
         except (ValueError, ImportError) as error:
-            raise StoreError(f"{self.url}: no file system for this address: {error}") from None
+            raise StoreError(f"{self.url}: no file system for this address: {self.reason(error)}") from None
         self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def reason(self, error: Exception) -> str:
+        """An error's text for people."""
+        return one_line(str(error).replace(self.address, self.url) or type(error).__name__)
 
     def path(self, relative: str) -> str:
         return f"{self.root}/{relative}" if relative else self.root
 
     def show(self, relative: str) -> str:
         """A path for error messages."""
-        return f"{self.url.rstrip('/')}/{relative}" if relative else self.url
+        return f"{self.url.rstrip('/')}/{one_line(relative)}" if relative else self.url
 
     def read_attributes(self, group: str) -> dict[str, Any] | None:
-        """The group's 'opd' attributes, None if there is no sealed group. Raises StoreError if it is not ours or broken."""
+        """The group's 'opd' attributes, None if there is no sealed group. Raises StoreError if they are not ours, or not as written."""
+        name = f"{group}/zarr.json" if group else "zarr.json"
+        content = self.read_file(name)
+        if content is None:
+            return None
+        shown, remedy = self.show(name), MAKE_AGAIN if group else _RESTORE
         try:
-            text = self.fs.cat_file(self.path(f"{group}/zarr.json" if group else "zarr.json"))
+            attributes = load_json(content, shown)["attributes"]
+            if attributes == {}:
+                return None  # as Zarr makes it when the first array is written on an object store
+            record = attributes[ATTRIBUTE]
+            if not isinstance(record, dict):
+                raise TypeError(f"{ATTRIBUTE!r} is no object")
+        except UserError as error:
+            raise StoreError(f"{error}; {remedy}") from None
+        except (KeyError, TypeError) as error:
+            raise StoreError(f"{shown} is damaged, or not of a store (its attributes have no {ATTRIBUTE!r}: {error}); {remedy}") from None
+        check_record(record, attributes.get(CHECKSUM), shown, f"{remedy}; if the change was meant, remove {CHECKSUM!r} from the file")
+        return record
+
+    def write_attributes(self, group: str, attributes: dict[str, Any] | None, *, exclusive: bool = False) -> bool:
+        """Write the group's zarr.json whole, with a checksum of `attributes`; with `exclusive`, False if there is one already."""
+        ours = {} if attributes is None else {ATTRIBUTE: attributes, CHECKSUM: record_checksum(attributes)}
+        content = {"zarr_format": 3, "node_type": "group", "attributes": ours}
+        text = json.dumps(content, indent=1).encode()
+        return self.write_file(f"{group}/zarr.json" if group else "zarr.json", text, exclusive=exclusive)
+
+    def make_group(self, group: str) -> None:
+        """A group without attributes, unless it is there."""
+        if not self.fs.exists(self.path(f"{group}/zarr.json")):
+            self.write_attributes(group, None)
+
+    def read_file(self, relative: str) -> bytes | None:
+        """A file's content, None if there is none. Raises StoreError for what is no file or far too large, OSError."""
+        path = self.path(relative)
+        try:
+            if self.is_local:
+                found = os.stat(path)
+                if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_MANIFEST:
+                    raise StoreError(f"{self.show(relative)}: not a file, or over {_LARGEST_MANIFEST >> 20} MiB, which no such file has")
+            return self.fs.cat_file(path)
         except FileNotFoundError:
             return None
         except NotADirectoryError:
             raise StoreError(f"{self.url} is a file; a store is a directory") from None
-        try:
-            return json.loads(text).get("attributes", {}).get(ATTRIBUTE)
-        except (ValueError, AttributeError) as error:
-            raise StoreError(f"{self.show(group)}/zarr.json is damaged ({error}); delete this group and make it again") from None
-
-    def write_attributes(self, group: str, attributes: dict[str, Any] | None, *, exclusive: bool = False) -> bool:
-        """Write the group's zarr.json whole; with `exclusive`, False if there is one already."""
-        content = {"zarr_format": 3, "node_type": "group", "attributes": {} if attributes is None else {ATTRIBUTE: attributes}}
-        text = json.dumps(content, indent=1).encode()
-        return self.write_file(f"{group}/zarr.json" if group else "zarr.json", text, exclusive=exclusive)
 
     def write_file(self, relative: str, content: bytes, *, exclusive: bool = False) -> bool:
         """Write a file whole; with `exclusive`, False if there is one already."""
@@ -78,26 +132,20 @@ class Location:
                 return False
             self.fs.pipe_file(target, content)
             return True
+        self._make_folder(os.path.dirname(target))
+        return durable.write_file(target, content, exclusive=exclusive)
+
+    def _make_folder(self, path: str) -> None:
+        """A local folder and those above it, each on disk in the one that names it."""
+        if os.path.isdir(path):
+            return
+        self._make_folder(os.path.dirname(path))
         try:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.mkdir(path)
         except (FileExistsError, NotADirectoryError):
-            raise StoreError(f"{self.url} is a file; a store is a directory") from None
-        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if not exclusive:
-                os.replace(temporary, target)
-                return True
-            os.link(temporary, target)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            if not os.path.isdir(path):  # else another worker has just made it
+                raise StoreError(f"{one_line(path)} is a file; a store is a directory") from None
+        durable.sync(os.path.dirname(path))
 
     def children(self, group: str) -> list[str]:
         """Names of the folders in `group`, temporary ones left out."""
@@ -117,61 +165,98 @@ class Location:
         return FsspecStore.from_url(self.fs.unstrip_protocol(path), storage_options=self.storage_options or None)
 
     def write_sealed_group(self, group: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
-        """Write arrays, then the attributes; whatever stood there unsealed is replaced. A sealed group is left as it is."""
+        """Write arrays, then the attributes; whatever stood there unsealed is replaced. A sealed group is left as it is.
+
+        Raises StoreError if what was written is gone before it is sealed.
+        """
         if self.read_attributes(group) is not None:
             return
         if not self.is_local:
             for name, array in arrays.items():
                 _write_array(self.zarr_store(group), name, array)
+            self._check_written(group, arrays)
             self.write_attributes(group, attributes)
             return
-        parent, name = os.path.split(self.path(group))
-        staging = os.path.join(parent, f".{name}.{uuid.uuid4().hex}.tmp")
+        target = self.path(group)
+        parent, name = os.path.split(target)
+        staging = Location(os.path.join(parent, f".{name}.{uuid.uuid4().hex}.tmp"))
+        self._make_folder(parent)
+        os.mkdir(staging.root)
         try:
             for key, array in arrays.items():
-                _write_array(LocalStore(staging), key, array)
-            Location(staging).write_attributes("", attributes)
-            _sync_tree(staging)
-            if os.path.isdir(self.path(group)) and self.read_attributes(group) is None:
-                shutil.rmtree(self.path(group), ignore_errors=True)  # another worker may be at it too
-            os.rename(staging, self.path(group))
+                _write_array(LocalStore(staging.root), key, array)
+            staging.write_attributes("", attributes)
+            durable.sync_tree(staging.root)
+            staging._check_written("", arrays)
+            if staging.read_attributes("") is None:
+                raise StoreError(f"{self.show(group)}: its manifest was deleted while it was written; run the same command again")
+            _empty_unsealed(target)
+            durable.publish_folder(staging.root, target)
         except OSError:
             # Another worker sealed the same group first: its data is whole, ours is dropped.
             if self.read_attributes(group) is None:
                 raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging.root, ignore_errors=True)
+
+    def _check_written(self, group: str, arrays: dict[str, np.ndarray]) -> None:
+        """Raise StoreError unless every array lies there with all its bytes; they are not read."""
+        for name, array in arrays.items():
+            try:
+                self.open_array(group, name, ArrayFacts(array.shape, (str(array.dtype),), 0)).check_size()
+            except (StoreError, ValueError, OSError) as error:
+                raise StoreError(
+                    f"{self.show(group)}/{name} is not there as it was written ({self.reason(error)}): deleted by somebody? "
+                    "Nothing was sealed; run the same command again"
+                ) from None
 
     def remove_leftovers(self, group: str) -> None:
-        """Remove temporary folders that a killed worker left in `group`, older than a day."""
+        """Remove what a killed worker left in `group` under a temporary name, older than a day."""
         if not self.is_local or not os.path.isdir(self.path(group)):
             return
         for entry in os.scandir(self.path(group)):
             if entry.name.startswith(".") and entry.name.endswith(".tmp"):
-                with contextlib.suppress(FileNotFoundError):  # another worker has just renamed it into place
+                with contextlib.suppress(OSError):  # another worker has just renamed it into place; a disk that is read-only
                     if time.time() - entry.stat().st_mtime > 86400:
-                        shutil.rmtree(entry.path, ignore_errors=True)
+                        shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
-    def open_array(self, group: str, name: str) -> ShardedArray:
-        """Raises StoreError naming the array that can't be opened."""
+    def open_array(self, group: str, name: str, facts: ArrayFacts | None = None) -> ShardedArray:
+        """Raises StoreError naming the array that can't be opened, or is not as `facts` say."""
+        relative = f"{group}/{name}" if group else name
         try:
-            return ShardedArray(self.fs, self.path(f"{group}/{name}"), is_local=self.is_local)
+            metadata = self.read_file(f"{relative}/zarr.json")
+            if metadata is None:
+                raise FileNotFoundError("zarr.json is missing")
+            return ShardedArray(self.fs, self.path(relative), metadata, is_local=self.is_local, facts=facts)
         except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # damaged metadata is of any type
-            raise StoreError(f"{self.show(group)}/{name} can't be opened: {error}; delete this group and make it again") from None
+            raise StoreError(f"{self.show(relative)} can't be opened: {self.reason(error)}; {MAKE_AGAIN}") from None
 
-    def read_array(self, group: str, name: str, rows: slice = slice(None), *, crc32c: int | None = None) -> np.ndarray:
-        """Rows of an array; checks the whole array's CRC-32C where it is given. Raises StoreError naming the array."""
-        return read_rows(self.open_array(group, name), f"{self.show(group)}/{name}", rows, crc32c=crc32c)
+    def read_array(self, group: str, name: str, rows: slice = slice(None), *, facts: ArrayFacts | None = None) -> np.ndarray:
+        """Rows of an array; with `facts`, of one that is as they say, its checksum included. Raises StoreError naming the array."""
+        array = self.open_array(group, name, facts)
+        return read_rows(array, f"{self.show(group)}/{name}", rows, crc32c=facts.crc32c if facts else None)
+
+
+def check_record(record: dict[str, Any], crc32c: Any, shown: str, remedy: str) -> None:
+    """Raise StoreError unless `record` has this checksum; None has a record of an older version."""
+    if crc32c is not None and crc32c != record_checksum(record):
+        raise StoreError(f"{shown} is not as it was written (its checksum is another): damaged, or edited by hand; {remedy}")
+
+
+def record_checksum(record: dict[str, Any]) -> int:
+    """CRC-32C of a record's JSON, in whatever order and with whatever white space its file has it."""
+    read_back = json.loads(json.dumps(record))  # keys become strings
+    return int(google_crc32c.value(json.dumps(read_back, sort_keys=True, separators=(",", ":")).encode()))
 
 
 def read_rows(array: ShardedArray, shown: str, rows: slice = slice(None), *, crc32c: int | None = None) -> np.ndarray:
     """Rows of an open array with errors that name it."""
     try:
         values = array.read(rows)
-    except (OSError, ValueError, RuntimeError, IndexError) as error:  # RuntimeError: zstd does not understand the bytes
-        raise StoreError(f"{shown} is damaged: {error}; delete this group and make it again") from None
+    except (OSError, ValueError, RuntimeError, IndexError, MemoryError) as error:  # RuntimeError: zstd does not understand the bytes
+        raise StoreError(f"{shown} is damaged: {error or 'it asks for too much memory'}; {MAKE_AGAIN}") from None
     if crc32c is not None and checksum(values) != crc32c:
-        raise StoreError(f"{shown} is damaged: its checksum is not the one in the manifest; delete this group and make it again")
+        raise StoreError(f"{shown} is damaged: its checksum is not the one in the manifest; {MAKE_AGAIN}")
     return values
 
 
@@ -201,12 +286,32 @@ def _write_array(store: Any, name: str, array: np.ndarray) -> None:
         created[:] = array
 
 
-def _sync_tree(folder: str) -> None:
-    """fsync every file, so that a sealed group survives a power cut."""
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+def _empty_unsealed(folder: str) -> None:
+    """Empty a folder that stands where a group is to be, so that a folder can be renamed over it; a sealed group is left alone.
+
+    It is opened first: a group that another worker renames to this path in the meantime is another folder.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        if _is_sealed(descriptor):
+            return
+        for name in os.listdir(descriptor):
             try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+                os.unlink(name, dir_fd=descriptor)
+            except IsADirectoryError:
+                shutil.rmtree(name, ignore_errors=True, dir_fd=descriptor)  # another worker may be at it too
+            except FileNotFoundError:
+                pass
+    finally:
+        os.close(descriptor)
+
+
+def _is_sealed(descriptor: int) -> bool:
+    try:
+        with open("zarr.json", "rb", opener=lambda path, flags: os.open(path, flags, dir_fd=descriptor)) as file:
+            return f'"{ATTRIBUTE}"'.encode() in file.read()
+    except FileNotFoundError:
+        return False

@@ -186,7 +186,7 @@ def _compare(stage: EvalStage, figures: dict[str, Totals], baseline: StoreReader
     if "accuracy" in figures:
         before["accuracy"] = grade_store(stage, baseline, prompts)[0]
     if "reverse_kl" in figures:
-        before["reverse_kl"] = reverse_kl_totals(StoreReader(baseline.location.url, teacher=TEACHER), TEACHER)
+        before["reverse_kl"] = reverse_kl_totals(StoreReader(baseline.location.address, teacher=TEACHER), TEACHER)
     result: dict[str, Any] = {"name": stage.baseline, "num_prompts": 0}
     for name, totals in before.items():
         both = figures[name].keys() & totals.keys()  # without prompts that were excluded from either

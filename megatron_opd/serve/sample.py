@@ -12,7 +12,8 @@ from megatron_opd.cost import StageCost, provenance
 from megatron_opd.data.location import Location
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
-from megatron_opd.data.store import StoreReader, create_store, part_group, write_part
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.errors import LineageError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
@@ -102,15 +103,22 @@ def sample_into_store(
     )
     sampling = stage.sampling.model_copy(update={"stop_token_ids": manifest.stop_ids})
     location = Location(stage.store)
-    if location.read_attributes("") is not None:
-        create_store(stage.store, manifest)  # other settings are refused now, before a model is loaded
-    todo = [part for part in range(manifest.num_parts) if shard.owns(part) and location.read_attributes(part_group(part)) is None]
+    before: StoreReader | None = None
+    if location.read_attributes("") is not None:  # other settings, and parts of other stores, are refused now, before a model is loaded
+        create_store(stage.store, manifest)
+        before = StoreReader(stage.store)
+    todo = [part for part in range(manifest.num_parts) if shard.owns(part) and (before is None or part not in before.parts)]
     if not todo:
-        print(f"{name}: {stage.store} has all its parts")
-        return _account(StoreReader(stage.store), shard, stage, name, run_dir)
+        print(f"{name}: {location.url} has all its parts")
+        return _account(before or StoreReader(stage.store), shard, stage, name, run_dir)
     for line in (f"prompts of {find_files(stage.prompts).note}", *describe_encoding(tokenizer, prompts, stage.encoding)):
         print(f"{name}: {line}")
-    encoded = encode_prompts(tokenizer, prompts, turns.encoding)  # before an engine has cost something
+    rows = [row for part in todo for row in manifest.prompt_range(part)]
+    own = [prompts[row] for row in rows]
+    own_ids = encode_prompts(tokenizer, own, turns.encoding)  # before an engine has cost something
+    if stage.encoding.max_prompt_tokens is not None:
+        find_overlong(own_ids, own, stage.encoding, max_tokens=stage.encoding.max_prompt_tokens)
+    encoded = dict(zip(rows, own_ids, strict=True))
     with (
         StageCost(run_dir, name, meter=engine_meter(engine_config)) as cost,
         closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
@@ -120,7 +128,7 @@ def sample_into_store(
         max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)
         if stage.sampling.max_new_tokens >= engine.context_length:
             max_prompt = engine.context_length - 1
-        overlong = find_overlong(encoded, prompts, stage.encoding, max_tokens=max_prompt)
+        skipped = {rows[position] for position in find_overlong(own_ids, own, stage.encoding, max_tokens=max_prompt)}
         print(f"{name}: responses end at {describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)}", flush=True)
         create_store(stage.store, manifest)  # a new one only now: what is refused until here leaves nothing behind
         settings = {"engine": engine.describe(), **provenance()}
@@ -128,7 +136,6 @@ def sample_into_store(
         mine = [part for part in range(manifest.num_parts) if shard.owns(part)]
         total = sum(len(manifest.prompt_range(part)) for part in mine) * samples
         left = sum(len(manifest.prompt_range(part)) for part in todo) * samples
-        skipped = set(overlong)
 
         def requests_of(part: int) -> list[GenerateRequest]:
             rows = (row for row in manifest.prompt_range(part) if row not in skipped)

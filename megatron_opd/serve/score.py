@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from megatron_opd.config import Recipe, ScoreStage
 from megatron_opd.cost import StageCost, provenance
-from megatron_opd.data.store import StoreReader, write_scores
+from megatron_opd.data.store import StoreReader
 from megatron_opd.data.vocabulary import Vocabulary
+from megatron_opd.data.writer import write_scores
 from megatron_opd.errors import StoreError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import check_teacher, fingerprint_model, load_tokenizer, same_model
@@ -56,10 +57,12 @@ def score_store(
     todo = [part for part in parts if reader.score_manifest(part, stage.teacher) is None]
     if not todo:
         print(
-            f"{name}: teacher {stage.teacher!r} has scored all sealed parts of {stage.store}; {len(reader.missing_parts())} parts are not sealed"
+            f"{name}: teacher {stage.teacher!r} has scored all sealed parts of {reader.location.url}; {len(reader.missing_parts())} parts are not sealed"
         )
         _account(reader, parts, stage, name, run_dir)
         return reader
+    for part in todo:  # before an engine has cost something
+        reader.check_sampled(part)
     Vocabulary(f"teacher {fingerprint.short()}", fingerprint.vocab_size, foreign).check_store(reader, todo, known_rows=student.vocab_size)
     known = Vocabulary(f"student {student.short()}", student.vocab_size, foreign)
     with (
@@ -105,7 +108,7 @@ def score_store(
                 cost.keep()
     reader.refresh()
     print(
-        f"{name}: {cost.tokens} tokens by {fingerprint.short()} as {stage.teacher!r} into {stage.store}; {len(reader.missing_parts())} parts are not sealed"
+        f"{name}: {cost.tokens} tokens by {fingerprint.short()} as {stage.teacher!r} into {reader.location.url}; {len(reader.missing_parts())} parts are not sealed"
     )
     _account(reader, parts, stage, name, run_dir)
     return reader
@@ -184,9 +187,9 @@ def _check_earlier(reader: StoreReader, part: int, stage: ScoreStage, fingerprin
         return
     if not same_model(record.teacher, fingerprint):
         raise StoreError(
-            f"{stage.store}: teacher {stage.teacher!r} of part {part} is {record.teacher.short()}, not {fingerprint.short()}; use another name (score.teacher=...)"
+            f"{reader.location.url}: teacher {stage.teacher!r} of part {part} is {record.teacher.short()}, not {fingerprint.short()}; use another name (score.teacher=...)"
         )
     if record.top_k != stage.top_k:
         raise StoreError(
-            f"{stage.store}: part {part} was scored with top_k={record.top_k}, now top_k={stage.top_k}; use the same, or another name (score.teacher=...)"
+            f"{reader.location.url}: part {part} was scored with top_k={record.top_k}, now top_k={stage.top_k}; use the same, or another name (score.teacher=...)"
         )

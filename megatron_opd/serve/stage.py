@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_opd.cost import GpuMeter, StageCost, append_jsonl, open_meter
+from megatron_opd.data.location import public_address
 from megatron_opd.errors import LineageError, QuarantineError, UserError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
@@ -91,7 +92,7 @@ def quarantine(run_dir: str, stage: str, store: str, part: int, excluded: Sequen
     """Append what the engine failed at to run_dir/quarantine.jsonl. The part's manifest is the truth; this is for people."""
     for record in excluded:
         if record.quarantined:
-            row = {"stage": stage, "store": store, "part": part, **record.model_dump(exclude={"quarantined"})}
+            row = {"stage": stage, "store": public_address(store), "part": part, **record.model_dump(exclude={"quarantined"})}
             append_jsonl(Path(run_dir) / QUARANTINE_FILE, row)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from megatron_opd.config import TrainerConfig, TrainStage
+from megatron_opd.data.location import public_address
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import CheckpointError
 from megatron_opd.model.architecture import Architecture
@@ -124,7 +125,7 @@ def plan_resume(
         raise CheckpointError(
             f"{checkpoint}: its state has no field {(wrong or ['fixed'])[0]!r} that can be read; write the name of another step folder into 'latest', or take another output"
         )
-    _check_fixed(checkpoint, state["fixed"], now, name, config.store)
+    _check_fixed(checkpoint, state["fixed"], now, name, public_address(config.store))
     free = dict(state.get("settings", {}))
     loss = free.pop("loss", None)  # where older versions put it
     objective = state.get("objective", {} if loss is None else {"loss": loss})

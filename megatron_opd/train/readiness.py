@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
 from megatron_opd.convert.source import open_source
 from megatron_opd.data.calibration import check_calibration
+from megatron_opd.data.location import public_address
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.vocabulary import Vocabulary
@@ -67,10 +68,10 @@ def check_sft(stage: SftStage, teacher_model: str | None = None) -> Readiness:
     """Raises UserError unless the base student can be fine-tuned on this store of teacher answers, by the model in `teacher_model`."""
     reader, arch, init = _check_common("sft", stage)
     if reader.manifest.sampler_role != "teacher":
-        raise StoreError(f"{stage.store}: rollouts of a student; SFT needs teacher answers (megatron-opd generate)")
+        raise StoreError(f"{reader.location.url}: rollouts of a student; SFT needs teacher answers (megatron-opd generate)")
     teacher = reader.manifest.sampler
     remedy = "name that one (generate.model=DIR, or models.teacher=DIR), or generate into another store (generate.store=..., sft.store=...)"
-    compared = _compare_teacher(teacher_model, teacher, f"{stage.store} holds answers of", remedy)
+    compared = _compare_teacher(teacher_model, teacher, f"{reader.location.url} holds answers of", remedy)
     earlier = read_lineage(stage.init) or Lineage()
     overrides = list(earlier.overrides)
     if earlier.sft_teacher is not None and not same_model(earlier.sft_teacher, teacher):
@@ -90,10 +91,10 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
     reader, arch, init = _check_common("train", stage, teacher=stage.teacher)
     manifest = reader.manifest
     if manifest.sampler_role != "student":
-        raise StoreError(f"{stage.store}: answers of a teacher; distillation needs rollouts of the student (megatron-opd rollout)")
+        raise StoreError(f"{reader.location.url}: answers of a teacher; distillation needs rollouts of the student (megatron-opd rollout)")
     if not same_model(manifest.sampler, init):
         raise LineageError(
-            f"{stage.store} holds rollouts of {manifest.sampler.short()}, but training starts from {init.short()} (train.init={stage.init}); "
+            f"{reader.location.url} holds rollouts of {manifest.sampler.short()}, but training starts from {init.short()} (train.init={stage.init}); "
             "train the student that was sampled, or collect rollouts of this one"
         )
     check_stored_format(reader)
@@ -108,7 +109,7 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
     teacher = records[0].teacher
     if other := next((record for record in records if not same_model(record.teacher, teacher)), None):
         raise StoreError(
-            f"{stage.store}: teacher {stage.teacher!r} of part {records[0].part} is {teacher.short()}, of part {other.part} {other.teacher.short()} "
+            f"{reader.location.url}: teacher {stage.teacher!r} of part {records[0].part} is {teacher.short()}, of part {other.part} {other.teacher.short()} "
             "(weights, or table of tokens); delete the odd parts' scores and score again"
         )
     compared = _compare_scorer(stage, scoring, teacher)
@@ -131,7 +132,9 @@ def _compare_scorer(stage: TrainStage, scoring: ScoreStage | None, teacher: Mode
             f"train.teacher = {stage.teacher!r} is {teacher.short()}; the recipe's score.model is for score.teacher = {scoring.teacher!r}, and not compared"
         ]
     remedy = "name that one (score.model=DIR, or models.teacher=DIR), or score with this one under another name (score.teacher=NAME train.teacher=NAME)"
-    return _compare_teacher(scoring.model if scoring else None, teacher, f"{stage.store}: teacher {stage.teacher!r} is", remedy)
+    return _compare_teacher(
+        scoring.model if scoring else None, teacher, f"{public_address(stage.store)}: teacher {stage.teacher!r} is", remedy
+    )
 
 
 def _compare_teacher(directory: str | None, teacher: ModelFingerprint, recorded: str, remedy: str) -> list[str]:
@@ -167,18 +170,18 @@ def _check_topk(reader: StoreReader, stage: TrainStage, arch: Architecture) -> N
     for part, record in records.items():
         if record.largest_candidate is not None and record.largest_candidate >= arch.vocab_size:
             raise StoreError(
-                f"{stage.store}: part {part} has the candidate id {record.largest_candidate} of teacher {stage.teacher!r}, but the student has {arch.vocab_size} "
+                f"{reader.location.url}: part {part} has the candidate id {record.largest_candidate} of teacher {stage.teacher!r}, but the student has {arch.vocab_size} "
                 "embedding rows; score again with a lower score.top_k, or train with train.loss.name=opd, which needs none"
             )
     without = [part for part, top_k in counts.items() if not top_k]
     if without:
         raise StoreError(
-            f"{stage.store}: train.loss.name = {stage.loss.name!r} needs the top-k candidates of teacher {stage.teacher!r}, and {len(without)} of "
+            f"{reader.location.url}: train.loss.name = {stage.loss.name!r} needs the top-k candidates of teacher {stage.teacher!r}, and {len(without)} of "
             f"{len(counts)} parts have none (first: {without[:5]}); delete these scores and score again with score.top_k=64, or train with train.loss.name=opd"
         )
     if len(set(counts.values())) > 1:
         raise StoreError(
-            f"{stage.store}: teacher {stage.teacher!r} has {', '.join(map(str, sorted(set(counts.values()))))} candidates a token in different parts; "
+            f"{reader.location.url}: teacher {stage.teacher!r} has {', '.join(map(str, sorted(set(counts.values()))))} candidates a token in different parts; "
             "score again with one score.top_k"
         )
 
@@ -191,10 +194,10 @@ def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -
     if not stage.allow_incomplete:
         reader.check_complete()
     if len(reader) == 0:
-        raise StoreError(f"{stage.store}: no rollouts in it")
+        raise StoreError(f"{reader.location.url}: no rollouts in it")
     if stage.global_batch > len(reader):
         raise UserError(
-            f"{stage.store}: {len(reader)} rollouts, fewer than global_batch = {stage.global_batch}: a step would have some of them twice; "
+            f"{reader.location.url}: {len(reader)} rollouts, fewer than global_batch = {stage.global_batch}: a step would have some of them twice; "
             "lower global_batch, or collect more"
         )
     init, sampler = fingerprint_model(stage.init), reader.manifest.sampler
@@ -205,13 +208,13 @@ def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -
     longest = int(cut_lengths(reader, stage).max())
     if longest > arch.max_positions:
         raise UserError(
-            f"{stage.store}: a rollout has {longest} tokens, the model takes {arch.max_positions}; cut with max_response_tokens"
+            f"{reader.location.url}: a rollout has {longest} tokens, the model takes {arch.max_positions}; cut with max_response_tokens"
         )
     return reader, arch, init
 
 
 def _notes(reader: StoreReader, overrides: list[str]) -> list[str]:
-    notes = [f"WARNING: {override}" for override in overrides]
+    notes = [*(f"WARNING: {override}" for override in overrides), *reader.notes]
     missing = reader.missing_parts()
     if missing:
         notes.append(

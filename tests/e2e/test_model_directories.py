@@ -18,7 +18,8 @@ from tiny_models import make_model, make_tokenizer, write_prompts
 from megatron_opd import lineage
 from megatron_opd.cli import main
 from megatron_opd.config import TrainStage
-from megatron_opd.data.store import StoreReader, create_store, write_part, write_scores
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.errors import StoreError
 from megatron_opd.lineage import CACHE_FILE, RUN_CACHE_FILE, fingerprint_model
 from megatron_opd.records import Finish, Lineage, PromptFile, Rollout, SamplingParams, ScoreManifest, StoreManifest, TeacherScores

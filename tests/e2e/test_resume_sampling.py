@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -15,7 +16,9 @@ from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
 from megatron_opd.cost import read_stages
+from megatron_opd.data.location import Location
 from megatron_opd.data.store import StoreReader
+from megatron_opd.serve import sample
 
 PARTS = 24
 
@@ -34,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(folder: Path, stage: str, store: str, shard: str) -> list[str]:
+def arguments(folder: Path, stage: str, store: str, shard: str, *changes: str) -> list[str]:
     settings = {
         "run_dir": folder / "run",
         "models.teacher": folder / "teacher",
@@ -48,7 +51,7 @@ def arguments(folder: Path, stage: str, store: str, shard: str) -> list[str]:
         "score.store": folder / store,
         "score.top_k": 4,
     }
-    return [stage, "tiny", *(f"{key}={value}" for key, value in settings.items()), f"--shard={shard}"]
+    return [stage, "tiny", *(f"{key}={value}" for key, value in settings.items()), *changes, f"--shard={shard}"]
 
 
 def start(folder: Path, stage: str, store: str, shard: str = "0/1") -> subprocess.Popen[str]:
@@ -139,3 +142,51 @@ def test_nothing_left_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         assert main(arguments(folder, stage, "scored", "0/1")) == 0
         assert said in capsys.readouterr().out
     assert modified(folder / "scored") == before
+
+
+def test_nothing_left_to_do_on_a_disk_that_is_read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("write_file", "write_sealed_group", "_make_folder"):
+        monkeypatch.setattr(Location, name, refuse)
+    for stage in ("rollout", "score"):
+        assert main(arguments(folder, stage, "scored", "0/1")) == 0
+
+
+@pytest.mark.parametrize("harm", ["foreign", "damaged"])
+def test_a_part_that_is_not_the_stores_is_refused_before_an_engine_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    store = Path(shutil.copytree(folder / "rollouts", folder / harm))
+    if harm == "foreign":
+        assert main(arguments(folder, "rollout", "short", "3/24", "rollout.sampling.max_new_tokens=2")) == 0
+        shutil.rmtree(store / "parts/000003")
+        shutil.copytree(folder / "short/parts/000003", store / "parts/000003")
+    else:
+        path = store / "parts/000003/tokens/c/0"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 1
+        path.write_bytes(content)
+    monkeypatch.setattr("megatron_opd.serve.score.open_engine", _no_engine)
+    assert main(arguments(folder, "score", harm, "0/1")) == 2
+    named = {"foreign": "parts/000003 is of another store", "damaged": "parts/000003/tokens is damaged"}[harm]
+    assert named in capsys.readouterr().err
+
+
+def test_a_worker_encodes_the_prompts_of_its_own_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = sample.encode_prompts
+    monkeypatch.setattr(
+        sample,
+        "encode_prompts",
+        lambda tokenizer, prompts, config: seen.extend(p.index for p in prompts) or real(tokenizer, prompts, config),
+    )
+    monkeypatch.setattr(sample, "open_engine", _no_engine)
+    with pytest.raises(AssertionError, match="an engine was started"):
+        main(arguments(folder, "rollout", "few", "5/12"))
+    assert seen == [10, 11, 34, 35]
+
+
+def _no_engine(*args: object, **options: object) -> None:
+    raise AssertionError("an engine was started")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_opd.data.location import Location
-from megatron_opd.data.store import StoreReader, create_store, write_part, write_scores
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.records import (
     Finish,
     Lineage,

@@ -16,7 +16,8 @@ from unit.store_parts import make_manifest
 
 from megatron_opd.cli import main
 from megatron_opd.config import EvalStage
-from megatron_opd.data.store import StoreReader, create_store, write_part
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.evaluate.accuracy import grade_store, response_text
 from megatron_opd.lineage import load_tokenizer
 from megatron_opd.records import Finish, Prompt, PromptFile, Rollout, SamplingParams

@@ -9,7 +9,8 @@ import pytest
 from unit.store_parts import fake_fingerprint, fill, make_manifest, make_scores, score
 
 from megatron_opd.data.inspect import inspect_store
-from megatron_opd.data.store import StoreReader, write_scores
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import write_scores
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Excluded, Finish, Rollout, ScoreManifest, TeacherScores
 from megatron_opd.serve.engine import Failed

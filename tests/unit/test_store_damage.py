@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from hypothesis import strategies as st
 from unit.store_parts import PART_ARRAYS, SMALL_ARRAYS, fill, make_manifest, make_rollouts, same_rollout, same_scores, score
 
 from megatron_opd.data.location import Location
-from megatron_opd.data.store import StoreReader, create_store, part_group, score_group
+from megatron_opd.data.manifests import part_group, score_group
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import create_store
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Rollout, StoreManifest, TeacherScores
 
@@ -189,23 +193,30 @@ def kind_of(path: Path) -> str:
     return "manifest" if json.loads(path.read_text())["node_type"] == "group" else "metadata"
 
 
+def edit(store: Path, group: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest as an older version could have written it: without its own checksum."""
+    path = store / group / "zarr.json"
+    content = json.loads(path.read_text())
+    del content["attributes"]["opd_crc32c"]
+    change(content["attributes"]["opd"])
+    path.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("field", ["num_rollouts", "num_tokens", "crc32c", "part"])
 def test_a_manifest_that_does_not_fit_its_arrays(store: Path, field: str) -> None:
-    path = store / part_group(1) / "zarr.json"
-    content = json.loads(path.read_text())
-    record = content["attributes"]["opd"]
-    if field == "crc32c":
-        del record[field]["tokens"]
-    else:
-        record[field] += 1
-    path.write_text(json.dumps(content))
+    def change(record: dict[str, Any]) -> None:
+        if field == "crc32c":
+            del record[field]["tokens"]
+        else:
+            record[field] += 1
+
+    edit(store, part_group(1), change)
     with pytest.raises(StoreError, match="parts/000001"):
         StoreReader(str(store))
 
 
 def test_scores_without_a_checksum(store: Path) -> None:
-    path = store / score_group(1, "teacher") / "zarr.json"
-    path.write_text(path.read_text().replace('"topk_ids"', '"topk_idz"'))
+    edit(store, score_group(1, "teacher"), lambda record: record["crc32c"].pop("topk_ids"))
     with pytest.raises(StoreError, match="parts/000001/teacher/teacher: no checksum of topk_ids"):
         read_all(store)
 

@@ -11,7 +11,9 @@ import pytest
 from unit.store_parts import VOCAB, fake_fingerprint, fill, make_manifest, make_rollouts, make_scores, same_scores, score, scored_store
 
 from megatron_opd.data.location import Location
-from megatron_opd.data.store import StoreReader, score_group, write_scores
+from megatron_opd.data.manifests import score_group
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import write_scores
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Finish, Rollout, ScoreManifest, TeacherScores
 

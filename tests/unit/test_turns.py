@@ -15,7 +15,8 @@ from unit.store_parts import VOCAB, fake_fingerprint, fill, make_manifest, make_
 from megatron_opd.cli import main
 from megatron_opd.config import load_recipe
 from megatron_opd.convert.turn_files import write_turns
-from megatron_opd.data.store import StoreReader, create_store, write_part, write_scores
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.inference import EncodingConfig
 from megatron_opd.lineage import CACHE_FILE, load_tokenizer
@@ -356,7 +357,7 @@ def test_a_store_of_an_older_version_is_read(tmp_path: Path) -> None:
     assert VOCAB > 9
     attributes = tmp_path / "store" / "parts" / "000000" / "zarr.json"
     content = json.loads(attributes.read_text())
-    del content["attributes"]["opd"]["endings"]
+    del content["attributes"]["opd"]["endings"], content["attributes"]["opd_crc32c"]
     attributes.write_text(json.dumps(content))
     reader = StoreReader(str(tmp_path / "store"))
     assert reader.parts[0].endings is None
