@@ -17,7 +17,7 @@ from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, l
 from megatron_opd.errors import INTERRUPTED, ConfigError, Interrupted, QuarantineError, UserError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
-from megatron_opd.redact import redact_override
+from megatron_opd.redact import public_address, redact_override
 from megatron_opd.untrusted import Console, check_characters, printable, shortened
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
@@ -336,9 +336,9 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
     for note in ready.notes:
         print(note)
     if args.stage == "sft":
-        print(f"ready to fine-tune {ready.init.short()} on {recipe.sft.store}")
+        print(f"ready to fine-tune {ready.init.short()} on {public_address(recipe.sft.store)}")
     else:
-        print(f"ready to train {ready.init.short()} on {recipe.train.store} with teacher {recipe.train.teacher!r}")
+        print(f"ready to train {ready.init.short()} on {public_address(recipe.train.store)} with teacher {recipe.train.teacher!r}")
 
 
 def _progress(recipe: Recipe, args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.untrusted import check_characters
 
 SECONDS = 5  # of CPU time, for one item
+PATIENCE = 120  # seconds by the clock, should the fork wait for something
 MEMORY = 2 << 30  # bytes on top of what the process has
 LARGEST_TEXT = 1 << 23  # characters of one result
 
@@ -55,7 +56,7 @@ def run_confined(function: Callable[[T], str], items: Iterable[T], what: Callabl
             os.kill(child, signal.SIGKILL)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if answered < len(items):
-        late = ended in (-signal.SIGPROF, -signal.SIGXCPU)
+        late = ended in (-signal.SIGPROF, -signal.SIGALRM, -signal.SIGXCPU)
         raise Ended(f"{what(items[answered])}: {f'it takes more than {SECONDS} s' if late else f'its process ended with code {ended}'}")
 
 
@@ -66,7 +67,7 @@ def _serve(function: Callable[[T], str], items: list[T], descriptor: int) -> Non
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who ends this process
-        for number in (signal.SIGPROF, signal.SIGTERM):
+        for number in (signal.SIGPROF, signal.SIGALRM, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with contextlib.suppress(OSError, ValueError):
@@ -76,8 +77,10 @@ def _serve(function: Callable[[T], str], items: list[T], descriptor: int) -> Non
         with os.fdopen(descriptor, "wb") as replies:
             for item in items:
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
                 reply = _reply(function, item)
-                signal.setitimer(signal.ITIMER_PROF, 0)
+                for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+                    signal.setitimer(timer, 0)
                 replies.write(reply)
                 replies.flush()  # of a crash it is known at which item it was
                 if reply.startswith(_REFUSED):

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import STAGES, EvalStage, Recipe, SampleStage, ScoreStage, TrainerConfig
-from megatron_opd.data.location import Location, public_address
+from megatron_opd.data.location import Location
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import ORIGIN_FILE, known_weights
+from megatron_opd.redact import public_address
 from megatron_opd.untrusted import read_object
 
 NOT_FINISHED = 3  # exit code

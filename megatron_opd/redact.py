@@ -6,6 +6,8 @@ import re
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from megatron_opd.untrusted import one_line
+
 NOT_KEPT = "(not kept)"  # stands for a value in what is written
 _SHORT = 8
 _SECRET_PARTS = {
@@ -24,6 +26,8 @@ _SECRET_PARTS = {
     "token",
 }
 _REDACTED = ("engine.launch.environment", "engine.launch.options", "engine.launch.command")
+# What stands between :// and a host: a user, or a user and a password, which may hold a slash. And what stands behind the path.
+_PRIVATE = re.compile(r"(?<=://)(?:[^/@]*:.*|[^/@]*)@|[?#].*", re.DOTALL)
 _REFERENCE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
@@ -80,13 +84,17 @@ def is_redacted(field: str, value: object) -> bool:
 
 
 def redact_address(text: str) -> str:
-    """An address without user, password, query and fragment, for people to read; other text as it is."""
-    scheme, sign, rest = text.partition("://")
-    if not sign:
-        return text.rpartition("@")[2] if ":" in text.rpartition("@")[0] else text
-    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    """The address of a server for people: as `public_address`, also where http:// is missing."""
+    if "://" not in text and ":" in text.rpartition("@")[0]:
+        return text.rpartition("@")[2]
+    return public_address(text)
+
+
+def public_address(address: str) -> str:
+    """The address of a store for people and records: without user, password, query and fragment. A path of this machine stays as it is."""
+    if "://" not in address:
+        return one_line(address)
+    return one_line("::".join(_PRIVATE.sub("", piece) for piece in address.split("::")))
 
 
 def holds_secret(address: str) -> bool:

@@ -120,6 +120,11 @@ def load_toml(text: str, where: str) -> dict[str, Any]:
     return value
 
 
+def one_line(text: object) -> str:
+    """`text` for a console, line ends as escapes too."""
+    return printable(text).replace("\n", "\\n")
+
+
 def printable(text: object) -> str:
     """`text` for a console: control characters, which could move the cursor or colour the rest, as escapes."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

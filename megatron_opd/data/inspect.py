@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_opd.data.calibration import read_calibration
-from megatron_opd.data.location import one_line
 from megatron_opd.data.store import StoreReader
 from megatron_opd.records import Finish, ModelFingerprint, PartManifest, ScoreManifest, StoreManifest
+from megatron_opd.untrusted import one_line
 
 _BAR = 40
 

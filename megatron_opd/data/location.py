@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import stat
 import time
@@ -28,7 +27,8 @@ from zarr.storage import FsspecStore, LocalStore
 from megatron_opd import durable
 from megatron_opd.data.shards import CHUNK_ITEMS, ArrayFacts, ShardedArray
 from megatron_opd.errors import StoreError, UserError
-from megatron_opd.untrusted import load_json, printable
+from megatron_opd.redact import public_address
+from megatron_opd.untrusted import load_json, one_line
 
 ATTRIBUTE, CHECKSUM = "opd", "opd_crc32c"
 MAKE_AGAIN = "delete this group and make it again"
@@ -36,20 +36,6 @@ _RESTORE = "put it back from a copy, or delete this file and run the stage with 
 _LARGEST_MANIFEST = 1 << 28  # bytes; a part that excludes a million rollouts has half of it
 # Values that can never be data, so that a chunk that is missing inside a file is seen, never read as zeros.
 FILL = {"f": float("nan"), "i": -1, "u": 255}
-# What stands between :// and a host: a user, or a user and a password, which may hold a slash. And what stands behind the path.
-_PRIVATE = re.compile(r"(?<=://)(?:[^/@]*:.*|[^/@]*)@|[?#].*", re.DOTALL)
-
-
-def one_line(text: object) -> str:
-    """`text` for a console, line ends as escapes too."""
-    return printable(text).replace("\n", "\\n")
-
-
-def public_address(address: str) -> str:
-    """`address` for people and records: without user, password and query."""
-    if "://" not in address:
-        return one_line(address)
-    return one_line("::".join(_PRIVATE.sub("", piece) for piece in address.split("::")))
 
 
 class Location:

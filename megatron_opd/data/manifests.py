@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_opd.data.location import MAKE_AGAIN, Location, one_line
+from megatron_opd.data.location import MAKE_AGAIN, Location
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError
 from megatron_opd.records import PartManifest, ScoreManifest, StoreManifest
+from megatron_opd.untrusted import one_line
 
 FORMAT_VERSION = 1
 # What may differ between two runs that add to the same store.

@@ -9,11 +9,12 @@ import numpy as np
 
 from megatron_opd.data.account import find_fault
 from megatron_opd.data.cache import ArrayCache
-from megatron_opd.data.location import MAKE_AGAIN, Location, one_line
+from megatron_opd.data.location import MAKE_AGAIN, Location
 from megatron_opd.data.manifests import part_group, part_number, read_manifest, read_part, read_scores, score_group
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError, UserError
 from megatron_opd.records import Finish, PartManifest, Rollout, ScoreManifest, TeacherScores
+from megatron_opd.untrusted import one_line
 
 _SMALL_ARRAYS = ("offsets", "prompt_len", "prompt_index", "sample_index", "finish")
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.data.location import FILL, Location, checksum, one_line
+from megatron_opd.data.location import FILL, Location, checksum
 from megatron_opd.data.manifests import FREE_FIELDS, part_group, read_manifest, score_group
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
+from megatron_opd.untrusted import one_line
 
 
 def create_store(url: str, manifest: StoreManifest) -> Location:

@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_opd.cost import GpuMeter, StageCost, append_jsonl, open_meter
-from megatron_opd.data.location import public_address
 from megatron_opd.errors import LineageError, QuarantineError, UserError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import Excluded
+from megatron_opd.redact import public_address
 from megatron_opd.serve.engine import Engine
 
 QUARANTINE_FILE = "quarantine.jsonl"

@@ -44,6 +44,7 @@ from megatron_opd.train.writers import Results, how_it_ended, write_and_sum
 # Names that start so are no checkpoints: being written, or being removed.
 _HIDDEN = "."
 _POLL_SECONDS = 0.05
+_TORCH_WRITES = ("basic_ios", "iostream", "PytorchStreamWriter")  # in what torch says when a file can't be written
 _ROWS = ("metrics.jsonl", "history.jsonl", "recipe.toml")  # in the run's folder
 
 
@@ -70,21 +71,29 @@ class CheckpointWriter:
         self.finish()
         trainee.gather_weights()
         step = int(state["step"])
+        self._saving = step
         staging = self._make_staging(step)
         metadata = _content_metadata(trainee)
-        request: Any = dist_checkpointing.save(
-            _sharded_state(trainee, metadata, is_loading=False),
-            str(staging),
-            async_sharded_save=True,
-            content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
-            **_ASYNC_STRATEGY,
-        )
+        sharded_state = _sharded_state(trainee, metadata, is_loading=False)
+        try:
+            request: Any = dist_checkpointing.save(
+                sharded_state,
+                str(staging),
+                async_sharded_save=True,
+                content_metadata={key: value for key, value in metadata.items() if key != "dp_cp_group"},
+                **_ASYNC_STRATEGY,
+            )
+        except (OSError, RuntimeError) as error:  # of the first rank, which writes what is no tensor at once
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITES):
+                raise
+            failure = self._failed(str(error))
+            failure.rank = dist.get_rank()
+            raise failure from None
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(write_and_sum, request.async_fn, staging, self._results))
         request.add_finalize_fn(partial(self._publish, staging, state))
         self._calls.schedule_async_request(request)
         self._writer = getattr(self._calls.async_calls[-1].async_caller, "process", None)
-        self._saving = step
         if not self.asynchronous:
             self.finish()
         return checkpoint_folder(self.output) / step_name(step)
@@ -137,18 +146,22 @@ class CheckpointWriter:
     def _make_staging(self, step: int) -> Path:
         """A new folder for one save; what earlier processes left behind is removed."""
         folder = checkpoint_folder(self.output)
-        name: list[Any] = [None]
+        # A writer of a killed run may still be at work: it must never write into this save.
+        made: list[Any] = [f"{_HIDDEN}{step_name(step)}.{uuid.uuid4().hex[:8]}.tmp", None]
         if dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(f"{_HIDDEN}{STEP_PREFIX}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in folder.glob(f"{_HIDDEN}{LATEST}.*"):
-                leftover.unlink(missing_ok=True)
-            # A writer of a killed run may still be at work: it must never write into this save.
-            name[0] = f"{_HIDDEN}{step_name(step)}.{uuid.uuid4().hex[:8]}.tmp"
-            (folder / name[0]).mkdir()
-        dist.broadcast_object_list(name, src=0)
-        return folder / name[0]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in folder.glob(f"{_HIDDEN}{STEP_PREFIX}*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                for leftover in folder.glob(f"{_HIDDEN}{LATEST}.*"):
+                    leftover.unlink(missing_ok=True)
+                (folder / made[0]).mkdir()
+            except OSError as error:
+                made[1] = str(error)
+        dist.broadcast_object_list(made, src=0)
+        if made[1] is not None:
+            raise self._failed(made[1])
+        return folder / made[0]
 
     def _publish(self, staging: Path, state: dict[str, Any]) -> None:
         """Rank 0 publishes; its error is everybody's."""

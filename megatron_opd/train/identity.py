@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from megatron_opd.config import TrainerConfig, TrainStage
-from megatron_opd.data.location import public_address
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import CheckpointError
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.objective import LossConfig
 from megatron_opd.records import ModelFingerprint
+from megatron_opd.redact import public_address
 from megatron_opd.train.saved import find_checkpoint, read_state
 
 # Settings that decide which rollouts are in which step, and the one that decides how the optimizer's state is laid out.

@@ -8,7 +8,6 @@ from pathlib import Path
 from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
 from megatron_opd.convert.source import open_source
 from megatron_opd.data.calibration import check_calibration
-from megatron_opd.data.location import public_address
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.vocabulary import Vocabulary
@@ -16,6 +15,7 @@ from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.lineage import check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
+from megatron_opd.redact import public_address
 from megatron_opd.tokenizer import check_rows, check_same_tokenizer
 from megatron_opd.train.batches import check_lengths
 from megatron_opd.train.endings import check_endings, sft_facts

@@ -14,12 +14,13 @@ from unit.store_parts import fill, make_manifest, make_rollouts, score
 
 from megatron_opd.data import location as location_module
 from megatron_opd.data.inspect import inspect_store
-from megatron_opd.data.location import Location, checksum, public_address
+from megatron_opd.data.location import Location, checksum
 from megatron_opd.data.manifests import part_group, read_manifest, score_group
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Excluded, PromptFile, SamplingParams
+from megatron_opd.redact import public_address
 
 
 def small(**changes: Any) -> Any:
