@@ -92,15 +92,16 @@ def _scored(config: ScoreStage) -> Progress:
 
 
 def _trained(stage: str, config: TrainerConfig, *, teacher: str | None) -> Progress:
-    from megatron_opd.train.saved import latest_checkpoint, read_state  # torch's import takes seconds
+    from megatron_opd.train.saved import find_checkpoint, read_state  # torch's import takes seconds
 
-    checkpoint = latest_checkpoint(Path(config.output))
+    found = find_checkpoint(Path(config.output))
+    checkpoint = found.checkpoint
     state = read_state(checkpoint) if checkpoint else {}
     reader = _open(config.store, teacher)  # may be gone when the run is finished
     steps = config.steps
     if steps is None:
         steps = num_steps(len(reader), global_batch=config.global_batch, epochs=config.epochs) if reader else int(state.get("steps", 0))
-    where = str(checkpoint or config.output)
+    where = "; ".join([str(checkpoint or config.output), *found.notes[:-1]])  # the last says which one is taken
     return Progress(stage, int(state.get("step", 0)), steps, "steps", where, _trained_on_others(state, config, reader))
 
 

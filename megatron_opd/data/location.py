@@ -118,20 +118,8 @@ class Location:
                 return False
             self.fs.pipe_file(target, content)
             return True
-        self._make_folder(os.path.dirname(target))
+        _make_folder(os.path.dirname(target))
         return durable.write_file(target, content, exclusive=exclusive)
-
-    def _make_folder(self, path: str) -> None:
-        """A local folder and those above it, each on disk in the one that names it."""
-        if os.path.isdir(path):
-            return
-        self._make_folder(os.path.dirname(path))
-        try:
-            os.mkdir(path)
-        except (FileExistsError, NotADirectoryError):
-            if not os.path.isdir(path):  # else another worker has just made it
-                raise StoreError(f"{one_line(path)} is a file; a store is a directory") from None
-        durable.sync(os.path.dirname(path))
 
     def children(self, group: str) -> list[str]:
         """Names of the folders in `group`, temporary ones left out."""
@@ -166,7 +154,7 @@ class Location:
         target = self.path(group)
         parent, name = os.path.split(target)
         staging = Location(os.path.join(parent, f".{name}.{uuid.uuid4().hex}.tmp"))
-        self._make_folder(parent)
+        _make_folder(parent)
         os.mkdir(staging.root)
         try:
             for key, array in arrays.items():
@@ -221,6 +209,13 @@ class Location:
         """Rows of an array; with `facts`, of one that is as they say, its checksum included. Raises StoreError naming the array."""
         array = self.open_array(group, name, facts)
         return read_rows(array, f"{self.show(group)}/{name}", rows, crc32c=facts.crc32c if facts else None)
+
+
+def _make_folder(path: str) -> None:
+    try:
+        durable.make_folder(path)
+    except (FileExistsError, NotADirectoryError):
+        raise StoreError(f"{one_line(path)} is a file; a store is a directory") from None
 
 
 def check_record(record: dict[str, Any], crc32c: Any, shown: str, remedy: str) -> None:
