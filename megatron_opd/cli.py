@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -17,7 +18,7 @@ from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, l
 from megatron_opd.errors import INTERRUPTED, ConfigError, Interrupted, QuarantineError, UserError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
-from megatron_opd.redact import public_address, redact_override
+from megatron_opd.redact import public_address, redact_override, redact_words
 from megatron_opd.untrusted import Console, check_characters, printable, shortened
 
 _OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
@@ -45,7 +46,7 @@ def _run(arguments: list[str]) -> int:
     args, rest = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option: overrides may stand there too.
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(map(redact_override, rest))}")
+        parser.error(f"unrecognized arguments: {' '.join(map(redact_override, redact_words(rest)))}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     # Notices of libraries that a reader can do nothing about (which optional packages are not there).
@@ -56,6 +57,9 @@ def _run(arguments: list[str]) -> int:
         return _fail(str(error), code=3)
     except UserError as error:
         return _fail(str(error), rank=error.rank)
+    except BrokenPipeError:  # who read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None and error.strerror is None:
             raise

@@ -25,7 +25,7 @@ from megatron_opd.objective import DriftConfig, LossConfig
 from megatron_opd.paths import PathText, expand_paths
 from megatron_opd.records import SamplingParams
 from megatron_opd.redact import holds_secret, is_redacted, redact, redact_address, redact_override
-from megatron_opd.untrusted import LARGEST_TOML, leaves, load_toml, read_bytes
+from megatron_opd.untrusted import LARGEST_TOML, NotToml, leaves, load_toml, read_bytes
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -354,10 +354,10 @@ def parse_override(override: str) -> tuple[list[str], Any]:
         raise ConfigError(f"{shown} is not of the form section.field=value")
     try:
         parsed = load_toml(f"value = {text}", shown)
-    except UserError as error:
-        if "not TOML" not in str(error) or "digits" in str(error):
-            raise ConfigError(str(error)) from None
+    except NotToml:
         parsed = {"value": None if text == "null" else text}
+    except UserError as error:
+        raise ConfigError(str(error)) from None
     if len(parsed) > 1:
         raise ConfigError(f"{shown} holds more than one value; give each field an override of its own")
     return key.split("."), parsed["value"]

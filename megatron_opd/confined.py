@@ -28,12 +28,14 @@ class Ended(UserError):
 
 
 def run_confined(function: Callable[[T], str], items: Iterable[T], what: Callable[[T], str]) -> Iterator[str]:
-    """`function` of every item, in their order, computed in one fork; within a fork simply called.
+    """`function` of every item, in their order, computed in one fork; within a fork simply called, with SECONDS of its own.
 
     Raises the UserError that `function` raises, and Ended, which names `what(item)`, if an item takes more than SECONDS or crashes.
     """
     if _confined:
-        yield from map(function, items)
+        for item in items:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            yield function(item)
         return
     items = list(items)
     ours, theirs = os.pipe()
@@ -57,7 +59,9 @@ def run_confined(function: Callable[[T], str], items: Iterable[T], what: Callabl
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if answered < len(items):
         late = ended in (-signal.SIGPROF, -signal.SIGALRM, -signal.SIGXCPU)
-        raise Ended(f"{what(items[answered])}: {f'it takes more than {SECONDS} s' if late else f'its process ended with code {ended}'}")
+        raise Ended(
+            f"{what(items[answered])}: {f'it takes more than {SECONDS} s' if late else f'its process ended with code {ended}'}; mend the template, or leave that out"
+        )
 
 
 def _serve(function: Callable[[T], str], items: list[T], descriptor: int) -> None:
@@ -94,7 +98,7 @@ def _reply(function: Callable[[T], str], item: T) -> bytes:
     try:
         text = function(item)
         if len(text) > LARGEST_TEXT:
-            raise UserError(f"it makes a text of {len(text)} characters")
+            raise UserError(f"it makes a text of {len(text)} characters, {LARGEST_TEXT} are the most; mend the template, or leave that out")
         check_characters(text, "what it makes")
         return json.dumps({"text": text}).encode() + b"\n"
     except UserError as error:

@@ -5,6 +5,7 @@ Rows are only ever appended, as several workers may write at once; each is on di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,9 @@ from typing import Any
 
 from megatron_opd.durable import make_folder, sync, write_file
 from megatron_opd.errors import UserError
-from megatron_opd.untrusted import load_json, read_bytes
+from megatron_opd.untrusted import load_json, open_file
+
+_LONGEST_ROW = 16 << 20  # bytes
 
 
 class GpuMeter:
@@ -166,21 +169,23 @@ def read_jsonl(path: Path, *, number: str | None = None) -> list[dict[str, Any]]
 
     Nothing is said of a last line that a kill cut off.
     """
-    try:
-        *lines, last = read_bytes(path).split(b"\n")
-    except FileNotFoundError:
-        return []
-    rows, damaged = [], []
-    for place, line in enumerate([*lines, last], start=1):
+    rows, damaged, place = [], [], 1
+    with contextlib.ExitStack() as stack:
         try:
-            row = load_json(line, f"{path}, line {place}")
+            file = stack.enter_context(open_file(path))
+        except FileNotFoundError:
+            return []
+        for line in iter(lambda: file.readline(_LONGEST_ROW), b""):
+            whole, line = line.endswith(b"\n"), line.strip()
+            try:
+                row = load_json(line, f"{path}, line {place}")
+            except UserError:
+                row = None
             if isinstance(row, dict) and (number is None or type(row.get(number)) is int):
                 rows.append(row)
-                continue
-        except UserError:
-            pass
-        if line and place <= len(lines):
-            damaged.append(str(place))
+            elif line and whole:
+                damaged.append(str(place))
+            place += whole
     if damaged:
         shown = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
         print(f"WARNING: {path}: damaged rows are left out: line{'s' if len(damaged) > 1 else ''} {shown}", flush=True)

@@ -43,7 +43,7 @@ def write_file(path: str | Path, content: bytes | str, *, exclusive: bool = Fals
             return False
         if not exclusive:
             os.replace(temporary, path)
-    sync(path.parent)
+    _sync_parent(path)
     return True
 
 
@@ -139,14 +139,20 @@ def make_folder(path: str | Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        sync(folder.parent)
+        _sync_parent(folder)
 
 
 def publish_folder(staging: str | Path, target: str | Path) -> None:
     """Put a finished folder in its place, which must be free or an empty folder. Raises OSError."""
     sync_tree(staging)
     os.rename(staging, target)
-    sync(Path(target).parent)
+    _sync_parent(Path(target))
+
+
+def _sync_parent(path: Path) -> None:
+    """Some folders may be written and not opened (drwx-wx--t); what is in them is as durable as their file system makes it."""
+    with contextlib.suppress(PermissionError):
+        sync(path.parent)
 
 
 def sync_tree(folder: str | Path) -> None:

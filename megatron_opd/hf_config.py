@@ -6,6 +6,8 @@ Serving engines and versions of transformers read the same fact from different f
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ EXPERT_FIELDS = ("num_experts", "num_local_experts")  # of version 4 and of vers
 # No model has more: a slip that would be counted through for hours, or fill the memory.
 MOST: dict[str, int] = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", *EXPERT_FIELDS), 10_000)
 MOST_OF_ALL = 1 << 31
+_SIZES = re.compile(r"(_size|_dim|_rank|layers|heads|experts|positions|embeddings)$")
 ADAPTER_CONFIG = "adapter_config.json"
 # Files that quantisers leave beside config.json, and the field that names their work in it.
 _QUANTISER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -69,7 +72,7 @@ def read_plainly(path: Path) -> dict[str, Any]:
     """A config.json whose numbers are of a model's size; nothing else is looked at. Raises UserError, OSError if it isn't there."""
     config = read_object(path)
     for key, value in config.items():
-        most = MOST.get(key, MOST_OF_ALL)
+        most = MOST.get(key, MOST_OF_ALL if _SIZES.search(key) else math.inf)
         if isinstance(value, int) and value > most:
             raise UserError(
                 f"{path}: {key} = {value!r}, but no model has more than {most}; copy the file again from where the model is from"

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from megatron_opd.errors import ConfigError
 from megatron_opd.layout import LONGEST, MOST, MOST_RANKS, Section
@@ -30,6 +30,16 @@ class LaunchConfig(Section):
     )
     start_seconds: float = Field(default=1800.0, gt=0, le=LONGEST, description="until a server must answer")
     restarts: int = Field(default=3, ge=0, le=MOST, description="times that a server that died is started again")
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: list[str], info: ValidationInfo) -> list[str]:
+        if "--enable-dp-attention" in options and info.data.get("dp", 1) > 1:
+            raise ValueError(
+                "with --enable-dp-attention the copies share GPUs, and engine.launch.dp counts copies with GPUs of their own; leave it at 1, and give "
+                "'--dp-size', 'N' among the options"
+            )
+        return options
 
     def variables(self) -> dict[str, str]:
         """`environment` with values such as $HF_TOKEN taken from this process. Raises ConfigError for what is not there."""
@@ -87,6 +97,7 @@ def _check_url(url: str) -> None:
     try:
         parsed = urlsplit(url)
         _ = parsed.port
+        (parsed.hostname or "").encode("idna")
     except ValueError:
         raise ValueError(f"urls: {shown!r} is not an address such as http://127.0.0.1:30000") from None
     if parsed.username is not None or parsed.password is not None or parsed.query or parsed.fragment:

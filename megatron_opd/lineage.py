@@ -239,7 +239,7 @@ def check_weights(directory: str | Path, model: ModelFingerprint) -> None:
     if found != model.weights_sha256:
         raise LineageError(
             f"{place}: the weights are {found[:12]}, but were {model.weights_sha256[:12]} when they were last read, and the files' sizes and times are as "
-            f"then: a damaged disk, or somebody who hides a change; copy the model again, or remove {place / CACHE_FILE} if it is to be this one"
+            f"then: a damaged disk, or somebody who hides a change; copy the model again, or, if it is to be this one, remove {place / CACHE_FILE} (RUN_DIR/{RUN_CACHE_FILE} where the model's folder can't be written)"
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from megatron_opd.untrusted import one_line
 
 NOT_KEPT = "(not kept)"  # stands for a value in what is written
 _SHORT = 8
 _SECRET_PARTS = {
+    "accesskey",
     "apikey",
     "auth",
     "bearer",
@@ -21,19 +22,25 @@ _SECRET_PARTS = {
     "password",
     "pwd",
     "secret",
+    "secretkey",
     "sig",
     "signature",
-    "token",
 }
 _REDACTED = ("engine.launch.environment", "engine.launch.options", "engine.launch.command")
 # What stands between :// and a host: a user, or a user and a password, which may hold a slash. And what stands behind the path.
-_PRIVATE = re.compile(r"(?<=://)(?:[^/@]*:.*|[^/@]*)@|[?#].*", re.DOTALL)
+# A colon before digits and a slash is of a host's port: what comes then is a path, in which an @ says nothing.
+_USER = re.compile(r"(?<=://)(?![^/@:]*:\d+/)((?:[^/@]*:.*|[^/@]*))@", re.DOTALL)
+_BEHIND = re.compile(r"[?#].*", re.DOTALL)
 _REFERENCE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an option, variable or field of this name holds a secret: a whole word of it says so (--api-key; not --max-total-tokens)."""
-    return not _SECRET_PARTS.isdisjoint(re.split(r"[^a-z0-9]+", name.lower()))
+    """Whether an option, variable or field of this name holds a secret.
+
+    A whole word of it says so (--api-key; not --max-total-tokens), "token" as the last (HF_TOKEN; not --speculative-token-map).
+    """
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return words[-1] == "token" or not _SECRET_PARTS.isdisjoint(words)
 
 
 def referenced(value: str) -> str | None:
@@ -78,9 +85,9 @@ def redact_override(override: str) -> str:
 
 def is_redacted(field: str, value: object) -> bool:
     """Whether the value of a recipe's field (section.field) may hold secrets, so that it is not repeated in an error."""
-    return (
-        field in ("engine", "engine.launch") or field.startswith(_REDACTED) or ("://" in str(value) and bool(re.search("[@?]", str(value))))
-    )
+    text = str(value)
+    is_address = "://" in text or field.startswith("engine.urls")
+    return field in ("engine", "engine.launch") or field.startswith(_REDACTED) or (is_address and ("@" in text or "?" in text))
 
 
 def redact_address(text: str) -> str:
@@ -94,20 +101,22 @@ def public_address(address: str) -> str:
     """The address of a store for people and records: without user, password, query and fragment. A path of this machine stays as it is."""
     if "://" not in address:
         return one_line(address)
-    return one_line("::".join(_PRIVATE.sub("", piece) for piece in address.split("::")))
+    return one_line("::".join(_BEHIND.sub("", _USER.sub("", piece)) for piece in address.split("::")))
 
 
 def holds_secret(address: str) -> bool:
-    """Whether an address (scheme://...) holds a password, or a query that says that it is a key."""
+    """Whether an address (scheme://..., or a chain of them with ::) holds a password, or a query that says that it is a key."""
+    return any(map(_holds_secret, address.split("::")))
+
+
+def _holds_secret(address: str) -> bool:
     if "://" not in address:
         return False
-    rest = address.partition("://")[2]
-    user = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[0]
-    try:
-        query = urlsplit(address).query
-    except ValueError:
-        query = rest.partition("?")[2]
-    return ":" in user or any(is_secret_name(name) for name, _ in parse_qsl(query, keep_blank_values=True))
+    user = _USER.search(address)
+    if user and (":" in user[1] or "%3a" in user[1].lower()):
+        return True
+    query = address.partition("?")[2].partition("#")[0]
+    return any(is_secret_name(name) for name, _ in parse_qsl(query, keep_blank_values=True))
 
 
 def redact(tree: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,18 @@ PROBE = (
     "\\boxed{\\frac{1}{2}} A b C UPPER lower_case CamelCase",
 )
 _READ_BY_LIBRARIES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_NAMES = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "config",
+    "generation_config",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
 _LARGEST_FILE = 1 << 29  # bytes; tokenizers of 256,000 tokens take about 40 MiB
 _said: set[Path] = set()  # directories whose tokenizer needed a word
 _fingerprints: dict[tuple[Any, ...], TokenizerFingerprint] = {}  # by directory and its files' sizes and times
@@ -86,11 +98,13 @@ def _check_files(directory: Path) -> None:
     if (directory / "config.json").exists():
         read_plainly(directory / "config.json")  # AutoTokenizer looks into it
     for path in directory.iterdir():
-        if path.suffix in _READ_BY_LIBRARIES and not path.name.startswith(".") and path.exists():
+        if path.suffix in _READ_BY_LIBRARIES and path.name.startswith(_NAMES) and path.exists():
             with open_file(path) as file:
                 size = os.fstat(file.fileno()).st_size
             if size > _LARGEST_FILE:
-                raise UserError(f"{path}: {size >> 20} MiB, but no tokenizer's file has more than {_LARGEST_FILE >> 20}")
+                raise UserError(
+                    f"{path}: {size >> 20} MiB, but no tokenizer's file has more than {_LARGEST_FILE >> 20}; move it out of the folder, or copy it again"
+                )
 
 
 def _own_reading(directory: Path) -> Any:

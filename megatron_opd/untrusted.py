@@ -23,8 +23,10 @@ LARGEST_TOML = 1 << 20
 MOST_DIGITS = 300  # of a whole number; more is no float
 _LONG_NUMBER = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 _MOST_SHOWN = 2000  # characters of a line
-# A dotted key of so many pieces; tomllib takes the square of their number in memory.
-_LONG_KEY = re.compile(rf"(?<![\w-])(?:(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*\.[ \t]*){{{DEEPEST + 1}}}")
+# A dotted key of so many pieces, where keys begin; tomllib takes the square of their number in memory.
+_LONG_KEY = re.compile(
+    rf"(?:^[ \t]*\[{{0,2}}|[{{,])[ \t]*(?:(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*\.[ \t]*){{{DEEPEST + 1}}}", re.MULTILINE
+)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -66,11 +68,11 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def load_json(text: bytes | str, where: str, *, unique: bool = True, **options: Any) -> Any:
+def load_json(text: bytes | str, where: str, *, unique: bool = True, characters: bool = True, **options: Any) -> Any:
     """The value of a JSON text in UTF-8; `options` are json.loads'.
 
-    Raises UserError, also for more than DEEPEST levels, numbers of more than MOST_DIGITS digits, half of a surrogate pair and, with
-    `unique`, a key that is there twice.
+    Raises UserError, also for more than DEEPEST levels, numbers of more than MOST_DIGITS digits, with `characters` for half of a surrogate
+    pair and, with `unique`, for a key that is there twice.
     """
     try:
         if isinstance(text, bytes):
@@ -95,10 +97,15 @@ def load_json(text: bytes | str, where: str, *, unique: bool = True, **options: 
         raise UserError(f"{where}: not JSON: {error}") from None
     if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
         raise UserError(f"{where}: nested more than {DEEPEST} levels deep")
-    if _ESCAPED_SURROGATE.search(text) or _LONG_NUMBER.search(text):
+    if (characters and _ESCAPED_SURROGATE.search(text)) or _LONG_NUMBER.search(text):
         for piece in leaves(value):
-            _check_leaf(piece, where)
+            if characters or not isinstance(piece, str):
+                _check_leaf(piece, where)
     return value
+
+
+class NotToml(UserError):
+    """A text whose syntax is not TOML's."""
 
 
 def load_toml(text: str, where: str) -> dict[str, Any]:
@@ -111,8 +118,10 @@ def load_toml(text: str, where: str) -> dict[str, Any]:
         value = tomllib.loads(text)
     except RecursionError:
         raise UserError(f"{where}: nested more than {DEEPEST} levels deep") from None
-    except ValueError as error:  # TOMLDecodeError; a number of too many digits
-        raise UserError(f"{where}: not TOML: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise NotToml(f"{where}: not TOML: {error}") from None
+    except ValueError as error:  # a number of too many digits
+        raise UserError(f"{where}: {error}") from None
     if is_deep(value):
         raise UserError(f"{where}: nested more than {DEEPEST} levels deep")
     for leaf in leaves(value):
@@ -154,6 +163,9 @@ class Console(io.TextIOBase):
 
     def isatty(self) -> bool:
         return self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     @property
     def encoding(self) -> str:  # type: ignore[override]

@@ -110,10 +110,17 @@ def _read_origin(target: Path) -> dict[str, Any] | None:
 
 def _adopt(checkpoint: Path, target: Path, origin: dict[str, Any]) -> bool:
     """Whether `target`, which has no record of what was written, holds the checkpoint's model; what it holds is recorded then."""
-    if not _holds_model_of(checkpoint, target):
-        return False
+    remedy = f"move {target} away and convert again"
+    try:
+        if not _holds_model_of(checkpoint, target):
+            return False
+    except DamagedCheckpoint as error:
+        raise CheckpointError(f"{error}; {remedy}, of a whole step") from None
     for path in sorted(target.glob("*.json")):  # a power cut may have emptied them
-        read_json(path)
+        try:
+            read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from None
     if "files" not in origin:
         print(f"{target} does not record what was written (an older version's doesn't); its weights are those of {checkpoint}")
     with contextlib.suppress(OSError):  # a directory that can't be written is compared each time

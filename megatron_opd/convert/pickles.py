@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_opd.errors import DamagedCheckpoint
+from megatron_opd.errors import DamagedCheckpoint, UserError
 from megatron_opd.untrusted import read_object
 
 METADATA_FILE, COMMON_FILE, FORMAT_FILE = ".metadata", "common.pt", "metadata.json"
@@ -117,16 +118,24 @@ def check_common(checkpoint: Path) -> None:
     """Raise DamagedCheckpoint unless the files of what is no tensor can be read as data; Megatron-Core leaves that to torch's settings."""
     path = checkpoint / FORMAT_FILE
     try:
-        if (kind := read_object(path).get("sharded_backend")) != "torch_dist":
-            raise DamagedCheckpoint(f"{path}: sharded_backend = {kind!a}, but torch_dist is expected")
-    except OSError as error:
+        kind = read_object(path).get("sharded_backend")
+    except (OSError, UserError) as error:
         raise DamagedCheckpoint(f"{path} can't be read: {error}") from None
+    if kind != "torch_dist":
+        raise DamagedCheckpoint(f"{path}: sharded_backend = {kind!a}, but torch_dist is expected")
     path = checkpoint / COMMON_FILE
     try:
-        if not isinstance(torch.load(path, map_location="cpu", weights_only=True), dict):
-            raise ValueError("it is no dictionary")
+        with torch.serialization.safe_globals(_optimizer_classes()):
+            if not isinstance(torch.load(path, map_location="cpu", weights_only=True), dict):
+                raise ValueError("it is no dictionary")
     except Exception as error:
         raise DamagedCheckpoint(f"{path} can't be read: {_one_line(error)}") from None
+
+
+def _optimizer_classes() -> list[Any]:
+    """An offloading optimizer has its inner ones' classes among its settings."""
+    modules = [sys.modules[name] for name in ("transformer_engine.pytorch.optimizers", "apex.optimizers") if name in sys.modules]
+    return [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, *(module.FusedAdam for module in modules)]
 
 
 def check_extra_state(name: str, value: Any) -> None:

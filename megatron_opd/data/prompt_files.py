@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_opd.errors import UserError
 from megatron_opd.untrusted import load_json, open_file, read_bytes, read_json
@@ -191,15 +191,18 @@ def _shorten(names: list[Any]) -> str:
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
         with open_file(path) as file:
-            lines = iter(lambda: _line(file, path), b"")
-            if path.suffix.lower() == ".json":
-                data = read_bytes(path, _LARGEST_ARRAY)
-                if data.removeprefix(_BOM).lstrip().startswith(b"["):
-                    yield from _array_rows(path, data.removeprefix(_BOM))
-                    return
-                lines = iter(data.split(b"\n"))
-            for number, line in enumerate(lines, start=1):
+            if path.suffix.lower() == ".json" and file.read(4096).removeprefix(_BOM).lstrip().startswith(b"["):
+                if os.fstat(file.fileno()).st_size > _LARGEST_ARRAY:
+                    raise UserError(f"{path}: an array of more than {_LARGEST_ARRAY >> 20} MiB; write it as JSONL, a row a line")
+                yield from _array_rows(path, read_bytes(path, _LARGEST_ARRAY).removeprefix(_BOM))
+                return
+            file.seek(0)
+            for number, line in enumerate(iter(lambda: file.readline(_LARGEST_LINE + 1), b""), start=1):
                 where = f"{path}:{number}"
+                if len(line) > _LARGEST_LINE:
+                    raise UserError(
+                        f"{where}: a line of more than {_LARGEST_LINE >> 20} MiB; a JSONL file has a row a line, an array is to be named .json"
+                    )
                 if number == 1:
                     if line.startswith(_GZIP):
                         raise UserError(f"{path}: is compressed with gzip; unpack it")
@@ -207,7 +210,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
                         raise UserError(f"{path}: is in UTF-16; convert it with: iconv -f UTF-16 -t UTF-8")
                     line = line.removeprefix(_BOM)
                 if line.strip():
-                    yield Row(where, load_json(line, where), partial(load_json, line, where, parse_float=str))
+                    # What reaches the tokenizer is looked at later; half a character elsewhere in a row does no harm.
+                    yield Row(
+                        where, load_json(line, where, characters=False), partial(load_json, line, where, characters=False, parse_float=str)
+                    )
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such prompt file; {_EXPECTED}") from None
     except (OSError, ValueError) as error:
@@ -217,16 +223,9 @@ def _json_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{str(path)!r}: can't be read: {reason}") from None
 
 
-def _line(file: IO[bytes], path: Path) -> bytes:
-    line = file.readline(_LARGEST_LINE + 1)
-    if len(line) > _LARGEST_LINE:
-        raise UserError(f"{path}: a line of more than {_LARGEST_LINE >> 20} MiB, which no row has")
-    return line
-
-
 def _array_rows(path: Path, data: bytes) -> Iterator[Row]:
     """Rows of a file that holds one JSON array."""
-    values, written = load_json(data, str(path)), load_json(data, str(path), parse_float=str)
+    values, written = load_json(data, str(path), characters=False), load_json(data, str(path), characters=False, parse_float=str)
     for number, (value, again) in enumerate(zip(values, written, strict=True), start=1):
         yield Row(f"{path}, row {number}", value, partial(lambda row: row, again))
 

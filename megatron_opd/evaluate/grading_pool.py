@@ -197,7 +197,11 @@ class _Worker:
                     self.close()
                     return {"died": None}
         line, _, self._pending = self._pending.partition(b"\n")
-        return load_json(line, "the reply of a grading process")
+        try:
+            return load_json(line, "a reply")
+        except UserError:
+            self.close()
+            return {"died": None}
 
     def kill(self) -> None:
         self._process.kill()

@@ -93,7 +93,9 @@ class HttpClient:
         if not whole:
             raise StrangeAnswer(f"{path} answered with more than {largest:,} bytes, the most that an answer to this request can have")
         if (coding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
-            raise StrangeAnswer(f"{path} answered in a compressed form ({said(coding, 40)}), which was not asked for")
+            raise StrangeAnswer(
+                f"{path} answered in a compressed form ({said(coding, 40)}), which was not asked for; turn compression off at the proxy, or give the server's own address"
+            )
         # Thousands of small lists and no cycles: without this the collector walks through the heap several times an answer.
         gc.disable()
         try:

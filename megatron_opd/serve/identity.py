@@ -82,7 +82,8 @@ def read_facts(model_info: dict[str, Any], server_info: dict[str, Any]) -> Facts
     nothing = type(None)
     settings = {name: read(server_info, name, str, bool, int, nothing) for name in NUMERIC_SETTINGS}
     settings["dtype"] = read(server_info, "dtype", str)
-    tp, dp = count("tp_size", 1, default=1), count("dp_size", 1, default=1)
+    tp, pp, dp = (count(name, 1, default=1) for name in ("tp_size", "pp_size", "dp_size"))
+    copies = 1 if read(server_info, "enable_dp_attention", bool, nothing) else dp  # which share GPUs with it
     return Facts(
         model_path=read(model_info, "model_path", str),
         is_generation=read(model_info, "is_generation", bool, default=True),
@@ -93,7 +94,7 @@ def read_facts(model_info: dict[str, Any], server_info: dict[str, Any]) -> Facts
         settings=settings,
         longest_input=count("max_req_input_len", SHORTEST_INPUT) - 1,  # it refuses inputs of max_req_input_len tokens
         startup_time=server_info.get("startup_time"),
-        num_gpus=tp * dp if read(server_info, "device", str, nothing) == "cuda" else 0,
+        num_gpus=tp * pp * copies if read(server_info, "device", str, nothing) == "cuda" else 0,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from megatron_opd.untrusted import printable
 
 STOP_SECONDS = 30.0
 TAIL_BYTES = 3000
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # A child of a process that was killed must not go on holding GPUs: the kernel ends it with the thread that started it. The check
 # closes the gap between fork and prctl. exec keeps the setting.
 _DIE_WITH_PARENT = (
@@ -82,13 +84,14 @@ class ServerProcess:
     def tail(self) -> str:
         try:
             with self.log.open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
-                text = printable(log.read(TAIL_BYTES).decode(errors="replace").strip())
+                window = TAIL_BYTES + 4 * max(map(len, self._secrets), default=0)  # none is cut in two
+                log.seek(max(0, log.seek(0, os.SEEK_END) - window))
+                text = log.read(window).decode(errors="replace")
         except OSError:
             return "(no log)"
         for secret in self._secrets:  # SGLang logs its own arguments
             text = text.replace(secret, NOT_KEPT)
-        return text
+        return printable(_COLOURS.sub("", text[-TAIL_BYTES:]).replace("\r", "\n").strip())
 
     @property
     def pid(self) -> int | None:

@@ -232,8 +232,12 @@ class Pool:
                 return
             except FAILURES as failure:
                 strange += isinstance(failure, (StrangeAnswer, Refused, WrongAnswer))
-                if strange > self.config.retries:  # something is there, and it is no SGLang server
-                    raise EngineError(f"{server.url}: {failure} (asked {strange} times; engine.retries)") from None
+                # Something is there, and it is no SGLang server. Where one was before, a proxy may answer until it is back.
+                if strange > self.config.retries and server.identity is None:
+                    end = f"; the end of {process.log}:\n{process.tail()}" if process else ""
+                    raise EngineError(
+                        f"{server.url}: {failure} (asked {strange} times; engine.retries); is this the address of an SGLang server?{end}"
+                    ) from None
                 if time.monotonic() >= deadline:
                     if process is None or launch is None:
                         raise EngineError(f"{server.url}: {failure} (waited {waiting:g} s; engine.patience)") from None

@@ -91,7 +91,9 @@ def read_generated(
         if len(tokens) > max_new_tokens:
             raise WrongAnswer(f"the server sampled {len(tokens)} tokens, but {max_new_tokens} were to be the most")
         finish = Finish.STOP if reason["type"] == "stop" else Finish.LENGTH
-        if finish is Finish.STOP:
+        if finish is Finish.LENGTH and len(tokens) == max_new_tokens and stop_ids is not None and tokens[-1] in stop_ids:
+            finish = Finish.STOP  # at its last token both hold; which one a server names depends on its version
+        if reason["type"] == "stop":
             if isinstance(reason["matched"], str):  # no stop strings are ever sent: this is how the server reports "NaN happened"
                 raise WrongAnswer(f"the server ended the response with {said(reason['matched'])!r}; look into its log")
         elif len(tokens) != max_new_tokens:

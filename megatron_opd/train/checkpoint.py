@@ -34,7 +34,7 @@ from megatron_opd.convert.hf_files import copy_side_files
 from megatron_opd.convert.pickles import check_common, check_extra_state, read_metadata
 from megatron_opd.convert.to_hf import HF_FOLDER
 from megatron_opd.durable import publish_folder, sync, write_file, write_json
-from megatron_opd.errors import CheckpointError, DamagedCheckpoint
+from megatron_opd.errors import CheckpointError, DamagedCheckpoint, UserError
 from megatron_opd.lineage import write_lineage
 from megatron_opd.records import Lineage
 from megatron_opd.train.optim import Trainee, optimizer_parts
@@ -58,6 +58,7 @@ class CheckpointWriter:
     keep_last: int = 2
     keep_every: int | None = None  # steps; multiples of it are never removed
     asynchronous: bool = True
+    damaged: set[int] = field(default_factory=set)  # steps of checkpoints that were passed over: none of the last ones
     _calls: AsyncCallsQueue = field(default_factory=AsyncCallsQueue)
     _results: Results = field(default_factory=Results)
     _saving: int | None = None
@@ -185,17 +186,18 @@ class CheckpointWriter:
         for name in _ROWS:  # what these steps have logged is not to be behind what is saved of them
             if (self.output / name).exists():
                 sync(self.output / name)
-        # Files of tensors are on disk already: each writer has seen to its own.
         target = folder / step_name(step)
         replaced = _set_aside(target)  # of a run that was set back, or a damaged one
-        publish_folder(staging, target)
+        publish_folder(staging, target)  # costs little: files of tensors are on disk already, each writer has seen to its own
         for parent in (self.output, *list(self.output.absolute().parents)[:2]):  # the run's folders may be as new
-            with contextlib.suppress(PermissionError):
+            with contextlib.suppress(OSError):  # those above it may be somebody else's
                 sync(parent)
         write_file(folder / LATEST, step_name(step) + "\n")
         shutil.rmtree(replaced, ignore_errors=True)
+        self.damaged.discard(step)
         steps = [found for path in folder.glob(f"{STEP_PREFIX}*") if (found := step_of(path.name)) is not None]
-        for old in outdated(steps, step, self.keep_last, self.keep_every):
+        whole = [found for found in steps if found not in self.damaged]
+        for old in [*outdated(whole, step, self.keep_last, self.keep_every), *(found for found in self.damaged if found < step)]:
             shutil.rmtree(_set_aside(folder / step_name(old)), ignore_errors=True)
 
 
@@ -260,7 +262,7 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     for number, student in enumerate(trainee.students):
         for key, value in loaded["model"][str(number)].items():
             if "_extra_state" in key:
-                check_extra_state(key, value)
+                _check_extra_state(key, value)
         _check_absent(student.load_state_dict(loaded["model"][str(number)], strict=False).missing_keys)
     with torch.no_grad():
         trainee.optimizer.load_state_dict(loaded["optimizer"])
@@ -269,6 +271,15 @@ def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     _unshare_steps(trainee.optimizer)
     _move_steps_inside(trainee.optimizer)
     trainee.remake_weights()
+
+
+def _check_extra_state(key: str, value: Any) -> None:
+    """As `check_extra_state`; the error is of the rank that holds it."""
+    try:
+        check_extra_state(key, value)
+    except DamagedCheckpoint as error:
+        error.rank = dist.get_rank()
+        raise
 
 
 def find_fault(checkpoint: Path) -> str | None:
@@ -280,7 +291,7 @@ def find_fault(checkpoint: Path) -> str | None:
         if rank == 0:
             read_metadata(checkpoint)
             check_common(checkpoint)
-    except DamagedCheckpoint as error:
+    except UserError as error:
         fault = str(error)
     answers: list[Any] = [None] * world
     dist.all_gather_object(answers, fault)

@@ -102,6 +102,7 @@ class Resumption:
     settings: list[str] = field(default_factory=list)  # 'lr 0.001 -> 1e-05'
     unrecorded: list[str] = field(default_factory=list)  # what the checkpoint does not say of its objective
     notes: list[str] = field(default_factory=list)  # why it is not the checkpoint that one would expect
+    damaged: list[int] = field(default_factory=list)  # steps of newer ones, which are passed over
 
     @property
     def step(self) -> int:
@@ -145,6 +146,7 @@ def plan_resume(
         settings=changes(free, now.free),
         unrecorded=sorted(now.objective.keys() - objective.keys()),
         notes=[f"WARNING: {note}" for note in found.notes],
+        damaged=found.damaged,
     )
 
 

@@ -109,7 +109,8 @@ class _Ranks:
                             file=sys.stderr,
                         )
                 failed = [code for code in codes if code]
-                code = 2 if 2 in failed else min(failed)  # rather that one was killed than what the others made of it
+                # Rather our own word, or that one was killed, than what the others made of it (NCCL aborts).
+                code = next((code for code in (2, -signal.SIGKILL) if code in failed), max(failed))
                 return code if code > 0 else 128 - code
             if None not in codes:
                 return max(code or 0 for code in codes)

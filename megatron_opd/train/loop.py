@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,6 +39,8 @@ from megatron_opd.train.step import StepResult, train_step
 from megatron_opd.train.stop import StopRequest
 
 T = TypeVar("T")
+
+_READING_SECONDS = 1.0
 
 
 def run_sft(recipe: Recipe, *, allow_changes: bool = False) -> Path | None:
@@ -101,8 +102,9 @@ def _run(
     say(describe(job))
     for note in (*ready.notes, *going.notes, *(f"WARNING: {override}" for override in going.overrides)):
         say(note)
-    with reading_all_of(config.init, ready.init) if going.checkpoint is None else contextlib.nullcontext():
-        trainee = build_trainee(ready, config, steps=steps, device=device)
+    trainee = build_trainee(ready, config, steps=steps, device=device)
+    if going.checkpoint is None:
+        check_initial_weights(config.init, ready.init, device)
     progress = resume(job, trainee)
     stop.listen_to_interrupts()
     tell_launcher()
@@ -131,15 +133,18 @@ def find_start(name: str, config: TrainerConfig, ready: Readiness, *, allow_chan
         damaged[going.checkpoint] = fault
 
 
-@contextlib.contextmanager
-def reading_all_of(directory: str, model: ModelFingerprint) -> Iterator[None]:
-    """The weights that are loaded within are those that the checks took them for: the first rank reads every byte meanwhile.
+def check_initial_weights(directory: str, model: ModelFingerprint, device: torch.device) -> None:
+    """The weights that were loaded are those that the checks took them for: the first rank reads every byte.
 
     The checks go by the files' times where they can, which can lie. Raises LineageError.
     """
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(check_weights, directory, model) if dist.get_rank() == 0 else None
-        yield
+        busy = torch.ones(1, device=device)
+        while busy.item():  # a large model may take longer to read than a collective may wait
+            busy.fill_(reading is not None and not reading.done())
+            dist.all_reduce(busy)
+            time.sleep(_READING_SECONDS if busy.item() else 0)
         on_first_rank(lambda: reading.result() if reading else None)
 
 
@@ -190,7 +195,9 @@ def train(
     drift = DriftRule(job.drift, progress.beyond_drift_limit)
     overrides = [*job.ready.lineage.overrides, *job.going.overrides]
     lineage = job.ready.lineage.model_copy(update={"overrides": overrides})
-    writer = CheckpointWriter(job.output, config.init, lineage, config.keep_last, config.keep_every, asynchronous=config.async_save)
+    writer = CheckpointWriter(
+        job.output, config.init, lineage, config.keep_last, config.keep_every, config.async_save, damaged=set(job.going.damaged)
+    )
     checkpoint, saved = job.going.checkpoint, progress.step
     stopping, too_far = stop.requested(), None
     log = open_log(job) if progress.step < job.steps and not stopping else None

@@ -38,6 +38,7 @@ class Found:
 
     checkpoint: Path | None
     notes: list[str] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)  # steps that were passed over
 
 
 def latest_checkpoint(output: Path) -> Path | None:
@@ -55,6 +56,7 @@ def find_checkpoint(output: Path, damaged: Mapping[Path, str] | None = None, *, 
     steps = {step: path for path in folder.glob(f"{STEP_PREFIX}*") if (step := step_of(path.name)) is not None and path.is_dir()}
     candidates = [steps[step] for step in sorted(steps, reverse=True)]
     notes: list[str] = []
+    passed: list[int] = []
     if (named := _named(folder)) is not None:
         step = step_of(named.name)
         if not named.is_dir():
@@ -68,8 +70,9 @@ def find_checkpoint(output: Path, damaged: Mapping[Path, str] | None = None, *, 
     for path in candidates:
         fault = (damaged or {}).get(path) or _fault(path, _SMALL if read_small else -1)
         if fault is None:
-            return Found(path, [*notes, f"the checkpoint that is taken is {path}"] if notes else [])
+            return Found(path, [*notes, f"the checkpoint that is taken is {path}"] if notes else [], passed)
         notes.append(fault)
+        passed += [step for step in [step_of(path.name)] if step is not None]
     if notes:
         raise CheckpointError(f"{'; '.join(notes)}; no checkpoint in {folder} is whole: copy one back, or begin again in another folder")
     return Found(None)

@@ -7,13 +7,11 @@ looks after its workers, reports through a file that it shares with its rank, an
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import os
 import pickle
 import queue
 import signal
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,10 @@ _LOOK_SECONDS = 0.5
 
 
 class Results:
-    """What a rank's writer hands to its rank, the last thing alone: a file without a name, which a forked process shares."""
+    """What a rank's writer hands to its rank, the last thing alone: memory, which a forked process shares."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  it ends with this object
+        self._file = os.fdopen(os.memfd_create("writer"), "r+b")
         self.rank = os.getpid()
 
     def install(self) -> None:
@@ -41,10 +39,8 @@ class Results:
     def put(self, value: Any) -> None:
         """In the writer, its signal handlers included."""
         descriptor = self._file.fileno()
-        content = pickle.dumps(value)
         os.ftruncate(descriptor, 0)
-        if os.pwrite(descriptor, content, 0) != len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tempfile.gettempdir())
+        os.pwrite(descriptor, pickle.dumps(value), 0)
 
     def get_nowait(self) -> Any:
         """Raises queue.Empty."""
@@ -66,7 +62,11 @@ def write_and_sum(write: Callable[..., None], staging: Path, results: Results, r
     os.register_at_fork(after_in_child=lambda: _end_with(writer))  # a worker alone would wait for its writer for ever
     signal.signal(signal.SIGALRM, lambda number, frame: _look_after_workers(results))
     signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)  # a SIGCHLD that comes just before a wait would not end it
-    write(rank, *args)
+    try:
+        write(rank, *args)
+    except Exception as error:
+        results.put(f"process {writer}, which wrote its files: {type(error).__name__}: {error}")
+        os._exit(_FAILED)
     signal.setitimer(signal.ITIMER_REAL, 0)
     with contextlib.suppress(OSError):  # a full disk: publishing finds what is lacking
         write_part(staging, rank, sum_files(staging, (path.name for path in staging.glob(f"__{rank}_*"))))

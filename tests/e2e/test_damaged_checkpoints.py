@@ -18,9 +18,9 @@ from checkpoints import make_older, sign_again
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.checksums import check_files
+from megatron_opd.checksums import CHECKSUM_FILE, check_files
 from megatron_opd.cli import main
-from megatron_opd.convert.pickles import check_extra_state
+from megatron_opd.convert.pickles import check_common, check_extra_state
 from megatron_opd.errors import DamagedCheckpoint
 from megatron_opd.lineage import CACHE_FILE
 from megatron_opd.train import saved
@@ -243,6 +243,32 @@ def test_a_checkpoint_runs_nothing(folder: Path, attack: Callable[[Path, Command
     assert main(["convert", "to-hf", str(checkpoint), str(output / "hf")]) == (2 if by_conversion else 0)
     assert (said in capsys.readouterr().err) == by_conversion
     assert not proof.exists()
+
+
+def test_classes_of_optimizers_are_read(folder: Path) -> None:
+    """An offloading optimizer has its inner ones' classes among its settings, which Megatron-Core keeps with them."""
+    _, checkpoint = copy(folder, "offloaded")
+    groups = [{"cpu_optimizer_cls": torch.optim.AdamW, "gpu_optimizer_cls": torch.optim.Adam, "lr": 1e-3}]
+    torch.save(torch.load(checkpoint / "common.pt") | {"optimizer": {"param_groups": groups}}, checkpoint / "common.pt")
+    check_common(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["common.pt", "metadata.json"])
+def test_an_older_version_s_checkpoint_that_is_cut_is_damaged(folder: Path, name: str) -> None:
+    """It has no checksums, so that it is found when the file is read."""
+    _, checkpoint = copy(folder, f"cut-{name}")
+    (checkpoint / CHECKSUM_FILE).unlink()
+    os.truncate(checkpoint / name, 9)
+    with pytest.raises(DamagedCheckpoint, match=name):
+        check_common(checkpoint)
+
+
+def test_a_damaged_checkpoint_is_none_of_the_last_ones(folder: Path) -> None:
+    """Step 3 is damaged and passed over by step 4: of two that are kept, step 2 is the other."""
+    output, checkpoint = copy(folder, "kept")
+    flip(checkpoint / "common.pt", 801)
+    assert train(folder, output.name, steps=STEPS + 1, save_every=STEPS + 1, keep_last=2) == 0
+    assert sorted(path.name for path in checkpoint.parent.glob("step_*")) == [f"step_{step:06d}" for step in (STEPS - 1, STEPS + 1)]
 
 
 def test_what_transformer_engine_keeps_of_fp8_is_read() -> None:

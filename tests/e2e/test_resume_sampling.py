@@ -148,8 +148,9 @@ def test_nothing_left_to_do_on_a_disk_that_is_read_only(folder: Path, monkeypatc
     def refuse(*args: object, **options: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    for name in ("write_file", "write_sealed_group", "_make_folder"):
+    for name in ("write_file", "write_sealed_group"):
         monkeypatch.setattr(Location, name, refuse)
+    monkeypatch.setattr("megatron_opd.data.location._make_folder", refuse)
     for stage in ("rollout", "score"):
         assert main(arguments(folder, stage, "scored", "0/1")) == 0
 

@@ -19,7 +19,7 @@ from tiny_models import make_model
 
 from megatron_opd.errors import EngineError, LineageError, UserError
 from megatron_opd.inference import EngineConfig
-from megatron_opd.records import SamplingParams
+from megatron_opd.records import Finish, SamplingParams
 from megatron_opd.serve import sglang
 from megatron_opd.serve.engine import GenerateRequest, ScoreRequest
 from megatron_opd.serve.sglang import SglangEngine
@@ -201,8 +201,12 @@ def test_a_response_is_as_long_as_it_says(server: LyingServer, engine: SglangEng
     stop, length = {"type": "stop", "matched": 1}, {"type": "length", "length": 8}
     for tokens in ([5] * 50 + [1], [5, 6], [], None, "abc", [5.0, 1], ["5", 1], [True, 1], [-1, 1], [10**6, 1], [5, 1, 6, 1], {"0": 5}):
         is_refused(server, engine, score=False, lie=with_tokens(tokens, stop))
-    for tokens in ([5] * 7, [5] * 9, [5] * 7 + [1]):
+    for tokens in ([5] * 7, [5] * 9, [5] * 6 + [1, 5]):
         is_refused(server, engine, score=False, lie=with_tokens(tokens, length))
+    server.tell(lie=with_tokens([5] * 7 + [1], length))  # both hold, and versions of SGLang differ in which they say
+    (generated,) = engine.generate([GenerateRequest(PROMPT, 0, 0)], SAMPLING)
+    assert generated.finish is Finish.STOP
+    server.tell()
     is_refused(server, engine, score=False, lie=with_tokens([5, 1], {"type": "stop", "matched": "NaN happened"}))
 
 

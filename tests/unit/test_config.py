@@ -156,6 +156,11 @@ def test_malformed_overrides(override: str) -> None:
         load_recipe("tiny", [override])
 
 
+@pytest.mark.parametrize("text", ["Count the digits", "data/digits.jsonl", "a. " * 300])
+def test_what_is_no_toml_is_text(text: str) -> None:
+    assert parse_override(f"generate.encoding.system={text}") == (["generate", "encoding", "system"], text)
+
+
 def test_an_override_holds_one_value() -> None:
     with pytest.raises(ConfigError, match="more than one value"):
         load_recipe("tiny", ["train.lr=3\nsteps = 4"])

@@ -171,6 +171,16 @@ def test_the_stage_s_own_error_is_the_one_that_is_shown(tmp_path: Path) -> None:
         pass
 
 
+def test_a_row_may_be_long_and_a_file_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"row": number, "text": "x" * (4 << 20)} for number in range(20)]
+    write_jsonl(path, rows)
+    assert [row["row"] for row in read_jsonl(path)] == list(range(20))
+    path.write_bytes(b'{"row": 0}\n' + b"[" * (17 << 20) + b'\n{"row": 1}\nx\n')
+    assert [row["row"] for row in read_jsonl(path)] == [0, 1]
+    assert "lines 2, 4\n" in capsys.readouterr().out
+
+
 def test_a_cut_line_costs_no_other(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     assert read_jsonl(path) == []

@@ -61,6 +61,11 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: bytes, messag
         read_prompts(path)
 
 
+def test_half_a_character_in_a_field_that_no_model_gets(tmp_path: Path) -> None:
+    _, prompts = read_prompts(write(tmp_path, b'{"prompt": "whole", "response": "half \\ud83d"}'))
+    assert prompts[0].content == "whole"
+
+
 def test_limit_and_identity(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"p{i}"}).encode() for i in range(5)]
     whole, prompts = read_prompts(write(tmp_path, *lines))

@@ -67,7 +67,9 @@ def test_a_variable_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatc
         f"engine={SECRET}",
         f"engine.urls=http://user:{SECRET}@host",
         f"engine.urls=['http://user:{SECRET}@host:port']",
+        f"engine.urls=user:{SECRET}@host:30000",
         f"rollout.store=s3://key:{SECRET}@bucket/store",
+        f"rollout.store=s3://key:{SECRET}/more@bucket/store",
         f"rollout.store=https://host/store?token={SECRET}",
         f"train.lr=http://user:{SECRET}@host",
     ],
@@ -97,9 +99,27 @@ def test_the_end_of_a_servers_log_is_shown_without_secrets(tmp_path: Path) -> No
 
 
 def test_what_is_secret_is_known_by_its_name() -> None:
-    for name in ("--api-key", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "--ssl-keyfile-password", "X-Amz-Signature", "WANDB_API_KEY", "auth"):
+    for name in (
+        "--api-key",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "--ssl-keyfile-password",
+        "X-Amz-Signature",
+        "WANDB_API_KEY",
+        "auth",
+        "--accesskey",
+    ):
         assert is_secret_name(name), name
-    for name in ("--max-total-tokens", "--tokenizer-path", "--ssl-keyfile", "CUDA_VISIBLE_DEVICES", "--monkey", "PYTHONPATH", ""):
+    for name in (
+        "--max-total-tokens",
+        "--tokenizer-path",
+        "--ssl-keyfile",
+        "CUDA_VISIBLE_DEVICES",
+        "--monkey",
+        "PYTHONPATH",
+        "--speculative-token-map",
+        "",
+    ):
         assert not is_secret_name(name), name
     words = ["--api-key", "a", "--api-key=b", "KEY=c", "--key", "--tp", "2", "http://u:p@h/", "x=1"]
     kept = ["--api-key", "(not kept)", "--api-key=(not kept)", "KEY=(not kept)", "--key", "--tp", "2", "(not kept)", "x=1"]
@@ -110,12 +130,22 @@ def test_what_is_secret_is_known_by_its_name() -> None:
     ]
 
 
+SLASHES = ("s3://AKIA:pw/def@b/x", "s3://AKIA:pw?def@b", "zip://a.zip::https://user:pw@host/a.zip", "s3://u%3Apw@b/x")
+
+
 def test_addresses_are_shown_without_secrets() -> None:
     assert redact_address("http://user:pw@host:1/a/b?token=x#y") == "http://host:1/a/b"
     assert redact_address("s3://key:pw@bucket/store") == "s3://bucket/store"
     assert redact_address("user:pw@host") == "host"
     assert redact_address("runs/a@b") == "runs/a@b"
-    for address in ("s3://bucket/a@b:c", "abfs://container@account.dfs.core.windows.net/store", "runs/x:y@z", "s3://bucket/a?versionId=3"):
+    for address in (
+        "s3://bucket/a@b:c",
+        "abfs://container@account.dfs.core.windows.net/store",
+        "runs/x:y@z",
+        "s3://bucket/a?versionId=3",
+        "http://h:80/a@b",
+    ):
         assert not holds_secret(address), address
-    for address in ("s3://a:b@c/d", "https://h/s?sig=x", "https://h/s?X-Amz-Signature=x", "ftp://:pw@h"):
+    for address in ("s3://a:b@c/d", "https://h/s?sig=x", "https://h/s?X-Amz-Signature=x", "ftp://:pw@h", *SLASHES):
         assert holds_secret(address), address
+        assert "pw" not in redact_address(address)

@@ -1,9 +1,11 @@
 """Text of others is read within bounds; what is wrong with it is one error that names the place."""
 
+import sys
+
 import pytest
 
 from megatron_opd.errors import UserError
-from megatron_opd.untrusted import load_json, load_toml, printable, read_bytes, read_json, read_object
+from megatron_opd.untrusted import Console, load_json, load_toml, printable, read_bytes, read_json, read_object
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,13 @@ def test_what_is_no_toml_is_one_error(text):
         load_toml(text, "recipe.toml")
 
 
+def test_dots_in_a_text_are_no_key():
+    text = ". ".join("a" * 300)
+    assert load_toml(f'# {text}\nx = "{text}"\n', "") == {"x": text}
+    with pytest.raises(UserError, match="levels deep"):
+        load_toml(f"x = {{{text} = 1}}", "")
+
+
 def test_files(tmp_path):
     path = tmp_path / "file.json"
     path.write_bytes(b"[1]")
@@ -63,6 +72,13 @@ def test_files(tmp_path):
         read_json(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "missing.json")
+
+
+def test_a_console_is_a_stream(capsys):
+    console = Console(sys.stdout)
+    print("a\x1b[31m\r", file=console)
+    assert capsys.readouterr().out == "a\\x1b[31m\\r\n"
+    assert (console.encoding, console.buffer) == (sys.stdout.encoding, sys.stdout.buffer)
 
 
 def test_control_characters_are_shown_not_sent():
