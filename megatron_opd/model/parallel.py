@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -36,36 +38,51 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=timeout_minutes)
-        if listener := os.environ.pop(LISTENER, None):
-            rank = int(os.environ["RANK"])
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            # Its socket is one that the launcher bound to this machine's own address; torch would listen on all.
-            make_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
-            store = make_store(address, port, world, rank == 0, timeout, master_listen_fd=int(listener) if rank == 0 else None)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        elif "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            if sys.platform == "linux":
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    if parallel_state.model_parallel_is_initialized():
-        _drop_groups()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp,
-        expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=1,
-    )
+    with _on_loopback() if "RANK" not in os.environ else contextlib.nullcontext():
+        if not dist.is_initialized():
+            _join_world(device, world, timedelta(minutes=timeout_minutes))
+        if parallel_state.model_parallel_is_initialized():
+            _drop_groups()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp,
+            expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=1,
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     return device
+
+
+def _join_world(device: torch.device, world: int, timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if listener := os.environ.pop(LISTENER, None):
+        rank = int(os.environ["RANK"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Its socket is one that the launcher bound to this machine's own address; torch would listen on all.
+        make_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+        store = make_store(address, port, world, rank == 0, timeout, master_listen_fd=int(listener) if rank == 0 else None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    elif "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Groups that a process makes for itself listen on this machine's own address; programs that it starts are told nothing of it."""
+    ours = sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ
+    if ours:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        yield
+    finally:
+        if ours:
+            del os.environ["GLOO_SOCKET_IFNAME"]
 
 
 def make_deterministic() -> None:
