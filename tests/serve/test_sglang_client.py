@@ -210,7 +210,7 @@ def test_wrong_responses_are_refused(meta: dict[str, Any], message: str) -> None
     [
         ([9], "stop", r"ended the response by stop, but of the stop ids \[9\] it holds none"),
         ([5, 1], "stop", r"by stop, but of the stop ids \[5, 1\] token 1 of 2 is one"),
-        ([1], "length", r"by length, but of the stop ids \[1\] token 2 of 2 is one"),
+        ([5], "length", r"by length, but of the stop ids \[5\] token 1 of 2 is one"),
     ],
 )
 def test_a_response_ends_at_its_first_stop_id(stop_ids: list[int], finish: str, message: str) -> None:
