@@ -33,8 +33,8 @@ from megatron_opd.untrusted import load_json, one_line
 ATTRIBUTE, CHECKSUM = "opd", "opd_crc32c"
 MAKE_AGAIN = "delete this group and make it again"
 _RESTORE = (
-    "put it back from a copy, or delete this file and run the stage with the settings that it had, which writes it again; "
-    "if it is not of a store of ours, take another path"
+    "if it is not of a store of ours, take another path; else put it back from a copy, "
+    "or delete this file and run the stage with the settings that it had, which writes it again"
 )
 _LARGEST_MANIFEST = 1 << 28  # bytes; a part that excludes a million rollouts has half of it
 # Values that can never be data, so that a chunk that is missing inside a file is seen, never read as zeros.
@@ -163,6 +163,7 @@ class Location:
             for key, array in arrays.items():
                 _write_array(LocalStore(staging.root), key, array)
             staging.write_attributes("", attributes)
+            durable.sync_tree(staging.root)  # takes the time; what is looked at then is renamed at once
             staging._check_written("", arrays)
             if staging.read_attributes("") is None:
                 raise StoreError(f"{self.show(group)}: its manifest was deleted while it was written; run the same command again")
