@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_opd import __version__
-from megatron_opd.config import STAGES, Recipe, apply_overrides, build_recipe, load_recipe, require, shipped_recipes
+from megatron_opd.config import STAGES, Recipe, require
 from megatron_opd.errors import INTERRUPTED, ConfigError, Interrupted, QuarantineError, UserError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
+from megatron_opd.recipe_files import apply_overrides, build_recipe, load_recipe, shipped_recipes
 from megatron_opd.redact import public_address, redact_override, redact_words
 from megatron_opd.untrusted import Console, check_characters, printable, shortened
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from megatron_opd.config import Recipe, load_recipe
+from megatron_opd.config import Recipe
 from megatron_opd.convert.staging import whole_directory
 from megatron_opd.cost import read_stages
 from megatron_opd.demo import arithmetic, smollm2
 from megatron_opd.durable import make_folder, write_file
 from megatron_opd.evaluate.report import evaluation_cells, stage_cells, write_report
 from megatron_opd.evaluate.run import describe_difference
+from megatron_opd.recipe_files import load_recipe
 from megatron_opd.untrusted import read_object
 
 

@@ -21,11 +21,11 @@ from tiny_models import make_model, write_prompts
 
 from megatron_opd.checksums import check_files
 from megatron_opd.cli import main
-from megatron_opd.config import load_recipe
 from megatron_opd.convert.written import same_content
 from megatron_opd.data.store import StoreReader
 from megatron_opd.durable import make_folder, publish_folder, write_file
 from megatron_opd.lineage import hash_tensors
+from megatron_opd.recipe_files import load_recipe
 from megatron_opd.train.saved import latest_checkpoint, read_state
 
 WORKER = Path(__file__).with_name("power_cut_worker.py")

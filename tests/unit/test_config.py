@@ -11,8 +11,9 @@ import pytest
 from pydantic import BaseModel
 
 from megatron_opd.cli import build_parser
-from megatron_opd.config import Recipe, apply_overrides, build_recipe, load_recipe, parse_override, require, shipped_recipes
+from megatron_opd.config import Recipe, require
 from megatron_opd.errors import ConfigError
+from megatron_opd.recipe_files import apply_overrides, build_recipe, load_recipe, parse_override, shipped_recipes
 
 MINIMAL = 'name = "mine"\n[models]\nteacher = "models/big"\nstudent = "models/small"\n'
 

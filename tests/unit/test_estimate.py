@@ -13,10 +13,11 @@ from stores import make_scored_store
 from tiny_models import make_model
 
 from megatron_opd.cli import main
-from megatron_opd.config import TrainStage, load_recipe
+from megatron_opd.config import TrainStage
 from megatron_opd.estimate import GIB, Layout, estimate_recipe, fullest_stage, predict_speed, rank_parameters
 from megatron_opd.known_models import KNOWN, known_config
 from megatron_opd.model.architecture import Architecture, parse_architecture
+from megatron_opd.recipe_files import load_recipe
 
 # Billions of parameters as their model cards say them; the embedding of a tied model counts once.
 PUBLISHED = {

@@ -15,8 +15,9 @@ from opd_kernels import vocab_parallel_stats
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.config import LossConfig, TrainStage, build_recipe
+from megatron_opd.config import LossConfig, TrainStage
 from megatron_opd.errors import ConfigError, StoreError
+from megatron_opd.recipe_files import build_recipe
 from megatron_opd.train.loss import TAIL_FLOOR, Stored, make_loss, sft_loss
 from megatron_opd.train.readiness import check_train
 

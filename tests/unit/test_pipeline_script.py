@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.config import load_recipe
+from megatron_opd.recipe_files import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -13,13 +13,13 @@ from tiny_models import CHATML, ENDOFTEXT, IM_END, make_base, make_chat_tokenize
 from unit.store_parts import VOCAB, fake_fingerprint, fill, make_manifest, make_scores, random_logp
 
 from megatron_opd.cli import main
-from megatron_opd.config import load_recipe
 from megatron_opd.convert.turn_files import write_turns
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.inference import EncodingConfig
 from megatron_opd.lineage import CACHE_FILE, load_tokenizer
+from megatron_opd.recipe_files import load_recipe
 from megatron_opd.records import Finish, Lineage, Rollout, SamplingParams, ScoreManifest, SftFacts
 from megatron_opd.train.endings import check_endings, sft_facts
 from megatron_opd.turns import (
