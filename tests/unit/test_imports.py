@@ -38,6 +38,10 @@ def within(name: str, roots: set[str]) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
+def within_any(names: set[str], roots: set[str]) -> bool:
+    return any(within(name, roots) for name in names)
+
+
 MODULES = {module_name(path): imports(path) for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("*.py"))}
 
 
@@ -112,6 +116,8 @@ def test_records_and_config_stand_alone(name: str) -> None:
 def test_only_the_command_line_sees_everything() -> None:
     importers = {name for name, imported in MODULES.items() if "megatron_opd.cli" in imported}
     assert importers <= {"megatron_opd.__main__", "megatron_opd.demo.run"}
+    importers = {name for name, imported in MODULES.items() if within_any(imported, {"megatron_opd.commands"})}
+    assert importers - set(modules_of("megatron_opd.commands")) <= {"megatron_opd.cli"}
 
 
 def test_no_package_named_kernels() -> None:

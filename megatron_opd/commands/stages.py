@@ -1,0 +1,136 @@
+"""The stages of a recipe: generate, sft, rollout, score, train, eval; check and progress."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_servers, flag_overrides, recipe_stage
+from megatron_opd.config import STAGES, Recipe, require
+from megatron_opd.errors import UserError
+from megatron_opd.recipe_files import apply_overrides, build_recipe
+from megatron_opd.redact import public_address
+
+
+def add_to(stages: Stages) -> None:
+    recipe_stage(stages, "generate", "teacher answers for SFT, into a store", _generate, sharded=True)
+    sft = recipe_stage(stages, "sft", "fine-tune the base student on the teacher's answers", _sft, trains=True)
+    rollout = recipe_stage(stages, "rollout", "responses of the fine-tuned student, into a store", _rollout, sharded=True)
+    rollout.add_argument("--sft-teacher", metavar="DIR", help="declare the SFT teacher of a student that was fine-tuned elsewhere")
+    score = recipe_stage(stages, "score", "the teacher's log-probabilities of the rollouts, into the same store", _score, sharded=True)
+    train = recipe_stage(stages, "train", "distil on the scored rollouts", _train, trains=True)
+    add_servers(recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval))
+    check = recipe_stage(stages, "check", "is everything ready to train? Would it fit (--gpus)? Do the engines agree (--model)?", _check)
+    check.add_argument(
+        "--stage",
+        choices=("inputs", "sft", "train"),
+        default="train",
+        help="what shall start: 'inputs' looks at what you bring (models, prompt files), before anything has run",
+    )
+    check.add_argument(
+        "--gpus", type=a_positive, metavar="N", help="estimate memory, speed and GPU hours on N GPUs, before anything has run"
+    )
+    check.add_argument("--gpu-memory", type=a_gib, metavar="GIB", help="memory of one GPU for --gpus (default: 80)")
+    check.add_argument(
+        "--model", type=a_path, metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
+    )
+    check.add_argument("--rollouts", type=a_positive, default=64, metavar="N", help="with --model: rollouts to compare on")
+    check.add_argument(
+        "--ranks", type=a_positive, metavar="N", help="how many processes will train: refused if the layout can't be made of them"
+    )
+    add_servers(check)
+    with_recipe = check.get_default("run")
+    check.set_defaults(run=lambda args, arguments: _calibrate(args) if args.model else with_recipe(args, arguments))
+    for command in (score, train, check):
+        command.add_argument(
+            "--allow-teacher-mismatch",
+            action="store_true",
+            help="go on with a teacher that is not the SFT teacher; recorded for ever after",
+        )
+    for command in (sft, train, check):
+        command.add_argument(
+            "--continue-with-changes",
+            action="store_true",
+            help="go on in the output folder of a run that had another loss, teacher or initial model; recorded for ever after",
+        )
+    progress = recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left to do", _progress)
+    progress.add_argument("--stage", choices=STAGES, help="only this stage")
+
+
+def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.serve.sample import generate
+    from megatron_opd.serve.stage import Shard
+
+    generate(recipe, Shard.parse(args.shard))
+
+
+def _rollout(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.serve.sample import rollout
+    from megatron_opd.serve.stage import Shard
+
+    rollout(recipe, Shard.parse(args.shard))
+
+
+def _score(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.serve.score import score
+    from megatron_opd.serve.stage import Shard
+
+    score(recipe, Shard.parse(args.shard))
+
+
+def _sft(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.train.loop import run_sft
+
+    run_sft(recipe, allow_changes=args.continue_with_changes)
+
+
+def _train(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.train.loop import run_train
+
+    run_train(recipe, allow_changes=args.continue_with_changes)
+
+
+def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.evaluate.run import evaluate
+
+    evaluate(require(recipe.eval, "eval"), recipe)
+
+
+def _check(recipe: Recipe, args: argparse.Namespace) -> None:
+    if args.gpus is not None:
+        from megatron_opd.estimate import estimate_recipe
+
+        print("\n".join(estimate_recipe(recipe, args.gpus, args.gpu_memory or 80.0)))
+        return
+    if args.gpu_memory is not None:
+        raise UserError("--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N")
+    if args.stage == "inputs":
+        from megatron_opd.inputs import check_inputs, raise_faults
+
+        found = check_inputs(recipe, ranks=args.ranks)
+        for line in found.lines:
+            print(line)
+        raise_faults(found.faults)
+        return
+    from megatron_opd.train.readiness import check_start
+
+    ready = check_start(recipe, args.stage, ranks=args.ranks, allow_changes=args.continue_with_changes)
+    for note in ready.notes:
+        print(note)
+    if args.stage == "sft":
+        print(f"ready to fine-tune {ready.init.short()} on {public_address(recipe.sft.store)}")
+    else:
+        print(f"ready to train {ready.init.short()} on {public_address(recipe.train.store)} with teacher {recipe.train.teacher!r}")
+
+
+def _progress(recipe: Recipe, args: argparse.Namespace) -> int:
+    from megatron_opd.progress import show_progress
+
+    return show_progress(recipe, args.stage)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from megatron_opd.calibrate import calibrate
+
+    tree = apply_overrides({}, args.overrides + flag_overrides(args))
+    recipe = build_recipe({"name": "check", "models": {"teacher": args.model, "student": args.model}} | tree, "check")
+    return calibrate(args.recipe, args.model, recipe.engine, rollouts=args.rollouts, max_gap=recipe.train.max_engine_gap)
