@@ -16,7 +16,7 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.inference import EncodingConfig, EngineConfig
 from megatron_opd.layout import MOST, Count, Fp8Config, ParallelConfig
 from megatron_opd.layout import Section as _Section
-from megatron_opd.objective import DriftConfig, LossConfig
+from megatron_opd.objective import DriftConfig, LossConfig, RoundsConfig
 from megatron_opd.paths import PathText
 from megatron_opd.records import SamplingParams
 from megatron_opd.redact import holds_secret, redact, redact_address
@@ -242,6 +242,9 @@ class TrainStage(TrainerConfig):
 class EvalStage(_Section):
     """Accuracy on verifiable prompts and, with a teacher, reverse KL to it on the model's own samples."""
 
+    models: list[Literal["teacher", "sft", "opd"]] = Field(
+        default=["teacher", "sft", "opd"], description="what 'run' evaluates: the teacher, the student after SFT, and after distillation"
+    )
     model: PathText = "{run_dir}/opd-hf"
     name: str = Field(default="opd", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the output files and the row in reports")
     prompts: PathText
@@ -284,6 +287,7 @@ class Recipe(_Section):
     rollout: RolloutStage | None = None
     score: ScoreStage = ScoreStage()
     train: TrainStage = TrainStage()
+    rounds: RoundsConfig = RoundsConfig()
     eval: EvalStage | None = None
 
     @model_validator(mode="after")

@@ -44,3 +44,23 @@ class DriftConfig(Section):
     )
     patience: int = Field(default=3, gt=0, le=MOST, description="steps in a row beyond a limit before the advice")
     stop: bool = Field(default=False, description="with the advice, save and end the run")
+
+
+class RoundsConfig(Section):
+    """How often the student's rollouts are made anew while training goes on: between offline (one round) and online."""
+
+    count: int = Field(default=1, gt=0, le=MOST, description="rounds of rollout, score and train")
+    steps: int | None = Field(default=None, gt=0, le=MOST, description="optimizer steps a round; by default train.steps / count")
+    until: Literal["steps", "drift"] = Field(
+        default="steps", description="'drift': a round also ends where train.drift would advise new rollouts"
+    )
+    prompts: Literal["slice", "all"] = Field(
+        default="slice",
+        description="'slice': each round has its own share of the prompts; 'all': every round all of them, with another seed",
+    )
+    optimizer: Literal["carry", "reset"] = Field(
+        default="carry", description="'reset': moments and learning-rate schedule begin anew with each round"
+    )
+    keep_alive: bool = Field(
+        default=False, description="one set of ranks and engines for all rounds, both models in memory together; for many short rounds"
+    )
