@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_opd.config import Recipe, require
 from megatron_opd.cost import provenance
 from megatron_opd.data.calibration import read_calibration, write_calibration
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
 from megatron_opd.inference import EngineConfig
-from megatron_opd.lineage import fingerprint_model, same_model
+from megatron_opd.lineage import fingerprint_model, same_model, tensor_index
 from megatron_opd.records import Calibration, Gap, Rollout
 from megatron_opd.serve.engine import Engine, ScoreRequest, open_engine
 from megatron_opd.serve.stage import closing_engine
 from megatron_opd.tokenizer import check_same_tokenizer
+
+_SHARE_FOR_WEIGHTS = 0.7  # of a GPU's memory; activations of one sequence take little
 
 
 def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64, max_gap: float = 0.1, log_dir: str | Path = "logs") -> int:
@@ -47,7 +50,7 @@ def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64,
         served = [score.logp[rollout.prompt_len :] for score, rollout in zip(scores, sample, strict=True)]
         replicas = _replicas(engine, sample) if servers > 1 else None
         described = engine.describe()
-    changes: dict[str, object] = {"num_rollouts": len(sample), "engine": described, "provenance": provenance()}
+    changes: dict[str, object] = {"skipped": None, "num_rollouts": len(sample), "engine": described, "provenance": provenance()}
     if replicas is not None:
         print(f"servers of {fingerprint.short()} with each other: {replicas.describe()}")
         changes["replicas"] = {**before.replicas, fingerprint.weights_sha256: replicas}
@@ -69,6 +72,44 @@ def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64,
         print(f"WARNING: the servers differ by more than the engines ({replicas.mean:.4g} over {limit:.4g} nats): start them alike")
         return 2
     return 0
+
+
+def check_engines(recipe: Recipe) -> int:
+    """`calibrate` the student that sampled the recipe's rollouts; returns 2 as well if the engines are further apart than training allows.
+
+    A student that does not fit the GPU, where Megatron would have it whole, is not compared; that is recorded, too. Raises UserError.
+    """
+    stage = require(recipe.rollout, "rollout")
+    reader = StoreReader(stage.store)
+    if (reason := _too_large(stage.model)) is not None:
+        print(f"engines are not compared: {reason}")
+        write_calibration(reader.location, (read_calibration(reader.location) or Calibration()).model_copy(update={"skipped": reason}))
+        return 0
+    limit = recipe.train.max_engine_gap
+    code = calibrate(stage.store, stage.model, recipe.engine, max_gap=limit, log_dir=f"{recipe.run_dir}/logs")
+    record = read_calibration(reader.location)
+    if record is not None and record.floor is not None and record.floor.mean > limit:
+        print(
+            f"ERROR: serving and training engine differ by {record.floor.mean:.4g} nats a token on average, over train.max_engine_gap = {limit:g}: "
+            "the loss would be noise; look for another dtype, template or version of the model on one side, or raise the limit"
+        )
+        return 2
+    return code
+
+
+def _too_large(model: str) -> str | None:
+    """Why one rank of Megatron on this machine's first GPU can't hold the model, None if it can or there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    size = sum(tensor.end - tensor.start for tensor in tensor_index(model).values())
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return (
+        f"the student's weights take {size / 2**30:.0f} GiB, a GPU has {memory / 2**30:.0f}, and one rank would hold them all"
+        if size > _SHARE_FOR_WEIGHTS * memory
+        else None
+    )
 
 
 def gap(left: list[np.ndarray], right: list[np.ndarray]) -> Gap:

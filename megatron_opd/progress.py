@@ -92,7 +92,7 @@ def _scored(config: ScoreStage) -> Progress:
 
 
 def _trained(stage: str, config: TrainerConfig, *, teacher: str | None) -> Progress:
-    from megatron_opd.train.saved import find_checkpoint, read_state  # torch's import takes seconds
+    from megatron_opd.saved import find_checkpoint, read_state  # torch's import takes seconds
 
     found = find_checkpoint(Path(config.output))
     checkpoint = found.checkpoint
@@ -107,7 +107,7 @@ def _trained(stage: str, config: TrainerConfig, *, teacher: str | None) -> Progr
 
 def _trained_on_others(state: dict[str, Any], config: TrainerConfig, reader: StoreReader | None) -> str | None:
     """Why a run's checkpoint is not of the model and the rollouts that are there now; older checkpoints don't say."""
-    from megatron_opd.train.identity import rollouts_id
+    from megatron_opd.data.identity import rollouts_id
 
     init = state.get("objective", {}).get("init", {}).get("weights")
     recorded = state.get("fixed", {}).get("rollouts")
@@ -141,7 +141,7 @@ def _other_model(done: str, weights: str | None, directory: str) -> str | None:
 def _trained_since(directory: str, config: TrainerConfig) -> str | None:
     """What differs, if `directory` was converted from an earlier checkpoint of the run than its latest."""
     from megatron_opd.checksums import content_id
-    from megatron_opd.train.saved import latest_checkpoint
+    from megatron_opd.saved import latest_checkpoint
 
     origin, latest = _read(Path(directory) / ORIGIN_FILE), latest_checkpoint(Path(config.output))
     run = str((Path(config.output) / "checkpoints").absolute())

@@ -328,13 +328,14 @@ class Calibration(_Record):
     """How far the engines are apart on a sample of a store's rollouts.
 
     `floor`: the sampler scored by the serving engine, against Megatron. `stored`: pi_ref as stored, against Megatron. `replicas`: servers
-    of one model with each other, by the model's weights_sha256.
+    of one model with each other, by the model's weights_sha256. `skipped`: why the engines were not compared.
     """
 
     floor: Gap | None = None
     stored: Gap | None = None
     replicas: dict[str, Gap] = Field(default_factory=dict)
     num_rollouts: int = 0
+    skipped: str | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
 

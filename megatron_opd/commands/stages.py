@@ -7,6 +7,7 @@ import argparse
 from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_servers, flag_overrides, recipe_stage
 from megatron_opd.config import STAGES, Recipe, require
 from megatron_opd.errors import UserError
+from megatron_opd.pipeline.stages import evaluation_of
 from megatron_opd.recipe_files import apply_overrides, build_recipe
 from megatron_opd.redact import public_address
 
@@ -18,7 +19,13 @@ def add_to(stages: Stages) -> None:
     rollout.add_argument("--sft-teacher", metavar="DIR", help="declare the SFT teacher of a student that was fine-tuned elsewhere")
     score = recipe_stage(stages, "score", "the teacher's log-probabilities of the rollouts, into the same store", _score, sharded=True)
     train = recipe_stage(stages, "train", "distil on the scored rollouts", _train, trains=True)
-    add_servers(recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval))
+    evaluation = recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
+    evaluation.add_argument(
+        "--of",
+        choices=("teacher", "sft", "opd"),
+        help="the recipe's teacher, its student after SFT, or after distillation (compared with SFT), under that name",
+    )
+    add_servers(evaluation)
     check = recipe_stage(stages, "check", "is everything ready to train? Would it fit (--gpus)? Do the engines agree (--model)?", _check)
     check.add_argument(
         "--stage",
@@ -34,6 +41,11 @@ def add_to(stages: Stages) -> None:
         "--model", type=a_path, metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
     )
     check.add_argument("--rollouts", type=a_positive, default=64, metavar="N", help="with --model: rollouts to compare on")
+    check.add_argument(
+        "--engines",
+        action="store_true",
+        help="compare the engine that sampled the rollouts with Megatron on the student, and record the gap",
+    )
     check.add_argument(
         "--ranks", type=a_positive, metavar="N", help="how many processes will train: refused if the layout can't be made of them"
     )
@@ -92,15 +104,16 @@ def _train(recipe: Recipe, args: argparse.Namespace) -> None:
 def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.evaluate.run import evaluate
 
+    recipe = evaluation_of(recipe, args.of) if args.of else recipe
     evaluate(require(recipe.eval, "eval"), recipe)
 
 
-def _check(recipe: Recipe, args: argparse.Namespace) -> None:
+def _check(recipe: Recipe, args: argparse.Namespace) -> int:
     if args.gpus is not None:
         from megatron_opd.estimate import estimate_recipe
 
         print("\n".join(estimate_recipe(recipe, args.gpus, args.gpu_memory or 80.0)))
-        return
+        return 0
     if args.gpu_memory is not None:
         raise UserError("--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N")
     if args.stage == "inputs":
@@ -110,7 +123,11 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
         for line in found.lines:
             print(line)
         raise_faults(found.faults)
-        return
+        return 0
+    if args.engines:
+        from megatron_opd.calibrate import check_engines
+
+        return check_engines(recipe)
     from megatron_opd.train.readiness import check_start
 
     ready = check_start(recipe, args.stage, ranks=args.ranks, allow_changes=args.continue_with_changes)
@@ -120,6 +137,7 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
         print(f"ready to fine-tune {ready.init.short()} on {public_address(recipe.sft.store)}")
     else:
         print(f"ready to train {ready.init.short()} on {public_address(recipe.train.store)} with teacher {recipe.train.teacher!r}")
+    return 0
 
 
 def _progress(recipe: Recipe, args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, read_lineage, write_
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.progress import stage_progress
 from megatron_opd.records import Lineage
-from megatron_opd.train.saved import STATE_FILE, find_checkpoint
+from megatron_opd.saved import STATE_FILE, find_checkpoint
 from megatron_opd.untrusted import read_json, read_object
 
 

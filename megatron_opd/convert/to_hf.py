@@ -15,7 +15,7 @@ from megatron_opd.cost import provenance
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import read_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
-from megatron_opd.train.saved import read_state
+from megatron_opd.saved import read_state
 
 HF_FOLDER = "hf"  # inside a checkpoint: config and tokenizer of the model that training started from
 

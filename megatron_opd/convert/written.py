@@ -8,7 +8,7 @@ from typing import Any
 from megatron_opd.checksums import CHECKSUM_FILE, Sums, sum_files
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import CACHE_FILE, ORIGIN_FILE
-from megatron_opd.train.saved import STATE_FILE
+from megatron_opd.saved import STATE_FILE
 
 # They hold times, versions or random names: two conversions of one model differ in them.
 _OF_ONE_CONVERSION = (ORIGIN_FILE, CACHE_FILE, STATE_FILE, CHECKSUM_FILE, ".metadata")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_opd.config import Recipe
+from megatron_opd.config import EvalStage, Recipe, require
+from megatron_opd.errors import ConfigError
 
 RECIPE = "RECIPE"  # stands in a stage's words for the recipe (a file, a name or a run folder) with its overrides
 
@@ -80,3 +81,23 @@ def evaluations(recipe: Recipe) -> list[Stage]:
         Stage(f"eval-{model}", ("eval", RECIPE, "--of", model), "serve", ("teacher",) if model == "teacher" else ("student", "teacher"))
         for model in recipe.eval.models
     ]
+
+
+def evaluation_of(recipe: Recipe, model: str) -> Recipe:
+    """The recipe with its [eval] section made for one of `eval.models`. Raises ConfigError.
+
+    The student after SFT is called 'sft' and the teacher 'teacher'; the distilled one has the section's own name, and is compared with the
+    student after SFT unless the section names another baseline.
+    """
+    stage: EvalStage = require(recipe.eval, "eval")
+    if model == "opd":
+        baseline = stage.baseline or ("sft" if "sft" in stage.models and stage.name != "sft" else None)
+        return _with_eval(recipe, stage, baseline=baseline)
+    if stage.name == model:
+        raise ConfigError(f"eval.name = {model!r} is the name of another model's evaluation; give the distilled student's another one")
+    directory = recipe.models.teacher if model == "teacher" else require(recipe.rollout, "rollout").model
+    return _with_eval(recipe, stage, name=model, model=directory, baseline=None)
+
+
+def _with_eval(recipe: Recipe, stage: EvalStage, **update: str | None) -> Recipe:
+    return recipe.model_copy(update={"eval": stage.model_copy(update=update)})

@@ -37,8 +37,8 @@ from megatron_opd.durable import publish_folder, sync, write_file, write_json
 from megatron_opd.errors import CheckpointError, DamagedCheckpoint, UserError
 from megatron_opd.lineage import write_lineage
 from megatron_opd.records import Lineage
+from megatron_opd.saved import LATEST, STATE_FILE, STEP_PREFIX, checkpoint_folder, last_saved, step_name, step_of
 from megatron_opd.train.optim import Trainee, optimizer_parts
-from megatron_opd.train.saved import LATEST, STATE_FILE, STEP_PREFIX, checkpoint_folder, last_saved, step_name, step_of
 from megatron_opd.train.writers import Results, how_it_ended, write_and_sum
 
 # Names that start so are no checkpoints: being written, or being removed.

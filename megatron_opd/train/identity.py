@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from megatron_opd.config import TrainerConfig, TrainStage
+from megatron_opd.data.identity import content_of, rollouts_id, scores_id
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import CheckpointError
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.objective import LossConfig
 from megatron_opd.records import ModelFingerprint
 from megatron_opd.redact import public_address
-from megatron_opd.train.saved import find_checkpoint, read_state
+from megatron_opd.saved import find_checkpoint, read_state
 
 # Settings that decide which rollouts are in which step, and the one that decides how the optimizer's state is laid out.
 _FIXED = ("seed", "global_batch", "max_response_tokens", "distributed_optimizer")
@@ -52,39 +51,16 @@ def run_identity(
     config: TrainerConfig, reader: StoreReader, arch: Architecture, init: ModelFingerprint, teacher: ModelFingerprint
 ) -> RunIdentity:
     """`teacher` is the model that scored or, for SFT, that answered."""
-    scores = [
-        [part, record.crc32c] for part in sorted(reader.parts) if reader.teacher and (record := reader.score_manifest(part, reader.teacher))
-    ]
     function = {key: value for key, value in asdict(arch).items() if key not in _NOT_THE_FUNCTION}
     objective: dict[str, Any] = {"teacher": _model(teacher), "init": _model(init) | {"architecture": json.loads(json.dumps(function))}}
     if isinstance(config, TrainStage):
-        objective |= {"loss": config.loss.model_dump(mode="json"), "scores": _hash(scores)}
+        objective |= {"loss": config.loss.model_dump(mode="json"), "scores": scores_id(reader)}
     return RunIdentity(
         fixed={key: getattr(config, key) for key in _FIXED} | {"num_rollouts": len(reader), "rollouts": rollouts_id(reader)},
         objective=objective,
         free=config.model_dump(mode="json", exclude=_BY_CONTENT | set(_FIXED)),
         rollouts_and_scores=content_of(reader),
     )
-
-
-def rollouts_id(reader: StoreReader) -> str:
-    """Hash of the rollouts that a reader gives, and of their order."""
-    kept = np.stack([reader.part_ids, reader.prompt_indices, reader.sample_indices.astype(np.int64)])  # not those that have no scores
-    rollouts = [[part, record.crc32c] for part, record in sorted(reader.parts.items())]
-    return _hash([rollouts, hashlib.sha256(kept.tobytes()).hexdigest()])
-
-
-def content_of(reader: StoreReader) -> str:
-    """Hash of the checksums of a store's arrays, with those of its reader's teacher: how older checkpoints know their store."""
-    sums = []
-    for part in sorted(reader.parts):
-        record = reader.score_manifest(part, reader.teacher) if reader.teacher else None
-        sums.append([part, reader.parts[part].crc32c, record.crc32c if record else {}])
-    return _hash(sums)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _model(model: ModelFingerprint) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_opd.errors import INTERRUPTED, ConfigError
 from megatron_opd.processes import INTERRUPT, LISTENER, STOP_SIGNALS, end_with_parent, signal_name
-from megatron_opd.train.saved import last_saved
+from megatron_opd.saved import last_saved
 from megatron_opd.train.stop import STOPPING, ended_at_once, not_started
 
 RANKS_PER_CORE = 4  # started without being asked for, on a CPU

@@ -24,6 +24,7 @@ from megatron_opd.lineage import check_weights
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
 from megatron_opd.records import ModelFingerprint
+from megatron_opd.saved import LATEST, checkpoint_folder
 from megatron_opd.train.batches import BatchSource, MicroBatch
 from megatron_opd.train.checkpoint import CheckpointWriter, find_fault, load_checkpoint
 from megatron_opd.train.drift import DriftRule, Watch, advice
@@ -34,7 +35,6 @@ from megatron_opd.train.metrics import MetricsLog, ResourceMeter, StepFacts, con
 from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.readiness import Readiness, check_stage
 from megatron_opd.train.resume import OutputLock, write_history
-from megatron_opd.train.saved import LATEST, checkpoint_folder
 from megatron_opd.train.step import StepResult, train_step
 from megatron_opd.train.stop import StopRequest
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_opd.errors import INTERRUPTED
 from megatron_opd.processes import INTERRUPT, STOP_SIGNALS
-from megatron_opd.train.saved import last_saved
+from megatron_opd.saved import last_saved
 
 STOP_FILE = "STOP"
 STOPPING = "interrupted: the step under way is finished and saved first; a second Ctrl-C ends at once"

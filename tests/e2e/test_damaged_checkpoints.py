@@ -23,8 +23,8 @@ from megatron_opd.cli import main
 from megatron_opd.convert.pickles import check_common, check_extra_state
 from megatron_opd.errors import DamagedCheckpoint
 from megatron_opd.lineage import CACHE_FILE
+from megatron_opd.saved import LATEST, find_checkpoint, read_state
 from megatron_opd.train import saved
-from megatron_opd.train.saved import LATEST, find_checkpoint, read_state
 
 STEPS = 3
 

@@ -17,7 +17,7 @@ from stores import make_scored_store
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.errors import INTERRUPTED
-from megatron_opd.train.saved import latest_checkpoint, read_state
+from megatron_opd.saved import latest_checkpoint, read_state
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.train.saved import latest_checkpoint, read_state
+from megatron_opd.saved import latest_checkpoint, read_state
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from megatron_opd.data.store import StoreReader
 from megatron_opd.durable import make_folder, publish_folder, write_file
 from megatron_opd.lineage import hash_tensors
 from megatron_opd.recipe_files import load_recipe
-from megatron_opd.train.saved import latest_checkpoint, read_state
+from megatron_opd.saved import latest_checkpoint, read_state
 
 WORKER = Path(__file__).with_name("power_cut_worker.py")
 STEPS = 3

@@ -27,7 +27,7 @@ from megatron_opd.cost import read_stages
 from megatron_opd.data.order import step_rollouts
 from megatron_opd.data.store import StoreReader
 from megatron_opd.evaluate.report import write_report
-from megatron_opd.train.saved import checkpoint_folder, last_saved, latest_checkpoint, read_state
+from megatron_opd.saved import checkpoint_folder, last_saved, latest_checkpoint, read_state
 
 STEPS = 5
 WORKER = Path(__file__).with_name("run_worker.py")

@@ -16,7 +16,7 @@ from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
 from megatron_opd.lineage import read_lineage
-from megatron_opd.train.saved import latest_checkpoint, read_state
+from megatron_opd.saved import latest_checkpoint, read_state
 
 FORWARD = 'train.loss={name="forward_kl"}'
 
@@ -177,8 +177,8 @@ def test_another_initial_model_or_teacher(runs: Runs) -> None:
 
 def test_a_checkpoint_of_an_older_version_goes_on(runs: Runs) -> None:
     """It has no `objective`, its loss among the settings, and the store with the scores in one hash."""
+    from megatron_opd.data.identity import content_of
     from megatron_opd.data.store import StoreReader
-    from megatron_opd.train.identity import content_of
 
     hashed = content_of(StoreReader(str(runs.folder / "store"), teacher="teacher"))
 
