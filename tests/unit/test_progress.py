@@ -12,7 +12,7 @@ from stores import make_scored_store
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
-from megatron_opd.progress import NOT_FINISHED
+from megatron_opd.pipeline.plan import NOT_FINISHED
 
 
 @pytest.fixture(scope="module")
