@@ -17,10 +17,13 @@ _NOT_OF_INPUTS = {"run_dir", "engine", "rounds"}
 
 
 def record_inputs(recipe: Recipe) -> None:
-    """Write down models, prompts and settings as they were when the check found no fault."""
+    """Write down models, prompts and settings as they were when the check found no fault; says so where that can't be written."""
     identities = Identities(recipe.run_dir)
-    make_folder(Path(recipe.run_dir))
-    write_json(Path(recipe.run_dir) / INPUTS_FILE, _identity(recipe, identities))
+    try:
+        make_folder(Path(recipe.run_dir))
+        write_json(Path(recipe.run_dir) / INPUTS_FILE, _identity(recipe, identities))
+    except OSError as error:
+        print(f"not recorded, so 'run' checks them again: {recipe.run_dir}: {error.strerror}")
     identities.save()
 
 

@@ -14,21 +14,21 @@ NOT_FINISHED = 3  # exit code
 
 
 def show_plan(recipe: Recipe, *, typed: list[str], only: str | None = None) -> int:
-    """Print how far every stage is (or one of them), and the next command; returns 0 if nothing is left, otherwise NOT_FINISHED.
+    """Print how far every stage is, and the next command; returns 0 if nothing is left, otherwise NOT_FINISHED.
+
+    With `only`, one stage by itself: whether those before it are stale is not asked.
 
     `typed`: recipe and overrides as they were given. Raises UserError.
     """
     survey = Survey(recipe)
-    found = survey.stages()
-    if only is not None:
-        found = [status for status in found if status.stage in select(list_stages(recipe), only)]
+    found = survey.stages() if only is None else [survey.stage(stage) for stage in select(list_stages(recipe), only)]
     for line in lines_of(found):
         print(line)
-    left = next((status for status in found if not status.settled), None)
-    if left is None:
+    left = [status for status in found if not status.settled]
+    if not left:
         return 0
     if only is None:
-        print(f"next: {next_command(left, typed)}")
+        print(f"next: {next_command(next((status for status in left if status.stale), left[0]), typed)}")
     return NOT_FINISHED
 
 

@@ -43,30 +43,30 @@ def run_recipe(recipe: Recipe, *, typed: list[str], first: str | None = None, la
         raise UserError(f"--from {first} comes after --until {last}; nothing lies between them")
     with _alone(recipe):
         store_recipe(recipe, whole=True)
-        code = _do(recipe, stages[:end], begin, typed)
+        code = _do(recipe, stages, begin, end, typed)
     if code == 0 and end == len(stages):
         print(f"\n{closing(recipe)}\n\n{time.monotonic() - started:.0f} s in all")
         print(f"report: {Path(recipe.run_dir) / 'report' / 'report.html'}")
     return code
 
 
-def _do(recipe: Recipe, stages: list[Stage], begin: int | None, typed: list[str]) -> int:
+def _do(recipe: Recipe, stages: list[Stage], begin: int | None, end: int, typed: list[str]) -> int:
     number = 0
-    while number < len(stages):
+    while number < end:
         found = Survey(recipe).stages()
-        status = next(status for status in found if status.stage == stages[number])
+        if begin is None and (stale := next((status for status in found[:end] if status.stale), None)) is not None:
+            raise UserError(_refusal(recipe, stale, typed))
+        status = found[number]
         if status.stale is not None:
-            if begin is None:
-                raise UserError(_refusal(recipe, status, typed))
-            if number >= begin:
-                _make_again(recipe, stages[number:], found)
+            if begin is not None and number >= begin:
+                _make_again(recipe, found[number:])
                 continue
             print(f"{status.stage.label}: taken as it is, as --from comes after it ({status.stale})")
         elif not status.settled:
-            code = _run_stage(recipe, status, typed, place=f"{number + 1}/{len(stages)}")
+            code = _run_stage(recipe, status, typed, place=f"{number + 1}/{end}")
             if code:
                 return code
-            after = next(now for now in Survey(recipe).stages() if now.stage == status.stage)
+            after = Survey(recipe).stages()[number]
             if not after.settled:
                 print("\n".join(["run: this stage is not finished:", *lines_of([after]), "the same command goes on"]))
                 return NOT_FINISHED
@@ -76,16 +76,14 @@ def _do(recipe: Recipe, stages: list[Stage], begin: int | None, typed: list[str]
     return 0
 
 
-def _make_again(recipe: Recipe, stages: list[Stage], found: list[Status]) -> None:
-    """Set aside what stale stages made."""
-    stale = [status.stage for status in found if status.stage in stages and status.stale is not None]
-    for status in found:
-        if status.stage in stale:
-            print("\n".join(lines_of([status])))
-    place = set_aside(recipe, stale)
+def _make_again(recipe: Recipe, found: list[Status]) -> None:
+    """Set aside what the first of these stages made, and what was made from it, up to the last stage: what stays would pass for its result."""
+    stale = [status for status in found if status.stale is not None]
+    print("\n".join(lines_of(stale)))
+    place = set_aside(recipe, [status.stage for status in stale])
     if place is None:
-        raise UserError(f"{stale[0].label} is stale, but nothing that it made was found; move it away yourself")
-    print(f"set aside in {place}: {', '.join(stage.label for stage in stale)}", flush=True)
+        raise UserError(f"{stale[0].stage.label} is stale, but nothing that it made was found; move it away yourself")
+    print(f"set aside in {place}: {', '.join(status.stage.label for status in stale)}", flush=True)
 
 
 def _refusal(recipe: Recipe, status: Status, typed: list[str]) -> str:

@@ -20,6 +20,7 @@ def set_aside(recipe: Recipe, stages: list[Stage]) -> Path | None:
     models that lie outside of the run's folder, which may be of others too.
     """
     found = [path for stage in reversed(stages) for path in _results(recipe_of(recipe, stage), stage) if path.exists()]
+    found = [path for path in found if not any(other in path.parents for other in found)]  # scores go with their store
     if not found:
         return None
     target = _next_folder(Path(recipe.run_dir) / FOLDER)

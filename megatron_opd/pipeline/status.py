@@ -64,7 +64,6 @@ _READS = {
     "opd-hf": ("train",),
     "eval-sft": ("sft-hf",),
     "eval-opd": ("opd-hf", "eval-sft"),
-    "report": ("sft", "train", "eval-teacher", "eval-sft", "eval-opd"),
 }
 # Their results are needed only until the next stage has made its own.
 _PASSING = ("inputs", "generate", "sft", "rollout", "score", "engines", "train")
@@ -82,6 +81,7 @@ class Status:
     stale: str | None = None
     note: str | None = None
     gone: bool = False  # and not needed: what was made of it is there
+    outdated: bool = False  # and made again unasked, as that costs nothing
 
     @property
     def finished(self) -> bool:
@@ -90,7 +90,7 @@ class Status:
     @property
     def settled(self) -> bool:
         """Whether nothing is left to do."""
-        return self.stale is None and (self.finished or self.gone)
+        return self.stale is None and not self.outdated and (self.finished or self.gone)
 
     @property
     def state(self) -> str:
@@ -98,6 +98,8 @@ class Status:
             return "STALE"
         if self.gone:
             return "not needed"
+        if self.outdated:
+            return "outdated"
         return "done" if self.finished else "partial" if self.done else "not started"
 
     @property
@@ -158,9 +160,9 @@ class Survey:
     def _inputs(self, stage: Stage, recipe: Recipe) -> Status:
         status = Status(stage, "")
         difference = inputs_difference(recipe, self.identities)
-        if difference:  # looking again costs nothing, so nobody has to ask for it
-            return replace(status, note=f"checked before, but {difference}")
-        return status if difference is None else replace(status, done=1, total=1)
+        if difference is None:
+            return status
+        return replace(status, done=1, total=1, outdated=bool(difference), note=difference or None)
 
     def _generated(self, stage: Stage, recipe: Recipe) -> Status:
         return self._sampled(stage, require(recipe.generate, "generate"), recipe.sft.max_response_tokens)
@@ -266,8 +268,11 @@ class Survey:
             return status
         status = replace(status, done=1, total=1)
         origin, latest = _read(Path(target) / ORIGIN_FILE), latest_checkpoint(Path(source))
-        if latest is None or str(Path(str(origin.get("checkpoint"))).parent) != str(latest.parent.absolute()):
-            return replace(status, note=None if latest is None else "put there by something else than this run's training")
+        if latest is None:
+            return status
+        of_this_run = str(Path(str(origin.get("checkpoint"))).parent) == str(latest.parent.absolute())
+        if not of_this_run and not Path(target).absolute().is_relative_to(Path(self.recipe.run_dir).absolute()):
+            return replace(status, note="made by something else than this run's training")
         made, now = origin.get("content"), content_id(latest)
         if None in (made, now) or made == now:
             return status
@@ -307,7 +312,7 @@ class Survey:
             return status
         read = [*folder.glob("eval/*.json"), *folder.glob("*/metrics.jsonl")]
         newer = [path for path in read if path.stat().st_mtime_ns > page.stat().st_mtime_ns]
-        return replace(status, done=1, total=1, stale=f"{newer[0]} is newer" if newer else None)
+        return replace(status, done=1, total=1, outdated=bool(newer), note=f"{newer[0]} is newer" if newer else None)
 
 
 def training_status(recipe: Recipe, name: str) -> Status:
@@ -353,11 +358,11 @@ def _mark_gone(found: list[Status]) -> list[Status]:
     """What is not there, and was read by stages that are done, is not needed any more."""
     for number in reversed(range(len(found))):
         status = found[number]
-        if status.done or status.stage.name not in _PASSING:
+        if status.stage.name not in _PASSING or (status.done and not status.outdated):
             continue
         readers = [other for other in found[number + 1 :] if _reads(other.stage, status.stage)]
         if readers and all(other.settled for other in readers):
-            found[number] = replace(status, gone=True)
+            found[number] = replace(status, gone=True, outdated=False)
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_opd.config import EvalStage, SampleStage
 from megatron_opd.data.location import Location
 from megatron_opd.data.manifests import part_number, read_manifest, read_part, read_scores
+from megatron_opd.inference import EncodingConfig
 from megatron_opd.records import PartManifest, PromptFile, SamplingParams, ScoreManifest, StoreManifest
 
 
@@ -56,8 +57,9 @@ def _shown(value: Any) -> str:
 def sampling_differences(manifest: StoreManifest, stage: SampleStage | EvalStage, sampling: SamplingParams) -> list[str]:
     """How the recipe asks for responses otherwise than they were asked for."""
     found = differences(manifest.sampling.model_dump(), sampling.model_dump())
-    encoding = stage.encoding.recorded()
-    there = {key: value for key, value in manifest.encoding.items() if key in encoding or key != "date_string"}  # filled in by a template
+    encoding, there = stage.encoding.recorded(), EncodingConfig.model_validate(manifest.encoding).recorded()
+    if "date_string" not in encoding:  # filled in for a template that prints one
+        there.pop("date_string", None)
     found += differences(dict.fromkeys(encoding) | there, dict.fromkeys(there) | encoding, "encoding")
     if isinstance(stage, SampleStage):
         found += differences(manifest.prompts_per_part, stage.prompts_per_part, "prompts_per_part")
