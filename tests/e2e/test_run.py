@@ -190,7 +190,7 @@ def test_what_is_stale_is_made_again_and_nothing_else(
     assert "sft is STALE: differs from the recipe: lr 0.001 there, 0.002 here" in capsys.readouterr().err
     assert main(["run", *changed, "--from", "sft", "--until", "sft"]) == 0
     assert (run / "set_aside/001/sft/checkpoints").is_dir()
-    code, found, text = plan(capsys, *changed)
+    code, found, _ = plan(capsys, *changed)
     assert code == NOT_FINISHED
     assert [found[stage] for stage in ("generate", "sft", "sft-hf", "rollout")] == ["done", "done", "not", "not"]
     assert main(["run", *changed]) == 0
