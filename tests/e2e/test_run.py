@@ -271,6 +271,7 @@ def forks() -> Iterator[Forks]:
 
 
 def kill_often(forks: Forks, inputs: Path, tmp_path: Path, *, kills: int, rng: random.Random) -> None:
+    tmp_path.mkdir(exist_ok=True)
     run, log = tmp_path / "run", tmp_path / "log"
     command = ["run", *words(inputs, run)]
     killed = 0
