@@ -96,7 +96,12 @@ class EngineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: int = Field(default=16384, gt=0, le=MOST, description="transformers: tokens (with padding) a forward pass")
     batch_sequences: int = Field(default=256, gt=0, le=MOST, description="transformers: sequences generated together")
-    tokens_under_way: int = Field(default=1 << 19, gt=0, le=MOST, description="sglang: tokens of the requests that a server, or each copy in one of engine.launch, has at once")
+    tokens_under_way: int = Field(
+        default=1 << 19,
+        gt=0,
+        le=MOST,
+        description="sglang: tokens of the requests that a server, or each copy in one of engine.launch, has at once",
+    )
     timeout: float = Field(default=300.0, gt=0, le=LONGEST, description="sglang: seconds for a request, to which come those for its length")
     slowest_decode: float = Field(default=2.0, ge=1e-3, description="sglang: tokens/s; a response may take its length at this speed")
     slowest_prefill: float = Field(default=200.0, ge=1e-3, description="sglang: tokens/s; reading a sequence may take as long")

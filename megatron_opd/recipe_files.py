@@ -95,7 +95,9 @@ def read_source(source: Source) -> dict[str, Any]:
         raise ConfigError(f"{where}, and needs a name of its own (its run folder is runs/NAME): name = '...'")
     for base in bases:
         if load_toml(base.text, base.label).get("name") == name:
-            raise ConfigError(f"{where}, but has the name of {base.label}, {name!r}, and would write into its run folder; give it another name")
+            raise ConfigError(
+                f"{where}, but has the name of {base.label}, {name!r}, and would write into its run folder; give it another name"
+            )
     return tree
 
 

@@ -96,7 +96,7 @@ def _text(path: Path) -> str | None:
     """What the file holds, None where there is none. Raises ConfigError."""
     try:
         return read_bytes(path, LARGEST_TOML).decode()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}; mend it, or move it away") from None

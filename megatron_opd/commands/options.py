@@ -25,7 +25,9 @@ def recipe_stage(
     stages: Stages, name: str, text: str, run: Callable[..., object], *, sharded: bool = False, trains: bool = False
 ) -> argparse.ArgumentParser:
     parser = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + "." * (text[-1] not in ".?"))
-    parser.add_argument("recipe", type=a_path, help=f"a TOML file, the folder of a run, or a shipped recipe: {', '.join(shipped_recipes())}")
+    parser.add_argument(
+        "recipe", type=a_path, help=f"a TOML file, the folder of a run, or a shipped recipe: {', '.join(shipped_recipes())}"
+    )
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=OVERRIDES)
     parser.add_argument("--dry-run", action="store_true", help="print the checked recipe, every default included, and exit")
     if sharded:
