@@ -6,6 +6,7 @@ import os
 import random
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +381,7 @@ def test_the_folder_of_a_run_stands_for_its_recipe(capsys: pytest.CaptureFixture
     assert "empty: no recipe.toml in this folder; if a run of an older version made it, give the recipe" in capsys.readouterr().err
     Path("tiny").mkdir()
     assert load_recipe("tiny").run_dir == "runs/tiny"  # a shipped recipe goes before a folder
-    with pytest.raises(ConfigError, match="tiny: no recipe.toml"):
+    with pytest.raises(ConfigError, match=r"tiny: no recipe\.toml"):
         load_recipe("./tiny")
 
 
@@ -418,7 +419,7 @@ def test_a_stored_recipe_holds_no_secret(capsys: pytest.CaptureFixture[str]) -> 
     launch = load_recipe("runs/tiny").engine.launch
     assert launch is not None
     with pytest.raises(
-        ConfigError, match="engine.launch.environment.HF_TOKEN: the value is not kept in a recipe that a run wrote; give it again"
+        ConfigError, match=r"engine\.launch\.environment\.HF_TOKEN: the value is not kept in a recipe that a run wrote; give it again"
     ):
         launch.variables()
     with pytest.raises(ConfigError, match=r"engine\.launch\.command: a word is \(not kept\)"):
@@ -428,27 +429,34 @@ def test_a_stored_recipe_holds_no_secret(capsys: pytest.CaptureFixture[str]) -> 
     assert again.variables()["HF_TOKEN"] == SECRET
 
 
+def ending_with(error: UserError, work: Callable[[], object], *overrides: str) -> None:
+    """A stage that does `work` and ends with `error`."""
+    with storing(load_recipe("tiny", list(overrides))):
+        work()
+        raise error
+
+
 def test_a_command_that_is_refused_leaves_the_stored_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError), storing(load_recipe("tiny")):
-        assert Path("runs/tiny/recipe.toml").exists()
-        raise UserError("no such file")
+    refused, path = UserError("refused"), Path("runs/tiny/recipe.toml")
+    there: list[bool] = []
+    with pytest.raises(UserError):
+        ending_with(refused, lambda: there.append(path.exists()))
+    assert there == [True]
     assert not Path("runs/tiny").exists()
     keep("tiny")
-    before = Path("runs/tiny/recipe.toml").read_text()
-    with pytest.raises(UserError), storing(load_recipe("tiny", ["train.lr=0.5"])):
-        raise UserError("another objective")
-    assert Path("runs/tiny/recipe.toml").read_text() == before
+    before = path.read_text()
+    with pytest.raises(UserError):
+        ending_with(refused, lambda: None, "train.lr=0.5")
+    assert path.read_text() == before
     assert capsys.readouterr().out.endswith("recipe.toml: train.lr 0.001 -> 0.5\nrecipe.toml: as it was before this command\n")
-    with pytest.raises(UserError), storing(load_recipe("tiny", ["train.lr=0.5"])):
-        keep("tiny", "train.lr=0.75")  # another command's, meanwhile
-        raise UserError("refused")
+    with pytest.raises(UserError):  # another command's settings, meanwhile
+        ending_with(refused, lambda: keep("tiny", "train.lr=0.75"), "train.lr=0.5")
     assert load_recipe("runs/tiny").train.lr == 0.75
-    with pytest.raises(QuarantineError), storing(load_recipe("tiny", ["train.lr=0.5"])):
-        raise QuarantineError("done, but")
+    with pytest.raises(QuarantineError):
+        ending_with(QuarantineError("done, but"), lambda: None, "train.lr=0.5")
     assert load_recipe("runs/tiny").train.lr == 0.5
-    with pytest.raises(UserError), storing(load_recipe("tiny", ["run_dir=busy"])):
-        Path("busy/logs").mkdir()
-        raise UserError("a server died")
+    with pytest.raises(UserError):  # something was made
+        ending_with(refused, lambda: write("busy/logs/x", ""), "run_dir=busy")
     assert load_recipe("busy").run_dir == "busy"
 
 
