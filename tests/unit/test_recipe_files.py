@@ -541,3 +541,47 @@ def test_a_new_recipe_that_is_refused(words: list[str], message: str, capsys: py
     assert main(["recipe", "new", *words]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert sorted(os.listdir()) == before
+
+
+# The documentation
+
+RECIPES_MD = (Path(__file__).resolve().parents[2] / "docs/recipes.md").read_text()
+
+
+def test_the_recipes_of_the_documentation() -> None:
+    for block in re.findall(r"```toml\n# (\S+)\n(.*?)```", RECIPES_MD, flags=re.DOTALL):
+        write(*block)
+    mine, served, opd = load_recipe("mine.toml"), load_recipe("served.toml"), load_recipe("opd_8b")
+    assert (mine.run_dir, mine.train.lr, mine.train.loss.name, mine.score.top_k, mine.sft.steps) == (
+        "runs/mine",
+        1e-6,
+        "forward_kl",
+        64,
+        None,
+    )
+    assert mine.rollout is not None
+    assert opd.rollout is not None
+    assert (mine.rollout.prompts, mine.models) == (opd.rollout.prompts, opd.models)
+    assert (mine.rollout.sampling.max_new_tokens, mine.rollout.sampling.temperature, opd.rollout.sampling.temperature) == (2048, 1.0, 0.7)
+    teacher, student = served.engine_for(served.models.teacher).launch, served.engine_for("x").launch
+    assert teacher is not None
+    assert student is not None
+    assert (teacher.tp, teacher.dp, student.tp, student.dp) == (4, 2, 1, 8)
+    assert teacher.command == student.command == [".venv-serve/bin/python", "-m", "sglang.launch_server"]
+    assert student.options == ["--mem-fraction-static", "0.7"]
+
+
+def test_the_commands_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = []
+    for line in re.findall(r"^megatron-opd (.*?)(?: +#.*)?$", RECIPES_MD, flags=re.MULTILINE):
+        words = line.split()
+        if words[1] == "runs/mine":
+            keep("mine.toml")
+        capsys.readouterr()
+        assert main(words if words[0] == "recipe" else [*words, "--dry-run"]) == 0, line
+        printed = capsys.readouterr().out
+        if words[:2] == ["score", "opd_8b"]:
+            launch = build_recipe(tomllib.loads(printed)).engine_for("models/Qwen3-32B").launch
+            assert launch is not None
+            sizes.append((launch.servers, launch.tp, launch.dp))
+    assert sizes == [(1, 2, 4), (4, 2, 1), (2, 4, 1), (1, 4, 2)]
