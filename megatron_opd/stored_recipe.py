@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from megatron_opd.config import Recipe
 from megatron_opd.durable import make_folder, write_file
 from megatron_opd.errors import ConfigError, QuarantineError, UserError
-from megatron_opd.recipe_files import RECIPE_FILE, explain
+from megatron_opd.recipe_files import RECIPE_FILE, explain, read_tree
 from megatron_opd.untrusted import LARGEST_TOML, load_toml, one_line, read_bytes
 
 OF_ONE_COMMAND = ("engine", "eval", "slurm")  # addresses, one evaluation, a site: a stage that comes later does not change what is kept
@@ -52,7 +52,7 @@ def store_recipe(recipe: Recipe, *, whole: bool) -> Callable[[], None]:
         found: dict[str, Any] = {}
     elif (found := _as_kept(before, path)) == load_toml(text, str(path)):
         return _nothing
-    had_folder, old = path.parent.is_dir(), None if before is None else _text(path)
+    had_folder, old = path.parent.is_dir(), None if before is None else read_bytes(path, LARGEST_TOML)
     try:
         make_folder(path.parent)
         write_file(path, text)
@@ -92,21 +92,11 @@ def _nothing() -> None:
     pass
 
 
-def _text(path: Path) -> str | None:
-    """What the file holds, None where there is none. Raises ConfigError."""
-    try:
-        return read_bytes(path, LARGEST_TOML).decode()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not TOML: {error}; mend it, or move it away") from None
-
-
 def _read(path: Path) -> dict[str, Any] | None:
-    text = _text(path)
+    """What is kept, None where nothing is. Raises ConfigError."""
     try:
-        return None if text is None else load_toml(text, str(path))
-    except UserError as error:
+        return read_tree(str(path)) if os.path.lexists(path) else None
+    except ConfigError as error:
         raise ConfigError(f"{error}; mend it, or move it away") from None
 
 
@@ -125,10 +115,10 @@ def _as_kept(tree: dict[str, Any], path: Path) -> dict[str, Any]:
         return tree
 
 
-def _take_back(path: Path, text: str, old: str | None, *, had_folder: bool) -> None:
+def _take_back(path: Path, text: str, old: bytes | None, *, had_folder: bool) -> None:
     """Put back what was kept before `text`, unless another command has kept its own since, or works in the folder."""
     with contextlib.suppress(OSError, UserError):
-        if _text(path) != text:
+        if read_bytes(path, LARGEST_TOML) != text.encode():
             return
         if old is not None:
             write_file(path, old)

@@ -17,6 +17,7 @@ from megatron_opd.cli import main
 from megatron_opd.config import Recipe
 from megatron_opd.errors import ConfigError, QuarantineError, UserError
 from megatron_opd.recipe_files import apply_overrides, build_recipe, load_recipe, merge, read_tree, shipped_recipes
+from megatron_opd.serve.launch import ServerProcess
 from megatron_opd.stored_recipe import differences, store_recipe, storing
 
 BASE = """name = "base"
@@ -280,6 +281,19 @@ def test_options_of_a_model(tmp_path: Path) -> None:
     assert options("x", 'engine.launch.student={options = ["--small"]}') == ["--small"]
     with pytest.raises(ConfigError, match=r"(?s)with --enable-dp-attention .* engine.launch.teacher.dp counts copies"):
         options("x", "engine.launch.teacher.options=['--enable-dp-attention']")
+
+
+def test_servers_are_started_with_the_models_own_sizes(tmp_path: Path) -> None:
+    write("launch.toml", BASE.replace('[engine]\nurls = ["http://a:1"]\n', ENGINES))
+    recipe = load_recipe("launch.toml", ["engine.launch.command=['serve']"])
+    for model, wanted in (
+        (recipe.models.teacher, "--tp-size 2 --dp-size 4 --base-gpu-id 8 --big"),
+        ("x", "--tp-size 1 --dp-size 8 --base-gpu-id 8"),
+    ):
+        engine = recipe.engine_for(model)
+        assert engine.launch is not None
+        second = ServerProcess(engine, engine.launch, Path(model), number=1, log_dir=tmp_path)
+        assert " ".join(second.command(30000)) == f"serve --model-path {model} --host 127.0.0.1 --port 30000 {wanted}"
 
 
 SECRET = "hf_Zq8vXw2Lk9"
