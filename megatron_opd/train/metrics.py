@@ -19,12 +19,10 @@ from megatron_opd.config import TrainerConfig
 from megatron_opd.cost import GpuMeter, append_jsonl, read_jsonl, write_jsonl
 from megatron_opd.durable import sync, write_file
 from megatron_opd.errors import UserError
+from megatron_opd.gpus import GPUS
 from megatron_opd.redact import redact_override
 from megatron_opd.train.step import StepResult
 from megatron_opd.untrusted import read_bytes
-
-# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets; utilisation is reported only for these.
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True)
@@ -149,10 +147,11 @@ def memory_gib() -> float:
 
 
 def peak_flops() -> float | None:
+    """Dense bf16 peak of this GPU in FLOP/s; None for those whose data sheet is not known: utilisation is then not reported."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+    return next((gpu.bf16_flops for gpu in GPUS.values() if gpu.name in name), None)
 
 
 class MetricsLog:
