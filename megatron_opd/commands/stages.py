@@ -32,7 +32,10 @@ def add_to(stages: Stages) -> None:
         "--gpus", type=a_positive, metavar="N", help="estimate cost and memory of every stage on N GPUs in all, before anything has run"
     )
     check.add_argument(
-        "--nodes", type=a_positive, metavar="N", help="on how many nodes these GPUs are (without --gpus: nodes of 8); refused if nothing would fit"
+        "--nodes",
+        type=a_positive,
+        metavar="N",
+        help="on how many nodes these GPUs are (without --gpus: nodes of 8); refused if nothing would fit",
     )
     check.add_argument("--gpu", choices=sorted(GPUS), help="which GPUs, for --gpus and --nodes (default: h100)")
     check.add_argument("--gpu-memory", type=a_gib, metavar="GIB", help="memory of one GPU, if it is another than that kind's")

@@ -42,4 +42,6 @@ def _digits(value: float) -> str:
     if value == 0:
         return "0"
     rounded = float(f"{value:.1e}")
-    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:.1f}" if rounded >= 1 else f"{rounded:.2g}" if rounded >= 0.01 else "under 0.01"
+    return (
+        f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:.1f}" if rounded >= 1 else f"{rounded:.2g}" if rounded >= 0.01 else "under 0.01"
+    )

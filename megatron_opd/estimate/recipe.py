@@ -195,7 +195,9 @@ class Estimator:
         lengths = sampled_lengths(f"{stage.output}/{name.removeprefix('eval-')}.opd.zarr", longest)
         work, per = self._work(name, stage, lengths, longest)
         role: Role = "teacher" if name == "eval-teacher" else "student"
-        sampled = self._serving(name, self._teacher(self.recipe.models.teacher) if role == "teacher" else self.student, role, lengths.longest)
+        sampled = self._serving(
+            name, self._teacher(self.recipe.models.teacher) if role == "teacher" else self.student, role, lengths.longest
+        )
         scored = None if stage.teacher is None else self._serving(name, self._teacher(stage.teacher), "teacher", lengths.longest)
         rollouts = work.prompts * work.samples
         tokens = lengths.tokens * rollouts
@@ -291,7 +293,7 @@ def estimate_recipe(recipe: Recipe, allocation: Allocation, gpu: Gpu) -> list[st
 def table(estimate: Estimate) -> list[str]:
     """A line a stage, and their sum."""
     heads = ("stage", "runs on", "tokens, M", "GPU hours", "hours", "disk, GB")
-    lines = [heads]
+    lines: list[tuple[str, ...]] = [heads]
     for row in estimate.rows:
         name = row.stage + (f" x {row.runs}" if row.runs > 1 else "") + (" *" if row.per else "")
         hours = "unknown" if row.gpu_hours is None else _shown(row.gpu_hours)

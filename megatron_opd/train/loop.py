@@ -333,8 +333,9 @@ def report(job: Job, row: dict[str, Any], log: MetricsLog | None) -> None:
     if log is not None:
         log.write(row)
         step = row["step"]
+        log.pace.made(step, row["seconds"], time.monotonic())
         if step == 1 or step % job.config.log_every == 0 or step == job.steps or row["skipped"]:
-            print(console_line(row, total=job.steps, distils=job.name == "train"), flush=True)
+            print(console_line(row, total=job.steps, distils=job.name == "train", left=log.pace.left(job.steps)), flush=True)
 
 
 def too_many_skipped(job: Job, step: int, result: StepResult, progress: Progress) -> UserError:

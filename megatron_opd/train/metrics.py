@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import uuid
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import TrainerConfig
-from megatron_opd.cost import GpuMeter, append_jsonl, read_jsonl, write_jsonl
+from megatron_opd.cost import GpuMeter, append_jsonl, clock, read_jsonl, write_jsonl
 from megatron_opd.durable import sync, write_file
 from megatron_opd.errors import UserError
 from megatron_opd.gpus import GPUS
@@ -86,9 +87,9 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def console_line(row: dict[str, Any], *, total: int, distils: bool) -> str:
-    """One line a step."""
-    head = f"step {row['step']:>5}/{total}"
+def console_line(row: dict[str, Any], *, total: int, distils: bool, left: float | None = None) -> str:
+    """One line a step; `left`: seconds until the last one."""
+    head = f"step {row['step']:>5}/{total}" + (f"  {clock(left)} left" if left else "")
     if row["skipped"]:
         return f"{head}  SKIPPED: loss {row['loss']}, gradient norm {row['grad_norm']}; weights and optimizer are as they were"
     losses = (
@@ -102,6 +103,24 @@ def console_line(row: dict[str, Any], *, total: int, distils: bool) -> str:
         f"{head}  loss {row['loss']:+.4f}  {losses}  entropy {row['entropy']:.3f}{overlap}{drift}  grad {row['grad_norm']:.3f}  "
         f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s{mfu}  {row['memory_gib']:.1f} GiB{power}"
     )
+
+
+class Pace:
+    """How long a step takes, saves and all that comes with it included: the mean of the last ones that this process made."""
+
+    def __init__(self, *, over: int = 20):
+        self._steps: deque[tuple[int, float]] = deque(maxlen=over + 1)
+        self._seconds = math.nan
+
+    def made(self, step: int, seconds: float, now: float) -> None:
+        """Step number `step` ended at `now` on a clock of seconds, and took `seconds` by itself."""
+        self._steps.append((step, now))
+        first, since = self._steps[0]
+        self._seconds = (now - since) / (step - first) if step > first else seconds
+
+    def left(self, total: int) -> float:
+        """Seconds until step `total` has ended, from the last one that was made."""
+        return self._seconds * (total - self._steps[-1][0])
 
 
 class ResourceMeter:
@@ -162,6 +181,7 @@ class MetricsLog:
         self.path, self._cut_after = output / "metrics.jsonl", first_step
         self._is_cut = False
         self._unwritten: list[dict[str, Any]] = []
+        self.pace = Pace()
         self._sinks: list[Any] = []
         if "tensorboard" in config.loggers:
             self._sinks.append(_TensorBoard(output / "tensorboard", first_step))

@@ -14,6 +14,7 @@ from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.lineage import check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
 from megatron_opd.redact import public_address
 from megatron_opd.tokenizer import check_rows, check_same_tokenizer
@@ -35,7 +36,9 @@ class Readiness:
 
 
 def check_stage(recipe: Recipe, name: str) -> Readiness:
-    """`check_sft` or `check_train`, with the teacher that the recipe names. Raises UserError."""
+    """`check_sft` or `check_train`, with the teacher that the recipe names. Raises UserError, for what no stage has made yet with the commands."""
+    config: TrainerConfig = getattr(recipe, name)
+    require_made(recipe, config.init, config.store, scored=name == "train")
     if name == "sft":
         return check_sft(recipe.sft, recipe.generate.model if recipe.generate else recipe.models.teacher)
     return check_train(recipe.train, recipe.score)

@@ -22,7 +22,7 @@ from megatron_opd.records import LossSums
 from megatron_opd.train import metrics
 from megatron_opd.train.batches import MicroBatch
 from megatron_opd.train.drift import DriftRule, Watch, Watched
-from megatron_opd.train.metrics import MetricsLog, StepFacts, console_line, step_row
+from megatron_opd.train.metrics import MetricsLog, Pace, StepFacts, console_line, step_row
 from megatron_opd.train.step import StepResult
 
 
@@ -124,6 +124,20 @@ def test_a_skipped_step_has_no_nan_in_its_row() -> None:
     assert row["skipped"] is True
     json.loads(json.dumps(row, allow_nan=False))
     assert "SKIPPED" in console_line(row, total=10, distils=True)
+    assert console_line(row, total=10, distils=True, left=3725.4).partition("left")[0].endswith("/10  1:02:05 ")
+    assert "\n" not in console_line(row, total=10, distils=True, left=3725.4)
+
+
+def test_the_time_left_is_by_the_last_steps_of_this_process() -> None:
+    pace = Pace(over=3)
+    now, lefts = 1000.0, []
+    for step, seconds in ((101, 60.0), (102, 2.0), (103, 4.0), (104, 6.0), (105, 8.0)):  # a resumed run, whose first step is slow
+        now += seconds
+        pace.made(step, seconds, now)
+        lefts.append(pace.left(110))
+    assert lefts == [9 * 60.0, 8 * 2.0, 7 * 3.0, 6 * 4.0, 5 * 6.0], "of the first step its own time; then the mean since, over three"
+    pace.made(110, 1.0, now + 5)
+    assert pace.left(110) == 0
 
 
 def config_of(folder: Path, *loggers: str) -> TrainStage:
