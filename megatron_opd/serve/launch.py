@@ -89,7 +89,7 @@ class ServerProcess:
         if _NO_SGLANG.search(self.tail()):
             return (
                 "the Python that was to run the server has no SGLang; install it there, or say with engine.launch.command how a server is started "
-                "where it is (for example engine.launch.command='[\".venv-serve/bin/python\", \"-m\", \"sglang.launch_server\"]')"
+                'where it is (for example engine.launch.command=\'[".venv-serve/bin/python", "-m", "sglang.launch_server"]\')'
             )
         if code in _SHELL_CODES:
             return f"engine.launch.command names a program that {_SHELL_CODES[code]}"

@@ -31,8 +31,8 @@ from megatron_opd.train.identity import Resumption, plan_resume
 from megatron_opd.train.launch import tell_launcher
 from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
 from megatron_opd.train.metrics import MetricsLog, ResourceMeter, StepFacts, console_line, step_row
-from megatron_opd.train.optim import Trainee, make_trainee
-from megatron_opd.train.readiness import Readiness, check_stage
+from megatron_opd.train.optim import Trainee, make_trainee, optimizer_config
+from megatron_opd.train.readiness import Readiness, check_loggers, check_stage
 from megatron_opd.train.resume import OutputLock, write_history
 from megatron_opd.train.saved import LATEST, checkpoint_folder
 from megatron_opd.train.step import StepResult, train_step
@@ -77,6 +77,7 @@ def _run(
     teacher: str | None,
     topk: bool = False,
 ) -> Path | None:
+    check_loggers(config.loggers)
     if config.deterministic:
         parallel.make_deterministic()
     device = parallel.start(config.parallel, seed=config.seed)
@@ -275,6 +276,7 @@ def start_files(job: Job) -> None:
 def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device: torch.device) -> Trainee:
     """The student with the initial Hugging Face weights, wrapped for training."""
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    optimizer_config(config, bf16=name == "bfloat16")  # what this machine can't do is refused before weights are read
     model_config = transformer_config(
         ready.arch,
         parallel=config.parallel,

@@ -22,6 +22,7 @@ from megatron_opd.durable import sync, write_file
 from megatron_opd.errors import UserError
 from megatron_opd.gpus import GPUS
 from megatron_opd.redact import redact_override
+from megatron_opd.train.readiness import not_installed
 from megatron_opd.train.step import StepResult
 from megatron_opd.untrusted import read_bytes
 
@@ -224,7 +225,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
-            raise UserError("loggers has 'tensorboard', which is not installed; pip install tensorboard, or take it out") from None
+            raise not_installed("tensorboard") from None
         self._open = lambda: SummaryWriter(str(folder), purge_step=first_step + 1)
         self.writer: Any = None
 
@@ -246,7 +247,7 @@ class _WandB:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise UserError("loggers has 'wandb', which is not installed; pip install wandb, or take it out") from None
+            raise not_installed("wandb") from None
         identity = output / "wandb_run_id"
         write_file(identity, uuid.uuid4().hex[:8], exclusive=True)
         name = read_bytes(identity).decode(errors="replace").strip()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +55,19 @@ def check_start(recipe: Recipe, name: str, *, ranks: int | None = None, allow_ch
     ready = check_stage(recipe, name)
     going = plan_resume(name, config, ready.identity, allow_changes=allow_changes)
     return replace(ready, notes=[*ready.notes, *going.notes])
+
+
+def check_loggers(loggers: Sequence[str]) -> None:
+    """Raise UserError for a logger whose package is not in this Python."""
+    for name in loggers:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a mere folder, as W&B makes one of its own name
+                raise not_installed(name)
+
+
+def not_installed(logger: str) -> UserError:
+    return UserError(f"loggers has {logger!r}, which is not installed; pip install {logger}, or take it out")
 
 
 def check_ranks(config: TrainerConfig, name: str, ranks: int) -> None:

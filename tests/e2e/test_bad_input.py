@@ -267,7 +267,11 @@ def test_check_refuses(work: Workplace, change: str, message: str) -> None:
     ("stage", "changes", "message"),
     [
         ("rollout", ["rollout.prompts={none}"], "none: no such prompt file"),
-        ("rollout", ["rollout.model={none}"], "none is not there: run 'megatron-opd generate RECIPE', then 'megatron-opd sft RECIPE', then 'megatron-opd"),
+        (
+            "rollout",
+            ["rollout.model={none}"],
+            "none is not there: run 'megatron-opd generate RECIPE', then 'megatron-opd sft RECIPE', then 'megatron-opd",
+        ),
         ("rollout", ["--sft-teacher={none}"], "none/config.json: no such file"),
         ("rollout", ["rollout.sampling.temperature=0.5"], "sampling is {temperature: 1.0} there, {temperature: 0.5} now"),
         ("rollout", ["rollout.model={other}"], "made with other settings: sampler is"),

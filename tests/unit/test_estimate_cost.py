@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -207,9 +206,10 @@ def test_groups_over_whole_nodes_are_slow_and_possible() -> None:
 
 def test_copies_of_a_model() -> None:
     teacher = architecture("Qwen3-32B")
-    plan: Any = lambda engine, tokens, node=8: plan_serving(
-        engine, "teacher", teacher, Allocation(1, node), H100, tokens=tokens, stage="generate"
-    )  # noqa: E731
+
+    def plan(engine: EngineConfig, tokens: int) -> Serving:
+        return plan_serving(engine, "teacher", teacher, Allocation(1, 8), H100, tokens=tokens, stage="generate")
+
     assert plan(EngineConfig(), 16640) == Serving(tp=2, copies=4, gpus=8)
     assert plan(EngineConfig(), 33024) == Serving(tp=4, copies=2, gpus=8)
     assert plan(EngineConfig(launch=LaunchConfig(tp=4, servers=1)), 33024) == Serving(tp=4, copies=1, gpus=8)

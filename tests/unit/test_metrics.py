@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from megatron_opd.train import metrics
 from megatron_opd.train.batches import MicroBatch
 from megatron_opd.train.drift import DriftRule, Watch, Watched
 from megatron_opd.train.metrics import MetricsLog, Pace, StepFacts, console_line, step_row
+from megatron_opd.train.readiness import check_loggers
 from megatron_opd.train.step import StepResult
 
 
@@ -219,6 +221,20 @@ def test_wandb_that_does_not_start(error: Exception, tmp_path: Path, monkeypatch
         UserError, match=rf"could not start: {type(error).__name__}: {error}; log in with `wandb login` .*WANDB_MODE=offline"
     ):
         write(tmp_path, "wandb", first_step=0, steps=range(1, 2))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_loggers_are_looked_for_before_ranks_are_started(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where W&B's own folder of runs lies, which Python would import."""
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(UserError, match=f"'{name}', which is not installed"):
+        check_loggers([name])
+    (tmp_path / name / "__init__.py").touch()
+    importlib.invalidate_caches()
+    check_loggers([name])
 
 
 def test_tensorboard(tmp_path: Path) -> None:
