@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from megatron_opd.estimate.recipe import Estimate, Estimator
 from megatron_opd.gpus import GPUS
 from megatron_opd.inference import EngineConfig, LaunchConfig
 from megatron_opd.known_models import KNOWN
-from megatron_opd.model.architecture import Architecture, parse_architecture
+from megatron_opd.model.architecture import Architecture, parse_architecture, read_architecture
 from megatron_opd.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +162,25 @@ def test_disk_by_hand() -> None:
     assert storage.checkpoint_bytes(QWEN3_8B, config.model_copy(update={"moments_dtype": "bfloat16"})) == pytest.approx(81.9e9, rel=1e-3)
     assert [storage.num_checkpoints(config, steps) for steps in (10, 50, 150)] == [1, 2, 3]
     assert storage.num_checkpoints(config.model_copy(update={"keep_every": 50}), 150) == 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_takes_what_is_said(dtype: Any, tmp_path: Path) -> None:
+    """One step of a model large enough that its tensors are nearly all of the checkpoint."""
+    student = make_model(tmp_path / "student", hidden_size=256, intermediate_size=1024, layers=4)
+    make_scored_store(tmp_path / "store", sampler=student, teacher=student)
+    paths = {"run_dir": "run", "models.teacher": "student", "train.init": "student", "train.store": "store", "train.output": "out"}
+    words = [f"{key}={str(tmp_path / path)!r}" for key, path in paths.items()] + [
+        "train.steps=1",
+        "train.global_batch=4",
+        f"train.dtype={dtype}",
+    ]
+    command = [sys.executable, "-m", "megatron_opd", "train", "tiny", *words, "--nproc", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert run.returncode == 0, run.stderr[-3000:]
+    size = sum(file.stat().st_size for file in (tmp_path / "out/checkpoints/step_000001").glob("*.distcp"))
+    config = TrainStage(init="", store="", output="", dtype=dtype)
+    assert size == pytest.approx(storage.checkpoint_bytes(read_architecture(student), config), rel=0.01)
 
 
 def test_a_model_that_is_there_is_measured(tmp_path: Path) -> None:
