@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -165,7 +166,7 @@ def test_disk_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_takes_what_is_said(dtype: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_takes_what_is_said(dtype: Literal["float32", "bfloat16"], tmp_path: Path) -> None:
     """One step of a model large enough that its tensors are nearly all of the checkpoint."""
     student = make_model(tmp_path / "student", hidden_size=256, intermediate_size=1024, layers=4)
     make_scored_store(tmp_path / "store", sampler=student, teacher=student)
