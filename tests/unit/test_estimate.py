@@ -129,7 +129,7 @@ def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureF
     ],
 )
 def test_what_can_t_be_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text = check(capsys, "opd_8b", *arguments)
+    code, text = check(capsys, "opd_8b", *arguments, "engine.launch=null")
     assert code == 2
     assert re.search(message, text, re.MULTILINE), text
 
