@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_servers, flag_overrides, recipe_stage
 from megatron_opd.config import Recipe, require
 from megatron_opd.errors import UserError
+from megatron_opd.gpus import GPUS
 from megatron_opd.pipeline.stages import evaluation_of
 from megatron_opd.recipe_files import apply_overrides, build_recipe
 from megatron_opd.redact import public_address
@@ -34,9 +36,16 @@ def add_to(stages: Stages) -> None:
         help="what shall start: 'inputs' looks at what you bring (models, prompt files), before anything has run",
     )
     check.add_argument(
-        "--gpus", type=a_positive, metavar="N", help="estimate memory, speed and GPU hours on N GPUs, before anything has run"
+        "--gpus", type=a_positive, metavar="N", help="estimate cost and memory of every stage on N GPUs in all, before anything has run"
     )
-    check.add_argument("--gpu-memory", type=a_gib, metavar="GIB", help="memory of one GPU for --gpus (default: 80)")
+    check.add_argument(
+        "--nodes",
+        type=a_positive,
+        metavar="N",
+        help="on how many nodes these GPUs are (without --gpus: nodes of 8); refused if nothing would fit",
+    )
+    check.add_argument("--gpu", choices=sorted(GPUS), help="which GPUs, for --gpus and --nodes (default: h100)")
+    check.add_argument("--gpu-memory", type=a_gib, metavar="GIB", help="memory of one GPU, if it is another than that kind's")
     check.add_argument(
         "--model", type=a_path, metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
     )
@@ -107,13 +116,17 @@ def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def _check(recipe: Recipe, args: argparse.Namespace) -> int:
-    if args.gpus is not None:
-        from megatron_opd.estimate import estimate_recipe
+    if args.gpus is not None or args.nodes is not None:
+        from megatron_opd.estimate.allocation import allocation_of
+        from megatron_opd.estimate.recipe import estimate_recipe
 
-        print("\n".join(estimate_recipe(recipe, args.gpus, args.gpu_memory or 80.0)))
+        gpu = GPUS[args.gpu or "h100"]
+        gpu = replace(gpu, memory_gib=args.gpu_memory or gpu.memory_gib)
+        print("\n".join(estimate_recipe(recipe, allocation_of(args.gpus, args.nodes), gpu)))
         return 0
-    if args.gpu_memory is not None:
-        raise UserError("--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N")
+    for option, value in (("--gpu-memory", args.gpu_memory), ("--gpu", args.gpu)):
+        if value is not None:
+            raise UserError(f"{option} is for the estimate, which needs the number of GPUs too: add --gpus N")
     if args.stage == "inputs":
         from megatron_opd.inputs import check_inputs, raise_faults
         from megatron_opd.pipeline.inputs_record import record_inputs

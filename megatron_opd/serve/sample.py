@@ -17,6 +17,7 @@ from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.errors import LineageError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, find_overlong, uses_template
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
@@ -35,6 +36,7 @@ def generate(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
 def rollout(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
     """Student responses for distillation, with the lineage of the student."""
     stage = cap_responses(require(recipe.rollout, "rollout"), recipe.train.max_response_tokens, "rollout")
+    require_made(recipe, stage.model)
     lineage = read_lineage(stage.model) or Lineage()
     if stage.sft_teacher is not None:
         declared = fingerprint_model(stage.sft_teacher)

@@ -32,8 +32,8 @@ from megatron_opd.train.identity import Resumption, plan_resume
 from megatron_opd.train.launch import tell_launcher
 from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
 from megatron_opd.train.metrics import MetricsLog, ResourceMeter, StepFacts, console_line, step_row
-from megatron_opd.train.optim import Trainee, make_trainee
-from megatron_opd.train.readiness import Readiness, check_stage
+from megatron_opd.train.optim import Trainee, make_trainee, optimizer_config
+from megatron_opd.train.readiness import Readiness, check_loggers, check_stage
 from megatron_opd.train.resume import OutputLock, write_history
 from megatron_opd.train.step import StepResult, train_step
 from megatron_opd.train.stop import StopRequest
@@ -77,6 +77,7 @@ def _run(
     teacher: str | None,
     topk: bool = False,
 ) -> Path | None:
+    check_loggers(config.loggers)
     if config.deterministic:
         parallel.make_deterministic()
     device = parallel.start(config.parallel, seed=config.seed)
@@ -275,6 +276,7 @@ def start_files(job: Job) -> None:
 def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device: torch.device) -> Trainee:
     """The student with the initial Hugging Face weights, wrapped for training."""
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    optimizer_config(config, bf16=name == "bfloat16")  # what this machine can't do is refused before weights are read
     model_config = transformer_config(
         ready.arch,
         parallel=config.parallel,
@@ -333,8 +335,9 @@ def report(job: Job, row: dict[str, Any], log: MetricsLog | None) -> None:
     if log is not None:
         log.write(row)
         step = row["step"]
+        log.pace.made(step, row["seconds"], time.monotonic())
         if step == 1 or step % job.config.log_every == 0 or step == job.steps or row["skipped"]:
-            print(console_line(row, total=job.steps, distils=job.name == "train"), flush=True)
+            print(console_line(row, total=job.steps, distils=job.name == "train", left=log.pace.left(job.steps)), flush=True)
 
 
 def too_many_skipped(job: Job, step: int, result: StepResult, progress: Progress) -> UserError:

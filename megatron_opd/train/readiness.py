@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.lineage import check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
 from megatron_opd.redact import public_address
 from megatron_opd.tokenizer import check_rows, check_same_tokenizer
@@ -35,7 +39,9 @@ class Readiness:
 
 
 def check_stage(recipe: Recipe, name: str) -> Readiness:
-    """`check_sft` or `check_train`, with the teacher that the recipe names. Raises UserError."""
+    """`check_sft` or `check_train`, with the teacher that the recipe names. Raises UserError, for what no stage has made yet with the commands."""
+    config: TrainerConfig = getattr(recipe, name)
+    require_made(recipe, config.init, config.store, scored=name == "train")
     if name == "sft":
         return check_sft(recipe.sft, recipe.generate.model if recipe.generate else recipe.models.teacher)
     return check_train(recipe.train, recipe.score)
@@ -49,6 +55,19 @@ def check_start(recipe: Recipe, name: str, *, ranks: int | None = None, allow_ch
     ready = check_stage(recipe, name)
     going = plan_resume(name, config, ready.identity, allow_changes=allow_changes)
     return replace(ready, notes=[*ready.notes, *going.notes])
+
+
+def check_loggers(loggers: Sequence[str]) -> None:
+    """Raise UserError for a logger whose package is not in this Python."""
+    for name in loggers:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a mere folder, as W&B makes one of its own name
+                raise not_installed(name)
+
+
+def not_installed(logger: str) -> UserError:
+    return UserError(f"loggers has {logger!r}, which is not installed; pip install {logger}, or take it out")
 
 
 def check_ranks(config: TrainerConfig, name: str, ranks: int) -> None:
