@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_opd.config import Recipe, SampleStage, TrainerConfig
-from megatron_opd.data.location import Location
+from megatron_opd.data.joined import open_training_stores, training_stores_exist
 from megatron_opd.data.order import cut_lengths, num_steps
-from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
 from megatron_opd.known_models import KNOWN, known_config
 
@@ -318,12 +317,11 @@ class _Data:
 
 def _data(config: TrainerConfig, sampler: SampleStage) -> _Data:
     """Lengths from the store where it is there, otherwise guessed from the longest response."""
-    location = Location(config.store)
-    if location.read_attributes("") is not None:
-        reader = StoreReader(config.store)
+    if training_stores_exist(config.store):
+        reader = open_training_stores(config.store)
         if len(reader):
             lengths = cut_lengths(reader, config)
-            return _Data(location.url, float(lengths.mean()), int(lengths.max()), len(reader))
+            return _Data(reader.location.url, float(lengths.mean()), int(lengths.max()), len(reader))
     response = min(sampler.sampling.max_new_tokens, config.max_response_tokens or sampler.sampling.max_new_tokens)
     return _Data("no store yet, guessed", PROMPT_TOKENS + RESPONSE_SHARE * response, PROMPT_TOKENS + response, None)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import STAGES, EvalStage, Recipe, SampleStage, ScoreStage, TrainerConfig
+from megatron_opd.data.joined import open_training_stores, show_stores, training_stores_exist
 from megatron_opd.data.location import Location
 from megatron_opd.data.order import num_steps
 from megatron_opd.data.store import StoreReader
@@ -97,7 +98,8 @@ def _trained(stage: str, config: TrainerConfig, *, teacher: str | None) -> Progr
     found = find_checkpoint(Path(config.output))
     checkpoint = found.checkpoint
     state = read_state(checkpoint) if checkpoint else {}
-    reader = _open(config.store, teacher)  # may be gone when the run is finished
+    # May be gone when the run is finished.
+    reader = open_training_stores(config.store, teacher) if training_stores_exist(config.store) else None
     steps = config.steps
     if steps is None:
         steps = num_steps(len(reader), global_batch=config.global_batch, epochs=config.epochs) if reader else int(state.get("steps", 0))
@@ -114,7 +116,7 @@ def _trained_on_others(state: dict[str, Any], config: TrainerConfig, reader: Sto
     if (why := _other_model("trained from", init, config.init)) is not None:
         return why
     if reader is not None and recorded is not None and recorded != (now := rollouts_id(reader)):
-        return f"trained on the rollouts {recorded}, but {public_address(config.store)} holds {now} now"
+        return f"trained on the rollouts {recorded}, but {show_stores(config.store)} holds {now} now"
     return None
 
 
@@ -163,5 +165,5 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _open(store: str, teacher: str | None = None) -> StoreReader | None:
-    return StoreReader(store, teacher=teacher) if Location(store).read_attributes("") is not None else None
+def _open(store: str) -> StoreReader | None:
+    return StoreReader(store) if Location(store).read_attributes("") is not None else None

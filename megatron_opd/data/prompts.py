@@ -55,10 +55,15 @@ def read_prompts(
         raise UserError(f"{path}: {len(kept)} prompts, but num_prompts asks for {limit}")
     if not kept:
         raise UserError(f"{path}: no prompts in it")
+    return PromptFile(name=path.name, sha256=hash_prompts(kept), num_prompts=len(kept)), kept
+
+
+def hash_prompts(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 of what is sampled from: what a `PromptFile` of these prompts has."""
     digest = hashlib.sha256()
-    for prompt in kept:
+    for prompt in prompts:
         digest.update(_sampled_from(prompt) + b"\n")
-    return PromptFile(name=path.name, sha256=digest.hexdigest(), num_prompts=len(kept)), kept
+    return digest.hexdigest()
 
 
 def _sampled_from(prompt: Prompt) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_opd.config import Recipe
 from megatron_opd.convert.staging import whole_directory
 from megatron_opd.cost import read_stages
+from megatron_opd.data.joined import store_list
 from megatron_opd.demo import arithmetic, smollm2
 from megatron_opd.durable import make_folder, write_file
 from megatron_opd.evaluate.report import evaluation_cells, stage_cells, write_report
@@ -61,7 +62,7 @@ def _stages(recipe: Recipe) -> list[list[str]]:
         ["convert", "trained", name, "--stage", "sft"],
         ["rollout", name],
         ["score", name],
-        ["inspect", recipe.train.store],
+        *(["inspect", store] for store in store_list(recipe.train.store)),
         ["check", name],
         ["train", name],
         ["convert", "trained", name],

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
 from megatron_opd.convert.source import open_source
 from megatron_opd.data.calibration import check_calibration
+from megatron_opd.data.joined import open_training_stores, show_stores
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.vocabulary import Vocabulary
@@ -15,7 +16,6 @@ from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.lineage import check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
-from megatron_opd.redact import public_address
 from megatron_opd.tokenizer import check_rows, check_same_tokenizer
 from megatron_opd.train.batches import check_lengths
 from megatron_opd.train.endings import check_endings, sft_facts
@@ -76,9 +76,11 @@ def check_sft(stage: SftStage, teacher_model: str | None = None) -> Readiness:
     overrides = list(earlier.overrides)
     if earlier.sft_teacher is not None and not same_model(earlier.sft_teacher, teacher):
         overrides.append(f"SFT on answers of {teacher.short()} after SFT on answers of {earlier.sft_teacher.short()}")
-    overrides += check_endings(reader, set(own_stop_ids(stage.init)), None, allow=stage.allow_stop_mismatch)
+    for store in reader.stores:
+        overrides += check_endings(store, set(own_stop_ids(stage.init)), None, allow=stage.allow_stop_mismatch)
     facts = sft_facts(reader)
-    lineage = Lineage(base=init, sft_teacher=teacher, sft=facts, overrides=overrides)
+    declared = reader.manifest.lineage.sft_teacher_declared  # answers that were imported
+    lineage = Lineage(base=init, sft_teacher=teacher, sft_teacher_declared=declared, sft=facts, overrides=overrides)
     notes = [*_notes(reader, overrides), *compared, _describe_endings(facts)]
     return Readiness(arch, init, lineage, run_identity(stage, reader, arch, init, teacher), notes)
 
@@ -97,10 +99,11 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
             f"{reader.location.url} holds rollouts of {manifest.sampler.short()}, but training starts from {init.short()} (train.init={stage.init}); "
             "train the student that was sampled, or collect rollouts of this one"
         )
-    check_stored_format(reader)
+    for store in reader.stores:
+        check_stored_format(store)
     lineage = manifest.lineage
     stop_ids = set(own_stop_ids(stage.init)) | set(lineage.sft.stop_ids if lineage.sft is not None else [])
-    endings = check_endings(reader, stop_ids, lineage.sft, allow=stage.allow_stop_mismatch)
+    endings = [text for store in reader.stores for text in check_endings(store, stop_ids, lineage.sft, allow=stage.allow_stop_mismatch)]
     reader.check_scored(stage.teacher)
     if stage.loss.needs_topk:
         _check_topk(reader, stage, arch)
@@ -114,15 +117,16 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
         )
     compared = _compare_scorer(stage, scoring, teacher)
     foreign = check_same_tokenizer(manifest.sampler, teacher)
-    Vocabulary(f"teacher {teacher.short()}", teacher.vocab_size, foreign).check_store(reader, reader.parts, known_rows=arch.vocab_size)
+    for store in reader.stores:
+        Vocabulary(f"teacher {teacher.short()}", teacher.vocab_size, foreign).check_store(store, store.parts, known_rows=arch.vocab_size)
     allowed = stage.allow_teacher_mismatch or any(record.allow_teacher_mismatch for record in records)
     override = check_teacher(lineage, teacher, allow_mismatch=allowed)
     if override is not None:
         overrides.append(override)
     lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
-    noise = check_calibration(reader.location, teacher.weights_sha256, stage.max_engine_gap)
+    noise = [check_calibration(store.location, teacher.weights_sha256, stage.max_engine_gap) for store in reader.stores]
     identity = run_identity(stage, reader, arch, init, teacher)
-    return Readiness(arch, init, lineage, identity, [*_notes(reader, overrides), *compared, noise])
+    return Readiness(arch, init, lineage, identity, [*_notes(reader, overrides), *compared, *noise])
 
 
 def _compare_scorer(stage: TrainStage, scoring: ScoreStage | None, teacher: ModelFingerprint) -> list[str]:
@@ -133,7 +137,7 @@ def _compare_scorer(stage: TrainStage, scoring: ScoreStage | None, teacher: Mode
         ]
     remedy = "name that one (score.model=DIR, or models.teacher=DIR), or score with this one under another name (score.teacher=NAME train.teacher=NAME)"
     return _compare_teacher(
-        scoring.model if scoring else None, teacher, f"{public_address(stage.store)}: teacher {stage.teacher!r} is", remedy
+        scoring.model if scoring else None, teacher, f"{show_stores(stage.store)}: teacher {stage.teacher!r} is", remedy
     )
 
 
@@ -190,7 +194,7 @@ def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -
     arch = read_architecture(stage.init)
     arch.check_stage(stage, name)
     open_source(stage.init, arch)
-    reader = StoreReader(stage.store, teacher=teacher)
+    reader = open_training_stores(stage.store, teacher)
     if not stage.allow_incomplete:
         reader.check_complete()
     if len(reader) == 0:
@@ -203,7 +207,8 @@ def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -
     init, sampler = fingerprint_model(stage.init), reader.manifest.sampler
     foreign = check_same_tokenizer(init, sampler)
     check_rows(init)
-    Vocabulary(f"student {init.short()}", arch.vocab_size, foreign).check_store(reader, reader.parts, known_rows=sampler.vocab_size)
+    for store in reader.stores:
+        Vocabulary(f"student {init.short()}", arch.vocab_size, foreign).check_store(store, store.parts, known_rows=sampler.vocab_size)
     check_lengths(reader, stage)
     longest = int(cut_lengths(reader, stage).max())
     if longest > arch.max_positions:
@@ -217,9 +222,7 @@ def _notes(reader: StoreReader, overrides: list[str]) -> list[str]:
     notes = [*(f"WARNING: {override}" for override in overrides), *reader.notes]
     missing = reader.missing_parts()
     if missing:
-        notes.append(
-            f"WARNING: {len(missing)} of {reader.manifest.num_parts} parts are not sealed; training on the others (allow_incomplete)"
-        )
+        notes.append(f"WARNING: {len(missing)} of {reader.num_parts} parts are not sealed; training on the others (allow_incomplete)")
     excluded = sum(len(record.excluded) for record in reader.parts.values())
     if excluded:
         notes.append(f"{excluded} rollouts were excluded when the store was made; 'megatron-opd inspect' gives the reasons")
