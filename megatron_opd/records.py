@@ -58,6 +58,16 @@ def check_logp(logp_T: np.ndarray, name: str, start: int) -> None:
         raise ValueError(f"{name}[{t}] is {logp_T[t]}, not a log-probability ({bad.size} such positions)")
 
 
+def check_ending(response: np.ndarray, finish: Finish, stop_ids: Sequence[int]) -> None:
+    """Raise ValueError unless a response (ids, [R]) ends at its first stop id, if it has one, and has one if it stopped by itself."""
+    found = np.flatnonzero(np.isin(response, stop_ids))
+    if found.size and int(found[0]) != len(response) - 1:
+        token = int(response[found[0]])
+        raise ValueError(f"{len(response) - 1 - int(found[0])} tokens stand behind the stop id {token} in the response")
+    if (finish is Finish.STOP) != bool(found.size):
+        raise ValueError(f"it ended by {finish.name.lower()} at token {int(response[-1])}; the stop ids are {list(stop_ids)}")
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A prompt and one sampled response as token ids. tokens int32 [T], student_logp float32 [T] (of the sampler, T=1)."""
@@ -86,13 +96,8 @@ class Rollout:
         return len(self.tokens) - self.prompt_len
 
     def check_ending(self, stop_ids: Sequence[int]) -> None:
-        """Raise ValueError unless the response ends at its first stop id, if it has one, and has one if it stopped by itself."""
-        found = np.flatnonzero(np.isin(self.tokens[self.prompt_len :], stop_ids))
-        if found.size and int(found[0]) != self.response_len - 1:
-            token = int(self.tokens[self.prompt_len + int(found[0])])
-            raise ValueError(f"{self.response_len - 1 - int(found[0])} tokens stand behind the stop id {token} in the response")
-        if (self.finish is Finish.STOP) != bool(found.size):
-            raise ValueError(f"it ended by {self.finish.name.lower()} at token {int(self.tokens[-1])}; the stop ids are {list(stop_ids)}")
+        """Raise ValueError unless the response ends as `check_ending` demands."""
+        check_ending(self.tokens[self.prompt_len :], self.finish, stop_ids)
 
     def cut(self, max_tokens: int | None) -> Rollout:
         """This rollout, or its first `max_tokens` tokens (finish LENGTH). Raises ValueError if no token of the response is left."""

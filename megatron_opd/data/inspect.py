@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_opd.data.calibration import read_calibration
+from megatron_opd.data.imported import import_record
 from megatron_opd.data.store import StoreReader
 from megatron_opd.records import Extension, Finish, ModelFingerprint, PartManifest, PromptFile, ScoreManifest, StoreManifest
 from megatron_opd.untrusted import one_line
@@ -35,6 +36,7 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
         ("prompts written", _prompt_format(manifest)),
         ("stop ids", _endings(reader)),
         ("made", _made(manifest.provenance)),
+        *(("imported", _imported(record)) for record in [import_record(manifest.provenance)] if record is not None),
         *((f"extension {number}", _extension(entry)) for number, entry in enumerate(manifest.extensions, start=1)),
         ("parts", f"{len(reader.parts)} of {manifest.num_parts} sealed, {manifest.prompts_per_part} prompts each"),
         ("rollouts", _counts(reader)),
@@ -72,6 +74,10 @@ def _prompts(prompts: PromptFile) -> str:
 
 def _made(provenance: dict[str, Any]) -> str:
     return f"{provenance.get('created', '?')} at commit {provenance.get('git_commit', 'unknown')}"
+
+
+def _imported(record: dict[str, Any]) -> str:
+    return f"from {record.get('file')}; that {record.get('model')} made the responses is declared, their log-probabilities were {record.get('log_probs')}"
 
 
 def _extension(entry: Extension) -> str:

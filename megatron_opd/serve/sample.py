@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from megatron_opd.config import Recipe, RolloutStage, SampleStage, require
 from megatron_opd.cost import StageCost, provenance
+from megatron_opd.data.imported import import_record
 from megatron_opd.data.joining import join_store
 from megatron_opd.data.location import Location
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import hash_prompts, read_prompts
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_part
-from megatron_opd.errors import LineageError
+from megatron_opd.errors import LineageError, StoreError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, find_overlong, uses_template
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
-from megatron_opd.turns import check_prompt_format, describe_tokens, read_turns, with_override
+from megatron_opd.turns import Turns, check_prompt_format, describe_tokens, read_turns, with_override
 
 Stage = TypeVar("Stage", bound=SampleStage)
 
@@ -83,22 +84,7 @@ def sample_into_store(
     prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts, unique=stage.unique_prompts, answers=False)
     fingerprint, tokenizer, lineage = fingerprint_model(stage.model), load_tokenizer(stage.model), lineage or Lineage()
     templated = [uses_template(prompt, stage.encoding) for prompt in prompts]
-    turns = read_turns(
-        stage.model,
-        tokenizer,
-        stage.encoding,
-        templated=templated,
-        sft=lineage.sft,
-        stop_token_ids=stage.sampling.stop_token_ids,
-    )
-    if lineage.sft is not None:
-        problem = check_prompt_format(lineage.sft, turns, stage.model, tokenizer)
-        lineage = with_override(
-            lineage,
-            problem,
-            allowed=allow_template_mismatch,
-            remedy=f"the SFT answers' format is in {stage.model}/{LINEAGE_FILE}; write prompts so, or go on with {name.split()[0]}.allow_template_mismatch=true (recorded)",
-        )
+    turns, lineage = prompt_format(stage, tokenizer, templated, lineage, allow_mismatch=allow_template_mismatch, section=name.split()[0])
     wanted = StoreManifest(
         sampler_role=role,
         sampler=fingerprint,
@@ -119,6 +105,10 @@ def sample_into_store(
     # Other settings, and parts of other stores, are refused now, before a model is loaded.
     manifest = join_store(stage.store, wanted, hash_first, extend=extend, write=False)
     before = StoreReader(stage.store) if location.read_attributes("") is not None else None
+    if before is not None and import_record(before.manifest.provenance) is not None:
+        raise StoreError(
+            f"{location.url} holds responses that were imported; sample into another store: training takes several (train.store, sft.store)"
+        )
     todo = [part for part in range(manifest.num_parts) if shard.owns(part) and (before is None or part not in before.parts)]
     if not todo:
         more = before.manifest.num_parts - manifest.num_parts if before is not None else 0
@@ -126,7 +116,7 @@ def sample_into_store(
             f"{name}: {location.url} has all its parts"
             + (f"; it was extended by {more} since, which this command does not make" if more else "")
         )
-        return _account(before or StoreReader(stage.store), shard, stage, name, run_dir)
+        return account(before or StoreReader(stage.store), shard, stage, name, run_dir)
     for line in (f"prompts of {find_files(stage.prompts).note}", *describe_encoding(tokenizer, prompts, stage.encoding)):
         print(f"{name}: {line}")
     rows = sorted({row for part in todo for row in manifest.prompt_range(part)})
@@ -171,11 +161,30 @@ def sample_into_store(
                 cost.tokens += sum(rollout.response_len for rollout in rollouts)
                 cost.keep()
     reader = StoreReader(stage.store)
-    _say_result(name, reader)
-    return _account(reader, shard, stage, name, run_dir)
+    say_result(name, reader)
+    return account(reader, shard, stage, name, run_dir)
 
 
-def _account(reader: StoreReader, shard: Shard, stage: SampleStage, name: str, run_dir: str) -> StoreReader:
+def prompt_format(
+    stage: SampleStage, tokenizer: Any, templated: Sequence[bool], lineage: Lineage, *, allow_mismatch: bool, section: str
+) -> tuple[Turns, Lineage]:
+    """How prompts are written (`templated` as in `read_turns`), which must be as those of the SFT answers were; allowed otherwise, it is recorded."""
+    turns = read_turns(
+        stage.model,
+        tokenizer,
+        stage.encoding,
+        templated=templated,
+        sft=lineage.sft,
+        stop_token_ids=stage.sampling.stop_token_ids,
+    )
+    if lineage.sft is None:
+        return turns, lineage
+    problem = check_prompt_format(lineage.sft, turns, stage.model, tokenizer)
+    remedy = f"the SFT answers' format is in {stage.model}/{LINEAGE_FILE}; write prompts so, or go on with {section}.allow_template_mismatch=true (recorded)"
+    return turns, with_override(lineage, problem, allowed=allow_mismatch, remedy=remedy)
+
+
+def account(reader: StoreReader, shard: Shard, stage: SampleStage, name: str, run_dir: str) -> StoreReader:
     """The reader; raises QuarantineError if too many rollouts of the shard were quarantined."""
     records = [record for part, record in reader.parts.items() if shard.owns(part)]
     excluded = [entry for record in records for entry in record.excluded]
@@ -222,7 +231,7 @@ def _to_rollout(request: GenerateRequest, generated: Generated) -> Rollout:
     )
 
 
-def _say_result(name: str, reader: StoreReader) -> None:
+def say_result(name: str, reader: StoreReader) -> None:
     missing = len(reader.missing_parts())
     excluded = sum(len(record.excluded) for record in reader.parts.values())
     length = (
