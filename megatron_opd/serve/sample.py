@@ -9,14 +9,13 @@ import numpy as np
 
 from megatron_opd.config import Recipe, RolloutStage, SampleStage, require
 from megatron_opd.cost import StageCost, provenance
-from megatron_opd.data.imported import import_record
 from megatron_opd.data.joining import join_store
 from megatron_opd.data.location import Location
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import hash_prompts, read_prompts
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_part
-from megatron_opd.errors import LineageError, StoreError
+from megatron_opd.errors import LineageError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
@@ -105,10 +104,6 @@ def sample_into_store(
     # Other settings, and parts of other stores, are refused now, before a model is loaded.
     manifest = join_store(stage.store, wanted, hash_first, extend=extend, write=False)
     before = StoreReader(stage.store) if location.read_attributes("") is not None else None
-    if before is not None and import_record(before.manifest.provenance) is not None:
-        raise StoreError(
-            f"{location.url} holds responses that were imported; sample into another store: training takes several (train.store, sft.store)"
-        )
     todo = [part for part in range(manifest.num_parts) if shard.owns(part) and (before is None or part not in before.parts)]
     if not todo:
         more = before.manifest.num_parts - manifest.num_parts if before is not None else 0

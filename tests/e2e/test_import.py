@@ -99,8 +99,8 @@ def test_missing_log_probs_are_computed_then_scored_and_trained_on(folder: Path,
     changes |= {"global_batch": 3, "steps": 2, "micro_batch_tokens": 128}
     recipe += [f"train.{key}={json.dumps(value)}" for key, value in changes.items()]
     assert "6 rollouts, 2 steps" in run("train", *recipe)
-    assert main(["convert", "trained", *recipe, "--output", str(folder / "opd-hf")]) == 0
-    lineage = read_lineage(folder / "opd-hf")
+    assert main(["convert", "trained", *recipe]) == 0
+    lineage = read_lineage(folder / "run/opd-hf")
     assert lineage is not None
     assert any("rollouts were imported" in text for text in lineage.overrides)
     capsys.readouterr()
@@ -152,15 +152,9 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(folder: Path, capsys: pytes
     assert "rollout.model is what the command line says" in refusal(capsys, folder, "dump.jsonl", "bad", "rollout.model=x")
     assert "is a prompt of its own" in refusal(capsys, folder, "dump.jsonl", "bad", "rollout.sampling.samples_per_prompt=2")
     assert not (folder / "bad").exists()
-    assert "not imported; import into another store" in refusal(
-        capsys, folder, "prompts-and.jsonl" if write(folder / "prompts-and.jsonl", sampled_texts(folder)) else "", "sampled", "--compute-logprobs",
-        "rollout.sampling.temperature=1.0",
-    )  # fmt: skip
-
-
-def sampled_texts(folder: Path) -> list[dict[str, Any]]:
-    """The prompts of the sampled store, with other responses."""
-    return [{"prompt": row["prompt"], "response": "b"} for row in rows_of(folder / "prompts.jsonl")]
+    texts = [{"prompt": row["prompt"], "response": "b"} for row in rows_of(folder / "prompts.jsonl")]
+    write(folder / "texts.jsonl", texts)
+    assert "made with other settings: lineage is" in refusal(capsys, folder, "texts.jsonl", "sampled")  # which was sampled
 
 
 def test_text_answers_become_turns_and_are_learnt_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,8 +197,8 @@ def test_text_answers_become_turns_and_are_learnt_from(tmp_path: Path, capsys: p
         "sft.micro_batch_tokens=256",
     ]
     assert "16 rollouts" in run("sft", *recipe, *changes)
-    assert main(["convert", "trained", *recipe, *changes, "--stage", "sft", "--output", str(tmp_path / "sft-hf")]) == 0
-    lineage = read_lineage(tmp_path / "sft-hf")
+    assert main(["convert", "trained", *recipe, *changes, "--stage", "sft"]) == 0
+    lineage = read_lineage(tmp_path / "run/sft-hf")
     assert lineage is not None
     assert lineage.sft_teacher_declared
     capsys.readouterr()
@@ -212,7 +206,6 @@ def test_text_answers_become_turns_and_are_learnt_from(tmp_path: Path, capsys: p
 
 def test_prompts_of_ids_say_how_they_were_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = make_instruct(tmp_path / "teacher")
-    tokenizer_ids = StoreReader  # the ids come from a real store
     write_chats(tmp_path / "chats.jsonl", 3)
     recipe = [
         "tiny",
@@ -222,7 +215,7 @@ def test_prompts_of_ids_say_how_they_were_written(tmp_path: Path, capsys: pytest
         "generate.num_prompts=3",
     ]
     assert main(["generate", *recipe, f"generate.store={tmp_path / 'sampled'}", "generate.sampling.max_new_tokens=16"]) == 0
-    sampled = tokenizer_ids(str(tmp_path / "sampled"))
+    sampled = StoreReader(str(tmp_path / "sampled"))
     rows = []
     for rollout in map(sampled.rollout, range(3)):
         rows.append({"prompt_ids": rollout.tokens[: rollout.prompt_len].tolist(), "completion_ids": [65, IM_END]})
