@@ -24,12 +24,18 @@ HashFirst = Callable[[int], str]  # sha256 of the first n prompts, as a PromptFi
 
 
 def join_store(
-    url: str, wanted: StoreManifest, hash_first: HashFirst | None = None, *, extend: bool = False, write: bool = True
+    url: str,
+    wanted: StoreManifest,
+    hash_first: HashFirst | None = None,
+    *,
+    extend: bool = False,
+    write: bool = True,
+    planned: StoreManifest | None = None,
 ) -> StoreManifest:
     """The store's manifest up to what `wanted` asks for; the store is created or, with `extend`, extended for it, unless not `write`.
 
     A store that was extended beyond `wanted` is joined as it was before. `hash_first` tells whether a store holds the first of the wanted
-    prompts. Raises StoreError naming what differs.
+    prompts; `planned` is what it answered before, when nothing was written. Raises StoreError naming what differs.
     """
     location = Location(url)
     if location.read_attributes("") is None:
@@ -42,6 +48,8 @@ def join_store(
         return plan
     if len(plan.extensions) > len(existing.extensions):
         plan = _extend(location, wanted, hash_first)
+    if planned is not None and plan.segments() != planned.segments():
+        raise StoreError(f"{location.url}: another worker extended it otherwise since this one began; run the same command again")
     location.make_group("parts")
     for group in ("", "parts"):
         location.remove_leftovers(group)

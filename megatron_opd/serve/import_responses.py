@@ -5,7 +5,8 @@ Legend: P prompt tokens, R response tokens, T = P + R.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from megatron_opd.data.writer import write_part
 from megatron_opd.errors import ConfigError, UserError
 from megatron_opd.inference import EncodingConfig, EngineConfig
 from megatron_opd.lineage import fingerprint_model, load_tokenizer
-from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest, TeacherScores, check_ending
+from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest, check_ending
 from megatron_opd.serve.encode import encode_prompts, uses_template
 from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
 from megatron_opd.serve.sample import account, prompt_format, say_result, student_lineage
@@ -37,6 +38,27 @@ from megatron_opd.serve.stage import Bar, ModelGuard, Shard, closing_engine, eng
 from megatron_opd.turns import Turns, describe_tokens, generation_prompt, resolve_encoding
 
 _NAME = "import"
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Rows as token ids: prompts int32 [P], responses int32 [R]; the sampler's log-probabilities float32 [R], None where they are computed."""
+
+    rows: Sequence[ImportedRow]
+    prompts: Sequence[np.ndarray]
+    responses: Sequence[np.ndarray]
+    finishes: Sequence[Finish]
+
+    def tokens(self, row: int) -> np.ndarray:
+        """Prompt and response, int32 [T]."""
+        return np.concatenate([self.prompts[row], self.responses[row]])
+
+    def rollout(self, row: int, logp: np.ndarray) -> Rollout:
+        """`logp`: float32 [R], or [T] with NaN at the prompt. Raises ValueError for what are no log-probabilities."""
+        start = len(self.prompts[row])
+        if len(logp) == len(self.responses[row]):
+            logp = np.concatenate([np.full(start, np.nan, np.float32), logp])
+        return Rollout(self.tokens(row), start, row, 0, self.finishes[row], logp.astype(np.float32))
 
 
 def import_responses(
@@ -63,100 +85,104 @@ def import_responses(
     declares = not compute_log_probs and _have_log_probs(rows)
     fingerprint, tokenizer = fingerprint_model(stage.model), load_tokenizer(stage.model)
     lineage, allowed = _declared_lineage(stage, fingerprint.short())
-    turns, lineage = prompt_format(
-        stage, tokenizer, _templated(tokenizer, rows, stage.encoding), lineage, allow_mismatch=allowed, section="rollout"
-    )
-    prompts = _encode(tokenizer, rows, turns)
-    responses = [_encode_response(tokenizer, row, prompt, turns) for row, prompt in zip(rows, prompts, strict=True)]
-    for row, prompt, (tokens, _) in zip(rows, prompts, responses, strict=True):
-        _check_row(row, prompt, tokens, fingerprint.vocab_size, stage)
-    prompt_file = prompts_of(stage.prompts, rows)
-    record = {
-        "model": fingerprint.short(),
-        "file": prompt_file.name,
-        "sha256": hash_responses(rows, log_probs=declares),
-        "log_probs": named_log_probs(declares),
-    }
+    templated = _templated(tokenizer, rows, stage.encoding)
+    turns, lineage = prompt_format(stage, tokenizer, templated, lineage, allow_mismatch=allowed, section="rollout")
+    encoded = _encode(tokenizer, rows, turns, stage, fingerprint.vocab_size)
+    prompts = prompts_of(stage.prompts, rows)
+    record = {"model": fingerprint.short(), "file": prompts.name, "sha256": hash_responses(rows, log_probs=declares)}
     wanted = StoreManifest(
         sampler_role=role,
         sampler=fingerprint,
         lineage=lineage,
-        prompts=prompt_file,
+        prompts=prompts,
         prompts_per_part=stage.prompts_per_part,
         sampling=stage.sampling,
         allow_template_mismatch=allowed,
-        provenance={**provenance(), "imported": record},
+        provenance={**provenance(), "imported": record | {"log_probs": named_log_probs(declares)}},
         **turns.manifest_fields(),
     )
+    location = Location(stage.store)
 
-    def join(*, write: bool) -> StoreManifest:
-        found = join_store(stage.store, wanted, lambda count: hash_row_prompts(rows[:count]), extend=extend, write=write)
+    def join(**how: Any) -> StoreManifest:
+        found = join_store(stage.store, wanted, lambda count: hash_row_prompts(rows[:count]), extend=extend, **how)
         if location.read_attributes("") is not None:
             check_same_import(location.url, read_manifest(location)[0], rows, log_probs=declares)
         return found
 
-    location = Location(stage.store)
     manifest = join(write=False)
     before = StoreReader(stage.store) if location.read_attributes("") is not None else None
     todo = [part for part in range(manifest.num_parts) if shard.owns(part) and (before is None or part not in before.parts)]
     if not todo:
         print(f"{_NAME}: {location.url} has all its parts")
         return account(before or StoreReader(stage.store), shard, stage, _NAME, run_dir)
-    print(
-        f"{_NAME}: {len(rows)} responses of {fingerprint.short()}, as declared; they end at {describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)}"
-    )
+    ends = describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)
+    print(f"{_NAME}: {len(rows)} responses of {fingerprint.short()}, as declared; they end at {ends}")
+    parts = {part: manifest.prompt_range(part) for part in todo}
 
-    def rollouts_of(part: int, logps: Sequence[np.ndarray | Failed]) -> tuple[list[Rollout], list[Excluded]]:
-        done, excluded = [], []
-        for row, logp in zip(manifest.prompt_range(part), logps, strict=True):
-            try:
-                if isinstance(logp, Failed):
-                    raise ValueError(logp.reason)
-                done.append(_rollout(row, prompts[row], *responses[row], logp))
-            except ValueError as error:
-                if declares:
-                    raise UserError(f"{rows[row].where}: {error}") from None
-                excluded.append(Excluded(prompt_index=row, sample_index=0, reason=str(error), quarantined=True))
-        return done, excluded
+    def begin() -> None:
+        join(planned=manifest)
 
     if declares:
-        join(write=True)
-        settings: dict[str, Any] = {"engine": {"kind": "imported"}, **provenance()}
-        for part in todo:
-            write_part(location, part, *rollouts_of(part, [_given(rows[row]) for row in manifest.prompt_range(part)]), settings)
+        begin()
+        for part, numbers in parts.items():
+            rollouts = [encoded.rollout(row, _given(rows[row])) for row in numbers]
+            write_part(location, part, rollouts, [], {"engine": {"kind": "imported"}, **provenance()})
     else:
-        tokens = {row: np.concatenate([prompts[row], responses[row][0]]) for part in todo for row in manifest.prompt_range(part)}
-        with (
-            StageCost(run_dir, _NAME, meter=engine_meter(engine_config)) as cost,
-            closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
-        ):
-            cost.num_gpus = engine.num_gpus
-            guard = ModelGuard(engine, stage.model)
-            for row, ids in tokens.items():
-                if len(ids) > engine.context_length:
-                    raise UserError(
-                        f"{rows[row].where}: prompt and response have {len(ids)} tokens, and {stage.model} takes {engine.context_length}; leave such rows out"
-                    )
-            join(write=True)
-            settings = {"engine": engine.describe(), **provenance()}
-
-            def requests_of(part: int) -> list[ScoreRequest]:
-                return [ScoreRequest(tokens[row], len(prompts[row])) for row in manifest.prompt_range(part)]
-
-            total = sum(len(responses[row][0]) for row in tokens)
-            with Bar(_NAME, cost, total=total, initial=0, unit="token") as bar:
-                for number, outcomes in engine.score_parts(map(requests_of, todo), 0, lambda count: bar.update(count, tokens=count)):
-                    part = todo[number]
-                    logps = [outcome.logp if isinstance(outcome, TeacherScores) else outcome for outcome in outcomes]
-                    done, excluded = rollouts_of(part, logps)
-                    guard.check()
-                    quarantine(run_dir, _NAME, stage.store, part, excluded)
-                    write_part(location, part, done, excluded, settings)
-                    cost.tokens += sum(rollout.response_len for rollout in done)
-                    cost.keep()
+        _write_with_computed(location, parts, encoded, stage, engine_config, run_dir, begin)
     reader = StoreReader(stage.store)
     say_result(_NAME, reader)
     return account(reader, shard, stage, _NAME, run_dir)
+
+
+def _write_with_computed(
+    location: Location,
+    parts: dict[int, range],
+    encoded: _Encoded,
+    stage: SampleStage,
+    engine_config: EngineConfig,
+    run_dir: str,
+    begin: Callable[[], None],
+) -> None:
+    """Write parts (their rows) with log-probabilities by the model; `begin` is called when nothing more can be refused.
+
+    What the engine fails at is excluded by name, as quarantined.
+    """
+    with (
+        StageCost(run_dir, _NAME, meter=engine_meter(engine_config)) as cost,
+        closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
+    ):
+        cost.num_gpus = engine.num_gpus
+        guard = ModelGuard(engine, stage.model)
+        total = 0
+        for row in (row for numbers in parts.values() for row in numbers):
+            if (length := len(encoded.tokens(row))) > engine.context_length:
+                raise UserError(
+                    f"{encoded.rows[row].where}: prompt and response have {length} tokens, and {stage.model} takes {engine.context_length}; "
+                    "leave such rows out"
+                )
+            total += len(encoded.responses[row])
+        begin()
+
+        def requests_of(numbers: range) -> list[ScoreRequest]:
+            return [ScoreRequest(encoded.tokens(row), len(encoded.prompts[row])) for row in numbers]
+
+        with Bar(_NAME, cost, total=total, initial=0, unit="token") as bar:
+            scored = engine.score_parts(map(requests_of, parts.values()), 0, lambda count: bar.update(count, tokens=count))
+            for number, outcomes in scored:
+                part, numbers = list(parts.items())[number]
+                rollouts, excluded = [], []
+                for row, outcome in zip(numbers, outcomes, strict=True):
+                    try:
+                        if isinstance(outcome, Failed):
+                            raise ValueError(outcome.reason)
+                        rollouts.append(encoded.rollout(row, outcome.logp))
+                    except ValueError as error:
+                        excluded.append(Excluded(prompt_index=row, sample_index=0, reason=str(error), quarantined=True))
+                guard.check()
+                quarantine(run_dir, _NAME, stage.store, part, excluded)
+                write_part(location, part, rollouts, excluded, {"engine": engine.describe(), **provenance()})
+                cost.tokens += sum(rollout.response_len for rollout in rollouts)
+                cost.keep()
 
 
 def _have_log_probs(rows: Sequence[ImportedRow]) -> bool:
@@ -201,10 +227,17 @@ def _templated(tokenizer: Any, rows: Sequence[ImportedRow], encoding: EncodingCo
     return [ends.get(number, written) for number, written in enumerate(found)]
 
 
-def _encode(tokenizer: Any, rows: Sequence[ImportedRow], turns: Turns) -> list[np.ndarray]:
-    """Ids of every prompt, int32 [P]: the row's, or encoded as `generate` does it."""
-    texts: Iterator[np.ndarray] = iter(encode_prompts(tokenizer, [row.prompt for row in rows if row.prompt is not None], turns.encoding))
-    return [row.prompt_ids if row.prompt_ids is not None else next(texts) for row in rows]
+def _encode(tokenizer: Any, rows: Sequence[ImportedRow], turns: Turns, stage: SampleStage, vocab_size: int) -> _Encoded:
+    """The rows as token ids: their own, or encoded, prompts as `generate` does it. Raises UserError."""
+    try:
+        texts = iter(encode_prompts(tokenizer, [row.prompt for row in rows if row.prompt is not None], turns.encoding))
+    except UserError as error:  # names prompts by their number, from 0
+        raise UserError(f"{stage.prompts}: {error}") from None
+    prompts = [row.prompt_ids if row.prompt_ids is not None else next(texts) for row in rows]
+    responses = [_encode_response(tokenizer, row, prompt, turns) for row, prompt in zip(rows, prompts, strict=True)]
+    for row, prompt, (tokens, _) in zip(rows, prompts, responses, strict=True):
+        _check_row(row, prompt, tokens, vocab_size, stage)
+    return _Encoded(rows, prompts, [tokens for tokens, _ in responses], [finish for _, finish in responses])
 
 
 def _encode_response(tokenizer: Any, row: ImportedRow, prompt: np.ndarray, turns: Turns) -> tuple[np.ndarray, Finish]:
@@ -259,20 +292,6 @@ def _check_row(row: ImportedRow, prompt: np.ndarray, response: np.ndarray, vocab
         )
 
 
-def _given(row: ImportedRow) -> np.ndarray | Failed:
+def _given(row: ImportedRow) -> np.ndarray:
     assert row.logp is not None
     return row.logp
-
-
-def _rollout(number: int, prompt: np.ndarray, response: np.ndarray, finish: Finish, logp: np.ndarray) -> Rollout:
-    """`logp`: float32 [R], or [T] with NaN at the prompt. Raises ValueError for what are no log-probabilities."""
-    if len(logp) == len(response):
-        logp = np.concatenate([np.full(len(prompt), np.nan, np.float32), logp])
-    return Rollout(
-        tokens=np.concatenate([prompt, response]).astype(np.int32),
-        prompt_len=len(prompt),
-        prompt_index=number,
-        sample_index=0,
-        finish=finish,
-        student_logp=logp.astype(np.float32),
-    )

@@ -132,7 +132,7 @@ def sample_into_store(
         skipped = {rows[position] for position in find_overlong(own_ids, own, stage.encoding, max_tokens=max_prompt)}
         print(f"{name}: responses end at {describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)}", flush=True)
         # A new one, or an extension, only now: what is refused until here leaves nothing behind.
-        manifest = join_store(stage.store, wanted, hash_first, extend=extend)
+        join_store(stage.store, wanted, hash_first, extend=extend, planned=manifest)
         settings = {"engine": engine.describe(), **provenance()}
         total = sum(len(manifest.pairs(part)) for part in range(manifest.num_parts) if shard.owns(part))
         left = sum(len(manifest.pairs(part)) for part in todo)

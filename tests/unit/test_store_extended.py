@@ -347,6 +347,20 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         assert {part: record.crc32c for part, record in StoreReader(url).parts.items()} == wanted
 
 
+def test_a_plan_that_was_overtaken_is_given_up(tmp_path: Path) -> None:
+    """Part numbers of the plan would be other pairs'."""
+    url = str(tmp_path / "s")
+    grow(url, (6, 2))
+    plan = join(url, asks(12, 2), extend=True, write=False)
+    same = join(url, asks(12, 2), extend=True, planned=plan)
+    assert same.segments() == plan.segments()
+    grow(str(tmp_path / "t"), (6, 2))
+    plan = join(str(tmp_path / "t"), asks(12, 2), extend=True, write=False)
+    join(str(tmp_path / "t"), asks(9, 2), extend=True)
+    with pytest.raises(StoreError, match="extended it otherwise since this one began; run the same command again"):
+        join(str(tmp_path / "t"), asks(12, 2), extend=True, planned=plan)
+
+
 def test_a_place_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = str(tmp_path / "s")
     grow(url, (6, 2))
