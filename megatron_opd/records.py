@@ -351,6 +351,11 @@ class StoreManifest(_Record):
         """Samples of each of its prompts that part `part` holds."""
         return self.segment(part).samples
 
+    def num_pairs(self, part: int) -> int:
+        """How many rollouts part `part` is to account for."""
+        segment = self.segment(part)
+        return len(segment.prompt_range(part)) * len(segment.samples)
+
     def pairs(self, part: int) -> list[tuple[int, int]]:
         """(prompt, sample) of every rollout that part `part` is to account for, in order."""
         return [(prompt, sample) for prompt in self.prompt_range(part) for sample in self.sample_range(part)]

@@ -47,9 +47,8 @@ def join_store(
     if not write:
         return plan
     if len(plan.extensions) > len(existing.extensions):
-        plan = _extend(location, wanted, hash_first)
-    if planned is not None and plan.segments() != planned.segments():
-        raise StoreError(f"{location.url}: another worker extended it otherwise since this one began; run the same command again")
+        plan = _extend(location, wanted, hash_first, planned)
+    _check_planned(location, plan, planned)
     location.make_group("parts")
     for group in ("", "parts"):
         location.remove_leftovers(group)
@@ -62,11 +61,18 @@ def as_of(manifest: StoreManifest, generation: int) -> StoreManifest:
     return manifest.model_copy(update={"extensions": manifest.extensions[:generation], "format_version": version})
 
 
-def _extend(location: Location, wanted: StoreManifest, hash_first: HashFirst | None) -> StoreManifest:
+def _check_planned(location: Location, plan: StoreManifest, planned: StoreManifest | None) -> None:
+    """Raise StoreError if part numbers would stand for other rollouts than when the work was planned."""
+    if planned is not None and plan.segments() != planned.segments():
+        raise StoreError(f"{location.url}: another worker extended it otherwise since this one began; run the same command again")
+
+
+def _extend(location: Location, wanted: StoreManifest, hash_first: HashFirst | None, planned: StoreManifest | None) -> StoreManifest:
     """Write the extension down, in one step; whoever did it first has done it for all."""
     with _locked(location):
         existing, identity = read_manifest(location)
         plan = _plan(location, existing, identity, wanted, hash_first, extend=True)
+        _check_planned(location, plan, planned)
         if len(plan.extensions) > len(existing.extensions):
             location.write_attributes("", as_written(plan))
     written = read_manifest(location)[0]

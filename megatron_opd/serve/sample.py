@@ -134,8 +134,8 @@ def sample_into_store(
         # A new one, or an extension, only now: what is refused until here leaves nothing behind.
         join_store(stage.store, wanted, hash_first, extend=extend, planned=manifest)
         settings = {"engine": engine.describe(), **provenance()}
-        total = sum(len(manifest.pairs(part)) for part in range(manifest.num_parts) if shard.owns(part))
-        left = sum(len(manifest.pairs(part)) for part in todo)
+        total = sum(manifest.num_pairs(part) for part in range(manifest.num_parts) if shard.owns(part))
+        left = sum(manifest.num_pairs(part) for part in todo)
 
         def requests_of(part: int) -> list[GenerateRequest]:
             return [GenerateRequest(encoded[row], row, sample) for row, sample in manifest.pairs(part) if row not in skipped]

@@ -359,6 +359,7 @@ def test_a_plan_that_was_overtaken_is_given_up(tmp_path: Path) -> None:
     join(str(tmp_path / "t"), asks(9, 2), extend=True)
     with pytest.raises(StoreError, match="extended it otherwise since this one began; run the same command again"):
         join(str(tmp_path / "t"), asks(12, 2), extend=True, planned=plan)
+    assert len(read_manifest(Location(str(tmp_path / "t")))[0].extensions) == 1
 
 
 def test_a_place_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
