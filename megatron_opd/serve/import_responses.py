@@ -117,6 +117,8 @@ def import_responses(
         return account(before or StoreReader(stage.store), shard, stage, _NAME, run_dir)
     ends = describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)
     print(f"{_NAME}: {len(rows)} responses of {fingerprint.short()}, as declared; they end at {ends}")
+    if role == "student" and (texts := sum(row.response is not None for row in rows)):
+        print(f"WARNING: {texts} responses are text: their token ids are made anew, and may be others than those that the student sampled")
     parts = {part: manifest.prompt_range(part) for part in todo}
 
     def begin() -> None:

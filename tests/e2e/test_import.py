@@ -154,6 +154,8 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(folder: Path, capsys: pytes
     assert not (folder / "bad").exists()
     texts = [{"prompt": row["prompt"], "response": "b"} for row in rows_of(folder / "prompts.jsonl")]
     write(folder / "texts.jsonl", texts)
+    assert bring(folder, "texts.jsonl", "of-text") == 0
+    assert "WARNING: 6 responses are text" in capsys.readouterr().out
     assert "made with other settings: lineage is" in refusal(capsys, folder, "texts.jsonl", "sampled")  # which was sampled
 
 
