@@ -11,14 +11,19 @@ from megatron_opd.errors import UserError
 from megatron_opd.gpus import GPUS
 from megatron_opd.pipeline.stages import evaluation_of
 from megatron_opd.recipe_files import apply_overrides, build_recipe
-from megatron_opd.redact import public_address
 
 
 def add_to(stages: Stages) -> None:
-    recipe_stage(stages, "generate", "teacher answers for SFT, into a store", _generate, sharded=True)
+    generate = recipe_stage(stages, "generate", "teacher answers for SFT, into a store", _generate, sharded=True)
     sft = recipe_stage(stages, "sft", "fine-tune the base student on the teacher's answers", _sft, trains=True)
     rollout = recipe_stage(stages, "rollout", "responses of the fine-tuned student, into a store", _rollout, sharded=True)
     rollout.add_argument("--sft-teacher", metavar="DIR", help="declare the SFT teacher of a student that was fine-tuned elsewhere")
+    for command in (generate, rollout):
+        command.add_argument(
+            "--extend",
+            action="store_true",
+            help="the store may hold the first of these prompts, or fewer samples of each; what is new is made, what it has stays",
+        )
     score = recipe_stage(stages, "score", "the teacher's log-probabilities of the rollouts, into the same store", _score, sharded=True)
     train = recipe_stage(stages, "train", "distil on the scored rollouts", _train, trains=True)
     evaluation = recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
@@ -79,14 +84,14 @@ def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.serve.sample import generate
     from megatron_opd.serve.stage import Shard
 
-    generate(recipe, Shard.parse(args.shard))
+    generate(recipe, Shard.parse(args.shard), extend=args.extend)
 
 
 def _rollout(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.serve.sample import rollout
     from megatron_opd.serve.stage import Shard
 
-    rollout(recipe, Shard.parse(args.shard))
+    rollout(recipe, Shard.parse(args.shard), extend=args.extend)
 
 
 def _score(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -141,15 +146,16 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
         from megatron_opd.calibrate import check_engines
 
         return check_engines(recipe)
+    from megatron_opd.data.joined import show_stores
     from megatron_opd.train.readiness import check_start
 
     ready = check_start(recipe, args.stage, ranks=args.ranks, allow_changes=args.continue_with_changes)
     for note in ready.notes:
         print(note)
     if args.stage == "sft":
-        print(f"ready to fine-tune {ready.init.short()} on {public_address(recipe.sft.store)}")
+        print(f"ready to fine-tune {ready.init.short()} on {show_stores(recipe.sft.store)}")
     else:
-        print(f"ready to train {ready.init.short()} on {public_address(recipe.train.store)} with teacher {recipe.train.teacher!r}")
+        print(f"ready to train {ready.init.short()} on {show_stores(recipe.train.store)} with teacher {recipe.train.teacher!r}")
     return 0
 
 

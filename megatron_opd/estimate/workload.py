@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig
-from megatron_opd.data.location import Location
+from megatron_opd.data.joined import open_training_stores, training_stores_exist
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader
@@ -138,9 +138,7 @@ def _guess(longest: int) -> Lengths:
     return Lengths("no store yet, guessed", PROMPT_TOKENS, Range(low * longest, high * longest), PROMPT_TOKENS + longest)
 
 
-def _reader(store: str) -> StoreReader | None:
-    """The store's reader if rollouts are in it."""
-    if Location(store).read_attributes("") is None:
-        return None
-    reader = StoreReader(store)
-    return reader if len(reader) else None
+def _reader(store: str | list[str]) -> StoreReader | None:
+    """The reader of a store, or of several, if rollouts are in it."""
+    reader = open_training_stores(store) if training_stores_exist(store) else None
+    return reader if reader is not None and len(reader) else None

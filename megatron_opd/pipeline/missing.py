@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_opd.config import Recipe
+from megatron_opd.data.joined import store_list
 from megatron_opd.data.location import Location
 from megatron_opd.errors import UserError
 
@@ -31,11 +32,11 @@ def _products(recipe: Recipe) -> Iterator[_Product]:
     sft, train = recipe.sft, recipe.train
     if recipe.generate is not None:
         yield _Product(recipe.generate.store, "store", "generate RECIPE")
-    yield _Product(sft.output, "checkpoints", "sft RECIPE", (sft.init, sft.store))
+    yield _Product(sft.output, "checkpoints", "sft RECIPE", (sft.init, *store_list(sft.store)))
     if recipe.rollout is not None:
         yield _Product(recipe.rollout.model, "model", "convert trained RECIPE --stage sft", (sft.output,))
         yield _Product(recipe.rollout.store, "store", "rollout RECIPE", (recipe.rollout.model,))
-    yield _Product(train.output, "checkpoints", "train RECIPE", (train.init, train.store))
+    yield _Product(train.output, "checkpoints", "train RECIPE", (train.init, *store_list(train.store)))
     if recipe.eval is not None:
         yield _Product(recipe.eval.model, "model", "convert trained RECIPE", (train.output,))
 

@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 from megatron_opd.config import DriftConfig, Recipe, TrainerConfig, TrainStage
 from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.cost import StageCost, open_meter, provenance
+from megatron_opd.data.joined import open_training_stores
 from megatron_opd.data.order import num_steps
-from megatron_opd.data.store import StoreReader
 from megatron_opd.durable import write_file
 from megatron_opd.errors import Interrupted, UserError
 from megatron_opd.lineage import check_weights
@@ -84,7 +84,7 @@ def _run(
     stop = StopRequest(Path(config.output))
     ready = on_first_rank(lambda: check_stage(recipe, name))
     source = BatchSource(
-        reader=StoreReader(config.store, teacher=teacher),
+        reader=open_training_stores(config.store, teacher),
         config=config,
         teacher=teacher,
         sequence_mean=sequence_mean,
