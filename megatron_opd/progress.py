@@ -13,9 +13,11 @@ from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import ORIGIN_FILE, known_weights
 from megatron_opd.redact import public_address
+from megatron_opd.rounds import entry_of, read_entries, round_recipe, round_steps
 from megatron_opd.untrusted import read_object
 
 NOT_FINISHED = 3  # exit code
+_IN_ROUNDS = ("rollout", "score", "train")
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,17 @@ class Progress:
     def __str__(self) -> str:
         state = f"{self.done} of {self.total} {self.unit}" if self.total else "not started"
         stale = f"  STALE: {self.stale}" if self.stale else ""
-        return f"{self.stage:<9} {state:<24} {self.where}{stale}"
+        return f"{self.stage:<10} {state:<24} {self.where}{stale}"
 
 
-def show_progress(recipe: Recipe, stage: str | None) -> int:
-    """Print a line a stage (or of one stage); returns 0 if all of them are finished and none is stale, otherwise NOT_FINISHED.
+def show_progress(recipe: Recipe, stage: str | None, number: int | None = None) -> int:
+    """Print a line a stage (or of one stage, or of one round); returns 0 if all of them are finished and none is stale, otherwise NOT_FINISHED.
 
     A stage that comes after a stale one is stale, too. Raises UserError.
     """
     progress: list[Progress] = []
-    for name in [stage] if stage else STAGES:
-        found = stage_progress(recipe, name)
+    for name, of in _stages(recipe, stage, number):
+        found = stage_progress(recipe, name, of)
         before = next((entry.stage for entry in progress if entry.stale), None)
         if before is not None and found.done and not found.stale:
             found = replace(found, stale=f"{before} is")
@@ -55,8 +57,21 @@ def show_progress(recipe: Recipe, stage: str | None) -> int:
     return 0 if all(entry.finished and not entry.stale for entry in progress) else NOT_FINISHED
 
 
-def stage_progress(recipe: Recipe, stage: str) -> Progress:
-    """How far one stage is. Raises UserError if what it left behind is damaged."""
+def _stages(recipe: Recipe, stage: str | None, number: int | None) -> list[tuple[str, int | None]]:
+    """Stages in order, each with its round: those of the student's rounds as often as there are rounds, or of round `number` alone."""
+    if recipe.rounds.count == 1:
+        return [(name, None) for name in ([stage] if stage else STAGES)]
+    rounds = [(name, of) for of in ([number] if number else range(1, recipe.rounds.count + 1)) for name in _IN_ROUNDS]
+    before, after = (STAGES[: STAGES.index(_IN_ROUNDS[0])], STAGES[STAGES.index(_IN_ROUNDS[-1]) + 1 :]) if number is None else ((), ())
+    found: list[tuple[str, int | None]] = [*((name, None) for name in before), *rounds, *((name, None) for name in after)]
+    return [(name, of) for name, of in found if stage in (None, name)]
+
+
+def stage_progress(recipe: Recipe, stage: str, number: int | None = None) -> Progress:
+    """How far one stage is, in round `number` of several. Raises UserError if what it left behind is damaged."""
+    if number is not None and stage in _IN_ROUNDS:
+        found = _round_progress(recipe, stage, number)
+        return replace(found, stage=f"{stage}@{number}")
     if stage == "sft":
         return _trained(stage, recipe.sft, teacher=None)
     if stage == "train":
@@ -66,6 +81,31 @@ def stage_progress(recipe: Recipe, stage: str) -> Progress:
     if stage == "eval":
         return _evaluated(recipe.eval, recipe)
     return _sampled(stage, recipe.generate if stage == "generate" else recipe.rollout, recipe)
+
+
+def _round_progress(recipe: Recipe, stage: str, number: int) -> Progress:
+    seen = round_recipe(recipe, number)
+    if stage == "score":
+        return _scored(seen.score)
+    if stage == "rollout":
+        return _sampled(stage, seen.rollout, seen)
+    from megatron_opd.train.identity import rollouts_id
+    from megatron_opd.train.saved import find_checkpoint, read_state  # torch's import takes seconds
+
+    total, found = round_steps(recipe) or 0, find_checkpoint(Path(seen.train.output))
+    if found.checkpoint is None:
+        return Progress(stage, 0, total, "steps", seen.train.output)
+    state = read_state(found.checkpoint)
+    entry = entry_of(read_entries(state, found.checkpoint), number)
+    where = "; ".join([str(found.checkpoint), *found.notes[:-1]])
+    if entry is None:
+        return Progress(stage, 0, total, "steps", where)
+    done = (state["step"] if entry.last_step is None else entry.last_step) - entry.steps_before
+    stale = _other_model("trained from", entry.student, seen.train.init)
+    reader = _open(seen.train.store, seen.train.teacher)
+    if stale is None and reader is not None and entry.rollouts != (now := rollouts_id(reader)):
+        stale = f"trained on the rollouts {entry.rollouts}, but {public_address(seen.train.store)} holds {now} now"
+    return Progress(stage, done, total if entry.last_step is None else done, "steps", where, stale)
 
 
 def _sampled(stage: str, config: SampleStage | None, recipe: Recipe) -> Progress:

@@ -11,6 +11,7 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
 from megatron_opd.recipe_files import load_recipe, shipped_recipes
+from megatron_opd.rounds import check_number, round_recipe
 
 OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
 Stages = argparse._SubParsersAction
@@ -37,7 +38,8 @@ def recipe_stage(
     def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:
         recipe = load_recipe(args.recipe, args.overrides + flag_overrides(args))
         if args.dry_run:
-            print(recipe.to_toml(), end="")
+            number = getattr(args, "round", None)
+            print((round_recipe(recipe, number and round_of(recipe, args))).to_toml(), end="")
             return 0
         keep_hashes_in(recipe.run_dir)
         if trains:
@@ -46,6 +48,15 @@ def recipe_stage(
 
     parser.set_defaults(run=run_with_recipe)
     return parser
+
+
+def add_round(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--round", type=a_positive, metavar="N", help="which of the recipe's rounds (rounds.count), from 1")
+
+
+def round_of(recipe: Recipe, args: argparse.Namespace) -> int | None:
+    """The round that the command is for, None where the recipe has but one. Raises ConfigError."""
+    return check_number(recipe, args.round, args.stage_name)
 
 
 def add_servers(parser: argparse.ArgumentParser) -> None:
@@ -81,13 +92,16 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
     if launch.is_rank():
         launch.end_with_launcher()
         return run(recipe, args)
-    stage = getattr(recipe, name)
+    number = round_of(recipe, args) if name == "train" else None
+    stage = getattr(round_recipe(recipe, number), name)
     ranks = args.nproc or launch.default_ranks(stage.parallel.min_ranks)
     if ranks == 1:
         return run(recipe, args)
     from megatron_opd.train.readiness import check_start
 
-    check_start(recipe, name, ranks=ranks, allow_changes=args.continue_with_changes)  # before there are processes that would say so
+    check_start(
+        recipe, name, number=number, ranks=ranks, allow_changes=args.continue_with_changes
+    )  # before there are processes that would say so
     return launch.launch(arguments, ranks, stage.output)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_servers, flag_overrides, recipe_stage
+from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_round, add_servers, flag_overrides, recipe_stage, round_of
 from megatron_opd.config import STAGES, Recipe, require
 from megatron_opd.errors import UserError
 from megatron_opd.recipe_files import apply_overrides, build_recipe
 from megatron_opd.redact import public_address
+from megatron_opd.rounds import round_recipe
 
 
 def add_to(stages: Stages) -> None:
@@ -54,6 +55,8 @@ def add_to(stages: Stages) -> None:
         )
     progress = recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left to do", _progress)
     progress.add_argument("--stage", choices=STAGES, help="only this stage")
+    for command in (rollout, score, train, check, progress):
+        add_round(command)
 
 
 def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -67,14 +70,14 @@ def _rollout(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.serve.sample import rollout
     from megatron_opd.serve.stage import Shard
 
-    rollout(recipe, Shard.parse(args.shard))
+    rollout(recipe, Shard.parse(args.shard), number=round_of(recipe, args))
 
 
 def _score(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.serve.score import score
     from megatron_opd.serve.stage import Shard
 
-    score(recipe, Shard.parse(args.shard))
+    score(recipe, Shard.parse(args.shard), number=round_of(recipe, args))
 
 
 def _sft(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -86,7 +89,7 @@ def _sft(recipe: Recipe, args: argparse.Namespace) -> None:
 def _train(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.train.loop import run_train
 
-    run_train(recipe, allow_changes=args.continue_with_changes)
+    run_train(recipe, number=round_of(recipe, args), allow_changes=args.continue_with_changes)
 
 
 def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -113,19 +116,22 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> None:
         return
     from megatron_opd.train.readiness import check_start
 
-    ready = check_start(recipe, args.stage, ranks=args.ranks, allow_changes=args.continue_with_changes)
+    number = round_of(recipe, args) if args.stage == "train" else None
+    ready = check_start(recipe, args.stage, number=number, ranks=args.ranks, allow_changes=args.continue_with_changes)
     for note in ready.notes:
         print(note)
     if args.stage == "sft":
         print(f"ready to fine-tune {ready.init.short()} on {public_address(recipe.sft.store)}")
     else:
-        print(f"ready to train {ready.init.short()} on {public_address(recipe.train.store)} with teacher {recipe.train.teacher!r}")
+        store = round_recipe(recipe, number).train.store
+        print(f"ready to train {ready.init.short()} on {public_address(store)} with teacher {recipe.train.teacher!r}")
 
 
 def _progress(recipe: Recipe, args: argparse.Namespace) -> int:
     from megatron_opd.progress import show_progress
 
-    return show_progress(recipe, args.stage)
+    number = None if args.round is None else round_of(recipe, args)
+    return show_progress(recipe, args.stage, number)
 
 
 def _calibrate(args: argparse.Namespace) -> int:

@@ -24,11 +24,12 @@ def create_store(url: str, manifest: StoreManifest) -> Location:
     wanted = manifest.model_dump()
     if wanted["prompts"]["sha256"] == existing["prompts"]["sha256"]:
         wanted["prompts"]["name"] = existing["prompts"]["name"]  # the same file under another name
-    for key in wanted:
-        if key not in FREE_FIELDS and existing[key] != wanted[key]:
+    for key in wanted | existing:
+        there, now = existing.get(key), wanted.get(key)
+        if key not in FREE_FIELDS and there != now:
             raise StoreError(
-                f"{location.url} was made with other settings: {key} is {_brief(existing[key], wanted[key])} there, "
-                f"{_brief(wanted[key], existing[key])} now; use the same settings, or another store path"
+                f"{location.url} was made with other settings: {key} is {_brief(there, now)} there, "
+                f"{_brief(now, there)} now; use the same settings, or another store path"
             )
     location.make_group("parts")
     for group in ("", "parts"):
