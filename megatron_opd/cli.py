@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_opd import __version__
-from megatron_opd.commands import convert, others, stages
+from megatron_opd.commands import convert, others, rounds, stages
 from megatron_opd.errors import INTERRUPTED, Interrupted, QuarantineError, UserError
 from megatron_opd.redact import redact_override, redact_words
 from megatron_opd.untrusted import Console, check_characters, printable, shortened
@@ -72,7 +72,7 @@ _KEPT = {
     **dict.fromkeys(
         ("generate", "rollout", "score", "eval"), "parts that are sealed are kept, others are made again; the same command goes on"
     ),
-    **dict.fromkeys(("sft", "train"), "not within a step; checkpoints that were saved stay; the same command goes on"),
+    **dict.fromkeys(("sft", "train", "rounds"), "not within a step; checkpoints that were saved stay; the same command goes on"),
     "convert": "no directory is left half made; the same command makes it",
     "demo": "what its finished stages made is kept; the same command goes on",
 }
@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-opd {__version__}")
     commands = parser.add_subparsers(metavar="STAGE", dest="stage_name", required=True)
     stages.add_to(commands)
+    rounds.add_to(commands)
     convert.add_to(commands)
     others.add_to(commands)
     return parser

@@ -33,6 +33,17 @@ def check_number(recipe: Recipe, number: int | None, command: str) -> int | None
     return number
 
 
+def check_keep_alive(recipe: Recipe) -> None:
+    """Raise ConfigError where one set of processes can't do all rounds."""
+    require(recipe.rollout, "rollout")
+    round_recipe(recipe, 1)
+    if recipe.engine.urls:
+        raise ConfigError(
+            "engine.urls: a server at an address serves one model, but the rounds in one set of processes need student and teacher side by side; "
+            "take --launch, or the transformers engine, or run each round's stages by themselves ('megatron-opd run' with rounds.keep_alive = false)"
+        )
+
+
 def round_folder(recipe: Recipe, number: int) -> Path:
     return Path(recipe.run_dir) / "rounds" / f"{number:03d}"
 

@@ -11,7 +11,7 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
 from megatron_opd.recipe_files import load_recipe, shipped_recipes
-from megatron_opd.rounds import check_number, round_recipe
+from megatron_opd.rounds import check_keep_alive, check_number, round_recipe
 
 OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
 Stages = argparse._SubParsersAction
@@ -42,6 +42,8 @@ def recipe_stage(
             print((round_recipe(recipe, number and round_of(recipe, args))).to_toml(), end="")
             return 0
         keep_hashes_in(recipe.run_dir)
+        if trains and name == "rounds":
+            return _run_rounds(run, recipe, args, arguments)
         if trains:
             return _run_ranks(run, recipe, name, args, arguments)
         return run(recipe, args)
@@ -103,6 +105,20 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
         recipe, name, number=number, ranks=ranks, allow_changes=args.continue_with_changes
     )  # before there are processes that would say so
     return launch.launch(arguments, ranks, stage.output)
+
+
+def _run_rounds(run: Callable[..., object], recipe: Recipe, args: argparse.Namespace, arguments: list[str]) -> object:
+    """As `_run_ranks`; what the ranks will train on is not there yet."""
+    from megatron_opd.train import launch
+    from megatron_opd.train.readiness import check_ranks
+
+    if launch.is_rank():
+        launch.end_with_launcher()
+        return run(recipe, args)
+    check_keep_alive(recipe)
+    ranks = args.nproc or launch.default_ranks(recipe.train.parallel.min_ranks)
+    check_ranks(recipe.train, "train", ranks)
+    return run(recipe, args) if ranks == 1 else launch.launch(arguments, ranks, recipe.train.output)
 
 
 def a_path(text: str) -> str:

@@ -212,6 +212,7 @@ class Outcome:
 
     checkpoint: Path | None
     ended: bool
+    stopped: bool = False  # it was asked to, be it at its last step
 
 
 def train(
@@ -278,7 +279,7 @@ def train(
     if stopping and progress.step < job.steps and ended_by is None:
         why = "by the drift rule" if too_far else "as asked"
         say(f"{job.name}: stopped after step {saved} {why}; the same command goes on from {checkpoint or 'the start'}")
-        return Outcome(checkpoint, ended=False)
+        return Outcome(checkpoint, ended=False, stopped=True)
     if checkpoint is None or (job.number is not None and saved < progress.step):
         raise UserError(
             f"{job.title}: all {progress.step - job.first} steps were skipped as their loss or gradient is not finite; there is nothing to save"
@@ -287,7 +288,7 @@ def train(
     if ended_by is not None and job.number is not None:
         ended = replace(job.going.rounds[-1], last_step=progress.step, ended_by=ended_by)
         on_first_rank(lambda: write_round(job.recipe, ended, content_id(checkpoint)))
-    return Outcome(checkpoint, ended=True)
+    return Outcome(checkpoint, ended=True, stopped=stopping)
 
 
 def keep_round(job: Job) -> None:
