@@ -261,7 +261,7 @@ def train(
             say(f"{job.title} ends after step {progress.step}: {too_far}")
         elif too_far:
             say(advice(too_far, config.output, job.recipe.name))
-        stopping = stop.requested() or bool(too_far and job.drift.stop)
+        stopping = stop.requested() or bool(too_far and job.drift.stop and ended_by is None)
         writer.poll()
         due = progress.step % config.save_every == 0 or ended_by or stopping
         if due and progress.step - job.optimizer_first > progress.skipped:  # an optimizer without a step has no state to save
