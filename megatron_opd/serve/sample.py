@@ -139,6 +139,7 @@ def sample_into_store(
         (lend or lending(engine_config, run_dir))(stage.model) as engine,
     ):
         cost.num_gpus = engine.num_gpus
+        cost.facts["opening_seconds"] = cost.seconds()  # of the engine, or of other weights into an open one
         guard = ModelGuard(engine, stage.model)
         max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)
         if stage.sampling.max_new_tokens >= engine.context_length:

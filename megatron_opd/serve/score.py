@@ -80,6 +80,7 @@ def score_store(
         (lend or lending(engine_config, run_dir))(stage.model) as engine,
     ):
         cost.num_gpus = engine.num_gpus
+        cost.facts["opening_seconds"] = cost.seconds()  # of the engine, or of other weights into an open one
         guard = ModelGuard(engine, stage.model)
         settings = engine.describe()
         total = sum(reader.parts[part].num_response_tokens for part in parts)
