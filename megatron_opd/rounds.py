@@ -44,6 +44,18 @@ def check_keep_alive(recipe: Recipe) -> None:
         )
 
 
+def check_share(recipe: Recipe, num_prompts: int) -> None:
+    """Raise ConfigError where `num_prompts` are too few for a step of each round."""
+    rounds, batch, samples = recipe.rounds, recipe.train.global_batch, require(recipe.rollout, "rollout").sampling.samples_per_prompt
+    if rounds.count == 1 or rounds.prompts == "all":
+        return
+    if (least := num_prompts // rounds.count * samples) < batch:
+        raise ConfigError(
+            f"rounds.count = {rounds.count}: {num_prompts} prompts leave a round {least} rollouts, fewer than train.global_batch = {batch}; "
+            "take fewer rounds, more prompts or samples, a smaller batch, or rounds.prompts = 'all'"
+        )
+
+
 def round_folder(recipe: Recipe, number: int) -> Path:
     return Path(recipe.run_dir) / "rounds" / f"{number:03d}"
 

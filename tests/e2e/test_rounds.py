@@ -178,6 +178,18 @@ def test_killed_anywhere_either_way_goes_on_to_the_same(worker: Worker, calm: di
     assert not list((worker.folder / "killed").rglob(".*.tmp"))
 
 
+def test_a_last_checkpoint_that_is_made_again_is_known_by_its_weights(worker: Worker, calm: dict[str, Any]) -> None:
+    worker.separate("remade", 1)
+    shutil.rmtree(worker.folder / "remade/opd/checkpoints")
+    for words in (("train", "--round", "1"), ("rollout", "--round", "2"), ("score", "--round", "2")):
+        worker.good("remade", *words)
+    assert worker.run("remade", "train", "--round", "2")["code"] == 2
+    assert "'megatron-opd convert trained RECIPE --round 1' says whether they are one" in worker.log("remade")
+    worker.good("remade", "convert", "trained", "--round", "1")
+    worker.good("remade", "rounds")
+    assert everything(worker.folder, "remade") == calm
+
+
 def test_ranks_wait_for_the_first_and_train_together(worker: Worker, calm: dict[str, Any]) -> None:
     """Two ranks of tensor parallelism; other sums, so nearly the same losses."""
     command = [sys.executable, "-m", "megatron_opd", "rounds", *fields(worker.folder, "ranks", {"train.parallel.tp": 2})]

@@ -14,7 +14,7 @@ from megatron_opd.data.prompts import read_prompts, share_range
 from megatron_opd.errors import CheckpointError, ConfigError, UserError
 from megatron_opd.recipe_files import build_recipe
 from megatron_opd.records import Lineage, RoundRecord
-from megatron_opd.rounds import check_number, entry_of, read_entries, round_recipe, round_steps, student_after
+from megatron_opd.rounds import check_number, check_share, entry_of, read_entries, round_recipe, round_steps, student_after
 
 BASE: dict[str, Any] = {
     "name": "r",
@@ -93,6 +93,15 @@ def test_fields_that_rounds_fill_in_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             round_recipe(recipe(rollout=rollout, count=2, steps=1), 1)
+
+
+def test_shares_must_be_large_enough_for_a_step() -> None:
+    fits = recipe({"global_batch": 4}, {"sampling": {"samples_per_prompt": 2}}, count=3, steps=1)
+    check_share(fits, 6)
+    with pytest.raises(ConfigError, match=r"5 prompts leave a round 2 rollouts, fewer than train.global_batch = 4"):
+        check_share(fits, 5)
+    check_share(recipe(count=3, steps=1, prompts="all"), 1)
+    check_share(recipe(), 1)
 
 
 def test_the_number_of_a_round() -> None:
