@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serve.stub_server import LAUNCH_COMMAND
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
@@ -198,6 +199,17 @@ def test_ranks_wait_for_the_first_and_train_together(worker: Worker, calm: dict[
     found = losses(worker.folder, "ranks")
     assert [row[0] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row[1:5] for row in found[:2]] == [pytest.approx(row[1:5], rel=1e-3) for row in calm["losses"][:2]]
+
+
+def test_launched_servers_take_each_round_s_weights(worker: Worker) -> None:
+    """Stand-ins, whose numbers depend on the bytes of the weights that they serve: student and teacher side by side."""
+    servers = {"engine.launch.command": json.dumps(LAUNCH_COMMAND), "engine.dtype": "float32", "rounds.count": 2}
+    worker.separate("servers", 1, 2, overrides=servers)
+    worker.good("servers-alive", "rounds", overrides=servers)
+    assert everything(worker.folder, "servers-alive", 2) == everything(worker.folder, "servers", 2)
+    refused = worker.run("servers-alive", "rounds", "--url", "http://127.0.0.1:1", overrides={"rounds.count": 2})
+    assert refused["code"] == 2
+    assert "a server at an address serves one model" in worker.log("servers-alive")
 
 
 def test_a_single_round_knows_nothing_of_rounds_and_is_the_same_either_way(worker: Worker) -> None:
