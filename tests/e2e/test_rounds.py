@@ -153,20 +153,26 @@ def test_every_round_s_rollouts_are_the_students_own_and_the_chain_is_recorded(w
     assert everything(worker.folder, "calm") == calm
 
 
-def test_one_set_of_processes_makes_the_same(worker: Worker, calm: dict[str, Any]) -> None:
-    worker.good("alive", "rounds")
+@pytest.fixture(scope="module")
+def operations(worker: Worker) -> int:
+    """File operations of all rounds in one set of processes."""
+    answer = worker.run("alive", "rounds")
+    assert answer["code"] == 0, worker.log("alive")
+    return answer["operations"]
+
+
+def test_one_set_of_processes_makes_the_same(worker: Worker, calm: dict[str, Any], operations: int) -> None:
     assert everything(worker.folder, "alive") == calm
     worker.good("alive", "rounds")
     assert everything(worker.folder, "alive") == calm
 
 
-def test_killed_anywhere_either_way_goes_on_to_the_same(worker: Worker, calm: dict[str, Any]) -> None:
+def test_killed_anywhere_either_way_goes_on_to_the_same(worker: Worker, calm: dict[str, Any], operations: int) -> None:
     rng = random.Random(0)
-    total = worker.run("counted", "rounds")["operations"]
-    assert total > 300
+    assert operations > 300
     kills = 0
     for kill in range(6):
-        answer = worker.run("killed", "rounds", kill_at=rng.randrange(1, total // 2))
+        answer = worker.run("killed", "rounds", kill_at=rng.randrange(1, operations // 2))
         kills += answer["killed"]
         assert answer["killed"] or answer["code"] == 0, worker.log("killed")
         if kill == 2:
