@@ -17,7 +17,9 @@ from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model, same_model, tensor_index
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Calibration, Gap, Rollout
+from megatron_opd.rounds import round_recipe
 from megatron_opd.serve.engine import Engine, ScoreRequest, open_engine
 from megatron_opd.serve.stage import closing_engine
 from megatron_opd.tokenizer import check_same_tokenizer
@@ -75,11 +77,13 @@ def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64,
 
 
 def check_engines(recipe: Recipe) -> int:
-    """`calibrate` the student that sampled the recipe's rollouts; raises UserError if the engines are further apart than training allows.
+    """`calibrate` the student that sampled the recipe's rollouts, of several rounds in the first; raises UserError if the engines are further apart than training allows.
 
     A student that does not fit the GPU, where Megatron would have it whole, is not compared; that is recorded, too.
     """
+    recipe = round_recipe(recipe, 1)
     stage = require(recipe.rollout, "rollout")
+    require_made(recipe, stage.store)
     reader = StoreReader(stage.store)
     if (reason := _too_large(stage.model)) is not None:
         print(f"engines are not compared: {reason}")

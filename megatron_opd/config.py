@@ -61,11 +61,18 @@ class SampleStage(_Section):
     prompts: PathText = Field(description="JSONL or Parquet file, or the folder of a Hugging Face dataset")
     store: PathText
     num_prompts: int | None = Field(default=None, gt=0, le=MOST, description="use only the first N prompts of the file")
+    share: tuple[Count, Count] | None = Field(default=None, description="[i, n]: of these prompts the i-th of n equal shares, in order")
     unique_prompts: bool = Field(default=False, description="each prompt but once (DAPO-Math-17k holds each a hundred times)")
     prompts_per_part: int = Field(default=256, gt=0, le=MOST)
     max_quarantined: float = Field(default=0.001, ge=0, le=1, description="share of failed rollouts above which the stage exits with 3")
     sampling: _Sampling = SamplingParams()
     encoding: EncodingConfig = EncodingConfig()
+
+    @model_validator(mode="after")
+    def _check_share(self) -> SampleStage:
+        if self.share is not None and self.share[0] > self.share[1]:
+            raise ValueError(f"share = {list(self.share)}: [i, n] with i at most n is expected")
+        return self
 
 
 class GenerateStage(SampleStage):
@@ -299,6 +306,12 @@ class Recipe(_Section):
     rounds: RoundsConfig = RoundsConfig()
     eval: EvalStage | None = None
     _written: Recipe | None = PrivateAttr(default=None)  # with {placeholders}, ~ and $VARIABLES; None: as it is here
+
+    @model_validator(mode="after")
+    def _check_rounds(self) -> Recipe:
+        if (fault := self.rounds.fault(self.train.steps, self.train.drift)) is not None:
+            raise ValueError(f"rounds: {fault}")
+        return self
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Recipe:

@@ -21,6 +21,7 @@ from megatron_opd.hf_config import refuse_quantised, remote_code
 from megatron_opd.lineage import fingerprint_model, load_tokenizer
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.records import Prompt
+from megatron_opd.rounds import check_keep_alive, check_share, round_recipe
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, uses_template
 from megatron_opd.serve.engine import SERVE_QUANTISED, uses_sglang
 from megatron_opd.tokenizer import check_rows, compare_tokenizers, fingerprint_tokenizer
@@ -57,6 +58,10 @@ def check_inputs(recipe: Recipe, *, ranks: int | None = None) -> Findings:
     _check_models(recipe, found)
     _check_turns(recipe, found)
     _check_prompts(recipe, found)
+    if recipe.rounds.count > 1:
+        found.attempt(round_recipe, recipe, 1)
+        if recipe.rounds.keep_alive:
+            found.attempt(check_keep_alive, recipe)
     return found
 
 
@@ -113,6 +118,8 @@ def _check_prompts(recipe: Recipe, found: Findings) -> None:
         tokenizer = teacher if model == recipe.models.teacher else found.attempt(load_tokenizer, model)
         if tokenizer is not None:
             found.lines += found.attempt(_try_encoding, name, model, tokenizer, read[1], stage) or []
+        if name == "rollout":
+            found.attempt(check_share, recipe, read[0].num_prompts)
         if isinstance(stage, EvalStage):
             _check_answers(stage, read[1], found)
 

@@ -64,3 +64,21 @@ class RoundsConfig(Section):
     keep_alive: bool = Field(
         default=False, description="one set of ranks and engines for all rounds, both models in memory together; for many short rounds"
     )
+
+    def fault(self, steps: int | None, drift: DriftConfig) -> str | None:
+        """What is wrong beside [train] with `steps` (of all rounds) and `drift`; None if nothing is."""
+        if self.count == 1:
+            if self.until == "drift":
+                return "until = 'drift' is for several rounds (rounds.count); train.drift.stop = true ends a single one"
+            return None if self.steps in (None, steps) else f"steps = {self.steps} is for several rounds (rounds.count); set train.steps"
+        if self.steps is None and steps is None:
+            return f"the learning-rate schedule of {self.count} rounds needs the number of steps; set rounds.steps, or train.steps for all of them"
+        if self.steps is None and steps is not None and steps % self.count:
+            return f"train.steps = {steps} can't be divided by rounds.count = {self.count}; take {-(-steps // self.count) * self.count}, or set rounds.steps"
+        if self.steps is not None and steps not in (None, self.count * self.steps):
+            return (
+                f"{self.count} rounds of {self.steps} steps are {self.count * self.steps}, but train.steps = {steps}; leave one of them out"
+            )
+        if self.until == "drift" and drift.max_off_share is None and drift.min_effective_share is None:
+            return "until = 'drift' needs a limit: set train.drift.max_off_share or train.drift.min_effective_share"
+        return None

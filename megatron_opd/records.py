@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 # A log-probability computed in fp32 may exceed 0 by rounding; more than this is an error.
 LOGP_EPSILON = 1e-3
@@ -188,8 +188,33 @@ class SftFacts(_Record):
         return max((share for tokens, share in self.stopped_within.items() if tokens <= max_tokens), default=0.0)
 
 
-class Lineage(_Record):
-    """Where a model's behaviour comes from; travels with checkpoints, HF directories and stores."""
+class RoundRecord(_Record):
+    """A round of rollout, score and train that a student went through: its number, from 1, and its store."""
+
+    number: int = Field(ge=1, lt=1 << 40)
+    store_id: _StoreId
+
+
+class _WithRounds(_Record):
+    """A record whose field of rounds is not written where there are none: outside of rounds its bytes are those of older versions."""
+
+    _rounds_field: ClassVar[str]
+
+    @model_serializer(mode="wrap")
+    def _without_rounds(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content = serialize(self)
+        if not content.get(self._rounds_field):
+            content.pop(self._rounds_field, None)
+        return content
+
+
+class Lineage(_WithRounds):
+    """Where a model's behaviour comes from; travels with checkpoints, HF directories and stores.
+
+    `rounds`: those that the model was distilled in, in order; empty outside of rounds.
+    """
+
+    _rounds_field = "rounds"
 
     base: ModelFingerprint | None = None
     sft_teacher: ModelFingerprint | None = None
@@ -197,6 +222,7 @@ class Lineage(_Record):
     opd_teacher: ModelFingerprint | None = None
     sft: SftFacts | None = None
     overrides: list[str] = Field(default_factory=list)
+    rounds: list[RoundRecord] = Field(default_factory=list)
 
 
 class PromptFile(_Record):
@@ -261,15 +287,17 @@ class Segment:
         return self.prompts[start : start + self.prompts_per_part]
 
 
-class StoreManifest(_Record):
+class StoreManifest(_WithRounds):
     """Attributes of a store's root group.
 
     `prompts` and `sampling.samples_per_prompt` are those that the store was first made for; `num_prompts` and `samples_per_prompt` those of now.
 
     `stop_ids`: every id that ends a response (empty in a store of an older version). `turn_end`: the one with which the chat template
     closes a turn. `chat_templates`: what wrote the prompts; `prompt_suffix`: its ids behind the last message; `prompt_probe`: its ids for a
-    fixed conversation.
+    fixed conversation. `round`: the number of the round, of several, whose rollouts these are; its lineage names the stores of those before.
     """
+
+    _rounds_field = "round"
 
     format_version: int = 1
     sampler_role: str
@@ -285,6 +313,7 @@ class StoreManifest(_Record):
     prompt_suffix: list[int] = Field(default_factory=list)
     prompt_probe: list[int] = Field(default_factory=list)
     allow_template_mismatch: bool = False
+    round: int | None = Field(default=None, ge=1, lt=1 << 40)
     engine: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
 

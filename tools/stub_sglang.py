@@ -132,6 +132,15 @@ class Stub:
             return 200, facts | {"startup_time": self.startup_time, "tp_size": self.args.tp_size}
         return 404, {"error": {"message": f"no {path} here"}}
 
+    def load(self, body: bytes) -> tuple[int, bytes]:
+        """Other weights, in place."""
+        directory = orjson.loads(body)["model_path"]
+        try:
+            self.model, self.args.model_path = Model(Path(directory)), directory
+        except OSError as error:
+            return 400, orjson.dumps({"success": False, "message": str(error)})
+        return 200, orjson.dumps({"success": True, "message": "Succeeded to update model weights."})
+
     async def post(self, body: bytes) -> tuple[int, bytes]:
         asked, _, rid = body.rpartition(b',"rid":"')  # our client sends the id last
         if self.cache is not None and asked in self.cache:
@@ -249,6 +258,8 @@ class Connection(asyncio.Protocol):
         if method == "GET":
             status, content = self.stub.get(path)
             self.answer(status, orjson.dumps(content))
+        elif path == "/update_weights_from_disk":
+            self.answer(*self.stub.load(body))
         elif path == "/generate":
             self.task = asyncio.ensure_future(self.generate(body))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from megatron_opd.commands.options import Stages, a_path, recipe_stage
+from megatron_opd.commands.options import Stages, a_path, add_round, recipe_stage, round_of
 from megatron_opd.config import Recipe
 
 
@@ -25,6 +25,7 @@ def add_to(stages: Stages) -> None:
         directions, "trained", "what a recipe's sft or train made, to where its next stage looks for it; done already: nothing", _trained
     )
     of_recipe.add_argument("--stage", choices=("sft", "train"), default="train")
+    add_round(of_recipe)
     to_mcore = directions.add_parser("to-mcore", help="Hugging Face directory to a Megatron checkpoint")
     to_mcore.add_argument("model", type=a_path, help="Hugging Face directory")
     to_mcore.add_argument("target", type=a_path, help="directory to write; must not hold anything")
@@ -40,7 +41,8 @@ def _to_hf(args: argparse.Namespace, arguments: list[str]) -> None:
 def _trained(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.convert.commands import trained_to_hf
 
-    _tell(lambda: trained_to_hf(recipe, args.stage))
+    number = round_of(recipe, args) if args.stage == "train" else None
+    _tell(lambda: trained_to_hf(recipe, args.stage, number))
 
 
 def _to_mcore(args: argparse.Namespace, arguments: list[str]) -> None:

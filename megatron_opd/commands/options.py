@@ -14,10 +14,11 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
 from megatron_opd.recipe_files import load_recipe, shipped_recipes
+from megatron_opd.rounds import check_keep_alive, check_number, round_recipe
 from megatron_opd.stored_recipe import storing
 
 OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
-MAKE = ("generate", "sft", "rollout", "score", "train")  # their settings are kept in the run's folder
+MAKE = ("generate", "sft", "rollout", "score", "train", "rounds")  # their settings are kept in the run's folder
 Stages = argparse._SubParsersAction
 
 
@@ -44,10 +45,13 @@ def recipe_stage(
     def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:
         recipe = load_recipe(args.recipe, args.overrides + flag_overrides(args), say=_say)
         if args.dry_run:
-            print(recipe.to_toml(), end="")
+            number = getattr(args, "round", None)
+            print((round_recipe(recipe, number and round_of(recipe, args))).to_toml(), end="")
             return 0
         keep_hashes_in(recipe.run_dir)
         with storing(recipe) if name in MAKE else contextlib.nullcontext():
+            if trains and name == "rounds":
+                return _run_rounds(run, recipe, args, arguments)
             if trains:
                 return _run_ranks(run, recipe, name, args, arguments)
             return run(recipe, args)
@@ -60,6 +64,15 @@ def _say(line: str) -> None:
     """Not on stdout, which a dry run fills with TOML."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(line, file=sys.stderr, flush=True)
+
+
+def add_round(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--round", type=a_positive, metavar="N", help="which of the recipe's rounds (rounds.count), from 1")
+
+
+def round_of(recipe: Recipe, args: argparse.Namespace) -> int | None:
+    """The round that the command is for, None where the recipe has but one. Raises ConfigError."""
+    return check_number(recipe, args.round, args.stage_name)
 
 
 def add_servers(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +110,8 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
     if launch.is_rank():
         launch.end_with_launcher()
         return run(recipe, args)
-    stage = getattr(recipe, name)
+    number = round_of(recipe, args) if name == "train" else None
+    stage = getattr(round_recipe(recipe, number), name)
     ranks = args.nproc or launch.default_ranks(stage.parallel.min_ranks)
     if ranks == 1:
         return run(recipe, args)
@@ -105,8 +119,23 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
 
     launch.check_gpus(ranks)
     check_loggers(stage.loggers)
-    check_start(recipe, name, ranks=ranks, allow_changes=args.continue_with_changes)  # before there are processes that would say so
+    # Before there are processes that would say so.
+    check_start(recipe, name, number=number, ranks=ranks, allow_changes=args.continue_with_changes)
     return launch.launch(arguments, ranks, stage.output)
+
+
+def _run_rounds(run: Callable[..., object], recipe: Recipe, args: argparse.Namespace, arguments: list[str]) -> object:
+    """As `_run_ranks`; what the ranks will train on is not there yet."""
+    from megatron_opd.train import launch
+    from megatron_opd.train.readiness import check_ranks
+
+    if launch.is_rank():
+        launch.end_with_launcher()
+        return run(recipe, args)
+    check_keep_alive(recipe)
+    ranks = args.nproc or launch.default_ranks(recipe.train.parallel.min_ranks)
+    check_ranks(recipe.train, "train", ranks)
+    return run(recipe, args) if ranks == 1 else launch.launch(arguments, ranks, recipe.train.output)
 
 
 def a_path(text: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_servers, flag_overrides, recipe_stage
+from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_round, add_servers, flag_overrides, recipe_stage, round_of
 from megatron_opd.config import Recipe, require
 from megatron_opd.errors import UserError
 from megatron_opd.gpus import GPUS
 from megatron_opd.pipeline.stages import evaluation_of
 from megatron_opd.recipe_files import apply_overrides, build_recipe
+from megatron_opd.rounds import round_recipe
 
 
 def add_to(stages: Stages) -> None:
@@ -78,6 +79,8 @@ def add_to(stages: Stages) -> None:
             action="store_true",
             help="go on in the output folder of a run that had another loss, teacher or initial model; recorded for ever after",
         )
+    for command in (rollout, score, train, check):
+        add_round(command)
 
 
 def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -91,14 +94,14 @@ def _rollout(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.serve.sample import rollout
     from megatron_opd.serve.stage import Shard
 
-    rollout(recipe, Shard.parse(args.shard), extend=args.extend)
+    rollout(recipe, Shard.parse(args.shard), number=round_of(recipe, args), extend=args.extend)
 
 
 def _score(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.serve.score import score
     from megatron_opd.serve.stage import Shard
 
-    score(recipe, Shard.parse(args.shard))
+    score(recipe, Shard.parse(args.shard), number=round_of(recipe, args))
 
 
 def _sft(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -110,7 +113,7 @@ def _sft(recipe: Recipe, args: argparse.Namespace) -> None:
 def _train(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.train.loop import run_train
 
-    run_train(recipe, allow_changes=args.continue_with_changes)
+    run_train(recipe, number=round_of(recipe, args), allow_changes=args.continue_with_changes)
 
 
 def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -149,13 +152,15 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
     from megatron_opd.data.joined import show_stores
     from megatron_opd.train.readiness import check_start
 
-    ready = check_start(recipe, args.stage, ranks=args.ranks, allow_changes=args.continue_with_changes)
+    number = round_of(recipe, args) if args.stage == "train" else None
+    ready = check_start(recipe, args.stage, number=number, ranks=args.ranks, allow_changes=args.continue_with_changes)
     for note in ready.notes:
         print(note)
     if args.stage == "sft":
         print(f"ready to fine-tune {ready.init.short()} on {show_stores(recipe.sft.store)}")
     else:
-        print(f"ready to train {ready.init.short()} on {show_stores(recipe.train.store)} with teacher {recipe.train.teacher!r}")
+        store = round_recipe(recipe, number).train.store
+        print(f"ready to train {ready.init.short()} on {show_stores(store)} with teacher {recipe.train.teacher!r}")
     return 0
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from megatron_opd.checksums import collect_sums, id_of, record_checksums, sum_files, write_part
+from megatron_opd.checksums import collect_sums, content_id, id_of, record_checksums, sum_files, write_part
 from megatron_opd.config import Recipe, require
 from megatron_opd.convert.hf_files import copy_side_files, hash_tensor
 from megatron_opd.convert.mcore_files import McoreTensors, write_mcore_checkpoint
 from megatron_opd.convert.source import global_tensor, open_source, stored_dtype
 from megatron_opd.convert.staging import whole_directory
 from megatron_opd.convert.to_hf import HF_FOLDER, checkpoint_origin, convert_to_hf, hf_tensors
-from megatron_opd.convert.written import check_written, read_sums, sum_folder
+from megatron_opd.convert.written import check_written, read_origin, read_sums, sum_folder
 from megatron_opd.cost import provenance
 from megatron_opd.durable import write_json
 from megatron_opd.errors import CheckpointError, DamagedCheckpoint, UserError
@@ -24,8 +24,9 @@ from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.pipeline.missing import require_made
 from megatron_opd.pipeline.status import training_status
 from megatron_opd.records import Lineage
-from megatron_opd.saved import STATE_FILE, find_checkpoint
-from megatron_opd.untrusted import read_json, read_object
+from megatron_opd.rounds import entry_of, read_entries, student_after
+from megatron_opd.saved import STATE_FILE, checkpoint_folder, find_checkpoint, read_state, step_name
+from megatron_opd.untrusted import read_json
 
 
 def to_hf(checkpoint: str, target: str, *, dtype: str | None = None) -> Path:
@@ -56,58 +57,90 @@ def _convert_one(checkpoint: Path, target: Path, dtype: torch.dtype | None = Non
         raise CheckpointError(f"{error}; use another step folder") from None
 
 
-def trained_to_hf(recipe: Recipe, stage: str) -> str:
-    """Convert what `sft` or `train` made to the directory that rollout or eval reads; says what was done.
+def trained_to_hf(recipe: Recipe, stage: str, number: int | None = None) -> str:
+    """Convert what `sft` or `train` made, in round `number` of several, to the directory that rollout or eval reads; says what was done.
 
     A directory that holds the latest checkpoint's model, as it was written, is left alone. Raises UserError for one that holds another
-    model or is damaged, and for a run that is not finished.
+    model or is damaged, and for a run, or a round, that is not finished.
     """
-    source = Path(recipe.sft.output if stage == "sft" else recipe.train.output)
-    target = Path(require(recipe.rollout, "rollout").model if stage == "sft" else require(recipe.eval, "eval").model)
-    require_made(recipe, str(source))
-    progress, found = training_status(recipe, stage), find_checkpoint(source)
-    latest, again = found.checkpoint, f"('megatron-opd {stage}'), then convert"
-    if not progress.finished or latest is None:  # an older checkpoint than the last is the model of fewer steps
-        notes = "".join(f"; {note}" for note in found.notes)
-        raise CheckpointError(f"{source}: {progress.done} of {progress.total} steps{notes}; finish it {again}")
+    made = _find_made(recipe, stage, number)
+    require_made(recipe, str(made.source))
+    again = f"('megatron-opd {stage}'{f' with --round {number}' if number else ''}), then convert"
+    progress = training_status(recipe, stage, number)
+    if not progress.finished or made.step is None:  # an older checkpoint than the last is the model of fewer steps
+        notes = "".join(f"; {note}" for note in made.notes)
+        raise CheckpointError(f"{made.source}: {progress.done} of {progress.total} steps{notes}; finish it {again}")
+    target = made.target
     if not (target / "config.json").exists():
+        if made.checkpoint is None:
+            raise CheckpointError(
+                f"{made.source}: round {number} ended after step {made.step}, but that checkpoint is no longer there, and {target} is not either"
+            )
         try:
-            written = convert_to_hf(latest, target)
+            written = convert_to_hf(made.checkpoint, target)
         except DamagedCheckpoint as error:
             raise CheckpointError(f"{error}; make it again {again}") from None
-        for note in found.notes:
+        for note in made.notes:
             print(f"WARNING: {note}", flush=True)
         return f"wrote {written}"
-    now, origin = checkpoint_origin(latest), _read_origin(target)
+    origin = read_origin(target)
     sums = None if origin is None else read_sums(origin)
     if sums is not None:
         check_written(target, sums)
     read_lineage(target)  # raises if its weights are others than were written
-    contents = {now["content"], None if origin is None else origin["content"]}
+    contents = {made.content, None if origin is None else origin["content"]}
     old = None in contents or (sums is None and len(contents) == 1)  # an older version made one of them: the weights themselves tell
-    same = _adopt(latest, target, (origin or {}) | now) if old else len(contents) == 1
+    remade = (
+        number is not None and origin is not None and origin["step"] == made.step
+    )  # a last checkpoint that was made again is the same model
+    if (len(contents) > 1 and remade) or old:
+        same = made.checkpoint is not None and _adopt(made.checkpoint, target, (origin or {}) | checkpoint_origin(made.checkpoint))
+    else:
+        same = len(contents) == 1
     if not same:
         made_of = f"step {origin['step']} ({origin['checkpoint']})" if origin else "another model, it is not recorded which"
-        if origin and origin["step"] == now["step"]:
+        if origin and origin["step"] == made.step:
             made_of = "other weights, or is damaged"
+        name = made.checkpoint.name if made.checkpoint else f"the end of round {number}"
         raise UserError(
-            f"{target} was made of {made_of}, but the latest checkpoint of {source} is of step {now['step']} ({latest.name}); what was made with "
+            f"{target} was made of {made_of}, but the latest checkpoint of {made.source} is of step {made.step} ({name}); what was made with "
             "that model (rollouts, evaluations) is of it too: move the directory away and convert again, or give another run_dir"
         )
-    return f"{target} is there already, of step {now['step']}"
+    return f"{target} is there already, of step {made.step}"
 
 
-def _read_origin(target: Path) -> dict[str, Any] | None:
-    """What `target` was converted from, None if that is not recorded. Raises UserError."""
-    path = target / ORIGIN_FILE
-    try:
-        origin = read_object(path)
-        read_sums(origin)
-        return origin | {key: origin[key] for key in ("step", "content", "checkpoint")}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} can't be read ({error}); remove this file, and the weights are compared instead") from None
+class _Made(NamedTuple):
+    """What a training, or a round, ended with: None for a step that is not known yet, and for a checkpoint that is gone."""
+
+    source: Path
+    target: Path
+    step: int | None
+    content: str | None
+    checkpoint: Path | None
+    notes: list[str]
+
+
+def _find_made(recipe: Recipe, stage: str, number: int | None) -> _Made:
+    """Raises UserError."""
+    source = Path(recipe.sft.output if stage == "sft" else recipe.train.output)
+    if stage == "sft":
+        target = require(recipe.rollout, "rollout").model
+    else:
+        target = student_after(recipe, number) if number is not None else require(recipe.eval, "eval").model
+    found = find_checkpoint(source)
+    if found.checkpoint is None:
+        return _Made(source, Path(target), None, None, None, found.notes)
+    now = checkpoint_origin(found.checkpoint)
+    if number is None:
+        return _Made(source, Path(target), now["step"], now["content"], found.checkpoint, found.notes)
+    entry = entry_of(read_entries(read_state(found.checkpoint), found.checkpoint), number)
+    if entry is None or entry.last_step is None:
+        return _Made(source, Path(target), None, None, None, found.notes)
+    if entry.last_step == now["step"]:
+        return _Made(source, Path(target), now["step"], now["content"], found.checkpoint, found.notes)
+    path = checkpoint_folder(source) / step_name(entry.last_step)
+    there = path if path.is_dir() and content_id(path) == entry.content else None
+    return _Made(source, Path(target), entry.last_step, entry.content, there, found.notes)
 
 
 def _adopt(checkpoint: Path, target: Path, origin: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from megatron_opd.checksums import CHECKSUM_FILE, Sums, sum_files
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import CACHE_FILE, ORIGIN_FILE
 from megatron_opd.saved import STATE_FILE
+from megatron_opd.untrusted import read_object
 
 # They hold times, versions or random names: two conversions of one model differ in them.
 _OF_ONE_CONVERSION = (ORIGIN_FILE, CACHE_FILE, STATE_FILE, CHECKSUM_FILE, ".metadata")
@@ -29,6 +30,19 @@ def read_sums(record: Any) -> Sums | None:
     """The sums in a converted directory's ORIGIN_FILE; None for an older version's. Raises ValueError, TypeError or AttributeError."""
     files = record.get("files")
     return None if files is None else {str(name): (int(size), int(checksum)) for name, (size, checksum) in files.items()}
+
+
+def read_origin(target: Path) -> dict[str, Any] | None:
+    """What `target` was converted from, None if that is not recorded. Raises UserError."""
+    path = target / ORIGIN_FILE
+    try:
+        origin = read_object(path)
+        read_sums(origin)
+        return origin | {key: origin[key] for key in ("step", "content", "checkpoint")}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} can't be read ({error}); remove this file, and the weights are compared instead") from None
 
 
 def check_written(folder: Path, wanted: Sums) -> None:

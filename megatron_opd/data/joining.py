@@ -147,7 +147,9 @@ def _differences(existing: StoreManifest, wanted: StoreManifest) -> dict[str, tu
     there, here = existing.model_dump(), wanted.model_dump()
     if here["prompts"]["sha256"] == there["prompts"]["sha256"]:
         here["prompts"]["name"] = there["prompts"]["name"]
-    return {key: (there[key], here[key]) for key in here if key not in FREE_FIELDS and there[key] != here[key]}
+    return {
+        key: (there.get(key), here.get(key)) for key in here | there if key not in FREE_FIELDS and there.get(key) != here.get(key)
+    }  # the round is there in runs of several alone
 
 
 def _only_samples_differ(now: StoreManifest, wanted: StoreManifest) -> bool:
@@ -173,7 +175,11 @@ def _refusal(location: Location, found: dict[str, tuple[Any, Any]], why: str = "
 def _brief(value: Any, other: Any) -> str:
     """The part of `value` that differs from `other`; of a hash its beginning."""
     if isinstance(value, dict) and isinstance(other, dict):
-        return "{" + ", ".join(f"{key}: {_brief(value[key], other.get(key))}" for key in value if value[key] != other.get(key)) + "}"
+        return (
+            "{"
+            + ", ".join(f"{key}: {_brief(value.get(key), other.get(key))}" for key in value | other if value.get(key) != other.get(key))
+            + "}"
+        )
     return value[:12] if isinstance(value, str) and _HASH.fullmatch(value) else one_line(value)
 
 

@@ -38,9 +38,10 @@ _EXACT_FLOAT = 2.0**53
 
 
 def read_prompts(
-    path: str | Path, *, limit: int | None = None, unique: bool = False, answers: bool = True
+    path: str | Path, *, limit: int | None = None, share: tuple[int, int] | None = None, unique: bool = False, answers: bool = True
 ) -> tuple[PromptFile, list[Prompt]]:
-    """Identity of a prompt file or folder, and its prompts: the first `limit`, with `unique` each but once.
+    """Identity of a prompt file or folder, and its prompts: the first `limit`, with `unique` each but once; of them with `share` (i, n) the
+    i-th of n equal shares, which are disjoint, in order, and together all.
 
     The hash covers what is sampled from (content and tools) of the prompts that are used, so that it is the same in any format, and
     neither a file that grows at its end nor a mended answer invalidates a store. Without `answers` they are not looked at.
@@ -55,6 +56,12 @@ def read_prompts(
         raise UserError(f"{path}: {len(kept)} prompts, but num_prompts asks for {limit}")
     if not kept:
         raise UserError(f"{path}: no prompts in it")
+    if share is not None:
+        kept = [replace(prompt, index=index) for index, prompt in enumerate(kept[share_range(len(kept), *share)])]
+        if not kept:
+            raise UserError(
+                f"{path}: fewer prompts than the {share[1]} shares (rounds) that they are divided into; take fewer rounds, or more prompts"
+            )
     return PromptFile(name=path.name, sha256=hash_prompts(kept), num_prompts=len(kept)), kept
 
 
@@ -64,6 +71,11 @@ def hash_prompts(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         digest.update(sampled_from(prompt) + b"\n")
     return digest.hexdigest()
+
+
+def share_range(count: int, number: int, shares: int) -> slice:
+    """Which of `count` prompts are share `number` (from 1) of `shares`: sizes differ by at most one."""
+    return slice(count * (number - 1) // shares, count * number // shares)
 
 
 def sampled_from(prompt: Prompt) -> bytes:

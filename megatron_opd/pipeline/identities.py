@@ -6,6 +6,7 @@ Kept in RUN_DIR/identities.json. What changed is read anew, but for the weights 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Identities:
 
     def hash_of(self, key: str, make: Any) -> str:
         """A hash that depends on `key` alone, made by `make` where it is not known."""
+        key = hashlib.sha256(key.encode()).hexdigest()
         known = self._known.get(key)
         if not isinstance(known, str):
             known = self._known[key] = str(make())
@@ -102,5 +104,6 @@ def _stamp(paths: Any) -> list[Any]:
 
 def selection_of(config: SampleStage | EvalStage) -> dict[str, Any]:
     """Which prompts of its file a stage takes, as `read_prompts` is told."""
-    unique = {"unique": config.unique_prompts} if isinstance(config, SampleStage) else {}
-    return {"limit": config.num_prompts, **unique}
+    if isinstance(config, SampleStage):
+        return {"limit": config.num_prompts, "unique": config.unique_prompts, "share": config.share}
+    return {"limit": config.num_prompts}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_opd.config import Recipe
@@ -17,7 +18,7 @@ from megatron_opd.errors import UserError
 from megatron_opd.pipeline.closing import closing
 from megatron_opd.pipeline.plan import NOT_FINISHED, lines_of, select
 from megatron_opd.pipeline.set_aside import set_aside
-from megatron_opd.pipeline.stages import Stage, list_stages
+from megatron_opd.pipeline.stages import RECIPE, Stage, list_stages
 from megatron_opd.pipeline.status import Status, Survey
 from megatron_opd.processes import STOP_SIGNALS, has_gpu
 from megatron_opd.stored_recipe import store_recipe
@@ -62,7 +63,7 @@ def _do(recipe: Recipe, stages: list[Stage], begin: int | None, end: int, typed:
                 continue
             print(f"{status.stage.label}: taken as it is, as --from comes after it ({status.stale})")
         elif not status.settled:
-            code = _run_stage(recipe, status, typed, place=f"{number + 1}/{end}")
+            code = _run_stage(recipe, _with_its_round(recipe, status.stage), typed, place=f"{number + 1}/{end}")
             if code:
                 return code
             after = Survey(recipe).stages()[number]
@@ -102,11 +103,19 @@ def _refusal(recipe: Recipe, status: Status, typed: list[str]) -> str:
     )
 
 
-def _run_stage(recipe: Recipe, status: Status, typed: list[str], *, place: str) -> int:
+def _with_its_round(recipe: Recipe, stage: Stage) -> Stage:
+    """With `rounds.keep_alive`, all rounds by one command, once the engines were compared on the first rollouts."""
+    first = stage.round == 1 and stage.name in ("rollout", "score")
+    return (
+        stage if stage.round is None or first or not recipe.rounds.keep_alive else replace(stage, words=("rounds", RECIPE), runs_on="train")
+    )
+
+
+def _run_stage(recipe: Recipe, stage: Stage, typed: list[str], *, place: str) -> int:
     """The exit code of the stage's command. A person would give the run's folder for the recipe, which does not keep secrets."""
-    words, shown = status.stage.command(typed[0], typed[1:]), status.stage.command(recipe.run_dir, [])
-    print(f"\n[{place}] {status.stage.label}\n$ {shlex.join(['megatron-opd', *shown])}", flush=True)
-    if status.stage.runs_on in ("train", "one") and has_gpu():
+    words, shown = stage.command(typed[0], typed[1:]), stage.command(recipe.run_dir, [])
+    print(f"\n[{place}] {stage.label}\n$ {shlex.join(['megatron-opd', *shown])}", flush=True)
+    if stage.runs_on in ("train", "one") and has_gpu():
         return _in_a_process(words)
     from megatron_opd.cli import main
 

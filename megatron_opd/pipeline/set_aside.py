@@ -9,6 +9,7 @@ from megatron_opd.data.location import Location
 from megatron_opd.durable import make_folder, sync
 from megatron_opd.errors import UserError
 from megatron_opd.pipeline.stages import Stage, evaluation_of, recipe_of
+from megatron_opd.rounds import student_after
 
 FOLDER = "set_aside"
 
@@ -19,7 +20,8 @@ def set_aside(recipe: Recipe, stages: list[Stage]) -> Path | None:
     Killed in between, the first of them is still there and still stale. Raises UserError for what is not on this machine's file systems, and for
     models that lie outside of the run's folder, which may be of others too.
     """
-    found = [path for stage in reversed(stages) for path in _results(recipe_of(recipe, stage), stage) if path.exists()]
+    results = dict.fromkeys(path for stage in reversed(stages) for path in _results(recipe_of(recipe, stage), stage))
+    found = [path for path in results if path.exists()]
     found = [path for path in found if not any(other in path.parents for other in found)]  # scores go with their store
     if not found:
         return None
@@ -44,8 +46,10 @@ def _next_folder(parent: Path) -> Path:
 
 
 def _results(recipe: Recipe, stage: Stage) -> list[Path]:
-    """Files and folders that a stage made."""
+    """Files and folders that a stage made; of a round those of all rounds, which are one training."""
     name = stage.name
+    if stage.round is not None:
+        return [_own(recipe, student_after(recipe, None)), Path(recipe.train.output), Path(recipe.run_dir) / "rounds"]
     if name == "generate":
         return [_local(require(recipe.generate, "generate").store)]
     if name == "rollout":
@@ -57,7 +61,7 @@ def _results(recipe: Recipe, stage: Stage) -> list[Path]:
     if name in ("sft", "train"):
         return [Path(getattr(recipe, name).output)]
     if name in ("sft-hf", "opd-hf"):
-        return [_own(recipe, require(recipe.rollout, "rollout").model if name == "sft-hf" else require(recipe.eval, "eval").model)]
+        return [_own(recipe, require(recipe.rollout, "rollout").model if name == "sft-hf" else student_after(recipe, None))]
     if name.startswith("eval-"):
         config: EvalStage = require(evaluation_of(recipe, name.removeprefix("eval-")).eval, "eval")
         return [Path(config.output) / f"{config.name}.json", Path(config.output) / f"{config.name}.opd.zarr"]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from megatron_opd.config import EvalStage, Recipe, require
 from megatron_opd.errors import ConfigError
+from megatron_opd.rounds import round_recipe
 
 RECIPE = "RECIPE"  # stands in a stage's words for the recipe (a file, a name or a run folder) with its overrides
 
@@ -104,5 +105,19 @@ def _with_eval(recipe: Recipe, stage: EvalStage, **update: str | None) -> Recipe
 
 
 def recipe_of(recipe: Recipe, stage: Stage) -> Recipe:
-    """The recipe as a stage of one of several rounds sees it."""
-    return recipe
+    """The recipe as a stage sees it: one of a round has that round's store and student; engines are compared in the first."""
+    return round_recipe(recipe, 1 if stage.name == "engines" else stage.round)
+
+
+def upstream(stage: Stage, count: int) -> list[tuple[str, int | None]]:
+    """Names, with their rounds, of the stages whose results a stage reads; `count` rounds in all."""
+    last = None if count == 1 else count
+    if stage.name == "rollout" and stage.round is not None and stage.round > 1:
+        return [("opd-hf", stage.round - 1)]
+    if stage.name == "eval-opd":
+        return [("opd-hf", last), ("eval-sft", None)]
+    if stage.name == "engines":
+        return [("rollout", None if count == 1 else 1)]
+    names = {"sft": ["generate"], "sft-hf": ["sft"], "rollout": ["sft-hf"], "eval-sft": ["sft-hf"]}.get(stage.name, [])
+    within = {"score": ["rollout"], "train": ["rollout", "score"], "opd-hf": ["train"]}.get(stage.name, [])
+    return [*((name, None) for name in names), *((name, stage.round) for name in within)]

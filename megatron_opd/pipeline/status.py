@@ -14,7 +14,7 @@ from typing import Any
 from megatron_opd.checksums import content_id
 from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig, TrainStage, require
 from megatron_opd.data.calibration import read_calibration
-from megatron_opd.data.identity import rollouts_id, scores_hash, sums_of
+from megatron_opd.data.identity import rollouts_id, sums_of
 from megatron_opd.data.joined import open_training_stores, show_stores
 from megatron_opd.data.joining import as_of, flat
 from megatron_opd.data.location import Location
@@ -23,49 +23,15 @@ from megatron_opd.errors import UserError
 from megatron_opd.lineage import ORIGIN_FILE
 from megatron_opd.pipeline.identities import Identities, Unread, selection_of
 from megatron_opd.pipeline.inputs_record import inputs_difference
-from megatron_opd.pipeline.stages import Stage, evaluation_of, list_stages, recipe_of
+from megatron_opd.pipeline.stages import Stage, evaluation_of, list_stages, recipe_of, upstream
 from megatron_opd.pipeline.stores import Glance, differences, glance, glance_at_all, prompt_difference, sampling_differences, short
+from megatron_opd.pipeline.trainings import FIXED, as_of_round, differs, of_round, other_scores, settings
 from megatron_opd.records import ModelFingerprint, SamplingParams, StoreManifest
 from megatron_opd.redact import public_address
+from megatron_opd.rounds import entry_of, read_entries, round_steps, student_after
 from megatron_opd.saved import find_checkpoint, latest_checkpoint, read_state
 from megatron_opd.untrusted import read_object
 
-# Settings that say how a training runs, not what comes out of it.
-_HOW_IT_RUNS = {
-    "async_save",
-    "deterministic",
-    "drift",
-    "keep_every",
-    "keep_last",
-    "log_every",
-    "loggers",
-    "loss_chunk_tokens",
-    "max_engine_gap",
-    "max_skipped_steps",
-    "micro_batch_tokens",
-    "optimizer_offload",
-    "packing",
-    "parallel",
-    "process_group_minutes",
-    "recompute",
-    "recompute_modules",
-    "save_every",
-    "steps",
-    "wandb_project",
-}
-_FIXED = ("seed", "global_batch", "max_response_tokens")
-# What each stage reads the results of.
-_READS = {
-    "sft": ("generate",),
-    "sft-hf": ("sft",),
-    "rollout": ("sft-hf",),
-    "score": ("rollout",),
-    "engines": ("rollout",),
-    "train": ("rollout", "score"),
-    "opd-hf": ("train",),
-    "eval-sft": ("sft-hf",),
-    "eval-opd": ("opd-hf", "eval-sft"),
-}
 # Their results are needed only until the next stage has made its own.
 _PASSING = ("inputs", "generate", "sft", "rollout", "score", "engines", "train")
 
@@ -123,7 +89,7 @@ class Survey:
             "score": self._scored,
             "engines": self._compared,
             "train": lambda stage, recipe: self._trained(stage, recipe.train),
-            "opd-hf": lambda stage, recipe: self._converted(stage, recipe.train.output, recipe.eval.model if recipe.eval else None),
+            "opd-hf": lambda stage, recipe: self._converted(stage, recipe.train.output, student_after(self.recipe, stage.round)),
             "report": self._reported,
         }
 
@@ -131,7 +97,7 @@ class Survey:
         """The status of every stage, in order. Raises UserError if what one left behind is damaged."""
         found = [self.stage(stage) for stage in list_stages(self.recipe)]
         self.identities.save()
-        return _mark_gone(_pass_on_staleness(found))
+        return _mark_gone(_pass_on_staleness(found, self.recipe.rounds.count), self.recipe.rounds.count)
 
     def stage(self, stage: Stage) -> Status:
         """One stage by itself."""
@@ -189,7 +155,7 @@ class Survey:
                 changed.append(prompts)
             if not changed:
                 return replace(status, done=sum(part < then.num_parts for part in found.parts), total=then.num_parts)
-            newest = newest or f"{_differs(changed)}{self._hint(flat(then), config, sampling, changed)}"
+            newest = newest or f"{differs(changed)}{self._hint(flat(then), config, sampling, changed)}"
         return replace(status, stale=newest)
 
     def _hint(self, there: StoreManifest, config: SampleStage, sampling: SamplingParams, changed: list[str]) -> str:
@@ -218,7 +184,7 @@ class Survey:
         if (why := next((why for weights in sorted(teachers) if (why := self._replaced(config.model, weights))), None)) is not None:
             return replace(status, stale=why)
         candidates = {record.top_k for record in found.scores.values()}
-        return replace(status, stale=_differs([text for there in sorted(candidates) for text in differences(there, config.top_k, "top_k")]))
+        return replace(status, stale=differs([text for there in sorted(candidates) for text in differences(there, config.top_k, "top_k")]))
 
     def _compared(self, stage: Stage, recipe: Recipe) -> Status:
         store = require(recipe.rollout, "rollout").store
@@ -240,13 +206,21 @@ class Survey:
         notes = found.notes[:-1]  # the last says which one is taken
         status = Status(stage, "steps", str(found.checkpoint or config.output), done, steps or int(state.get("steps", 0)))
         if found.checkpoint is None:
-            return status
+            return replace(status, total=round_steps(self.recipe) or 0) if stage.round is not None else status
+        ended = status.finished
+        if stage.round is not None:
+            entries = read_entries(state, found.checkpoint)
+            if (entry := entry_of(entries, stage.round)) is None:
+                return replace(status, done=0, total=round_steps(self.recipe) or 0, note="; ".join(notes) or None)
+            status, steps = of_round(status, entry, round_steps(self.recipe) or 0), None
+            state = as_of_round(state, entry)
+            ended = len(entries) == self.recipe.rounds.count and entries[-1].last_step is not None
         stale = self._trained_otherwise(state, config, data, finished=status.finished)
-        settings = _settings(state, config)
-        if stale is None and status.finished:
-            stale = _differs([*settings, *(differences(done, steps, "steps") if steps is not None and done > steps else [])])
-        elif stale is None and settings:
-            notes.append(f"goes on with other settings: {', '.join(settings)}")
+        changed = settings(state, config)
+        if stale is None and ended:
+            stale = differs([*changed, *(differences(done, steps, "steps") if steps is not None and done > steps else [])])
+        elif stale is None and changed:
+            notes.append(f"goes on with other settings: {', '.join(changed)}")
         return replace(status, stale=stale, note="; ".join(notes) or None)
 
     def _trained_otherwise(self, state: dict[str, Any], config: TrainerConfig, data: Glance | None, *, finished: bool) -> str | None:
@@ -254,16 +228,16 @@ class Survey:
         objective, fixed = state.get("objective", {}), state.get("fixed", {})
         if (why := self._replaced(config.init, objective.get("init", {}).get("weights"))) is not None:
             return why
-        wanted: dict[str, Any] = {key: getattr(config, key) for key in _FIXED}
+        wanted: dict[str, Any] = {key: getattr(config, key) for key in FIXED}
         if isinstance(config, TrainStage):
             wanted["loss"] = config.loss.model_dump(mode="json")
         there = {**fixed, "loss": objective.get("loss", {})}
         if changed := differences({key: there[key] for key in wanted if key in there}, wanted):
-            return _differs(changed)
+            return differs(changed)
         if data is None or not data.parts:
             return None
         teacher = config.teacher if isinstance(config, TrainStage) else None
-        return self._other_rollouts(fixed, config, data, teacher) or _other_scores(objective, config, data, teacher, finished=finished)
+        return self._other_rollouts(fixed, config, data, teacher) or other_scores(objective, config, data, teacher, finished=finished)
 
     def _other_rollouts(self, fixed: dict[str, Any], config: TrainerConfig, data: Glance, teacher: str | None) -> str | None:
         if (recorded := fixed.get("rollouts")) is None:
@@ -275,9 +249,7 @@ class Survey:
             return None
         return f"the rollouts in {show_stores(config.store)} are others since ({short(recorded)} -> {short(now)})"
 
-    def _converted(self, stage: Stage, source: str, target: str | None) -> Status:
-        if target is None:
-            return Status(stage, "")
+    def _converted(self, stage: Stage, source: str, target: str) -> Status:
         status = Status(stage, "", target)
         if not (Path(target) / "config.json").exists():
             return status
@@ -288,11 +260,20 @@ class Survey:
         of_this_run = str(Path(str(origin.get("checkpoint"))).parent) == str(latest.parent.absolute())
         if not of_this_run and not Path(target).absolute().is_relative_to(Path(self.recipe.run_dir).absolute()):
             return replace(status, note="made by something else than this run's training")
-        made, now = origin.get("content"), content_id(latest)
+        state = read_state(latest)
+        step, now = state["step"], content_id(latest)
+        if stage.round is not None:
+            if (entry := entry_of(read_entries(state, latest), stage.round)) is None or entry.last_step is None:
+                return replace(status, stale=f"round {stage.round} has not ended")
+            step, now = entry.last_step, entry.content or now
+        made, of_step = origin.get("content"), origin.get("step")
         if None in (made, now) or made == now:
             return status
-        step, steps = origin.get("step"), read_state(latest)["step"]
-        return replace(status, stale=f"made of step {step} ({short(str(made))}); the checkpoint is of step {steps} now ({short(str(now))})")
+        if stage.round is not None and step == of_step:  # a last checkpoint that was made again has other bytes: the conversion compares
+            return replace(status, outdated=True, note="the checkpoint was saved again")
+        return replace(
+            status, stale=f"made of step {of_step} ({short(str(made))}); the checkpoint is of step {step} now ({short(str(now))})"
+        )
 
     def _evaluated(self, stage: Stage, recipe: Recipe) -> Status:
         config = require(evaluation_of(recipe, stage.name.removeprefix("eval-")).eval, "eval")
@@ -313,7 +294,7 @@ class Survey:
         if record:
             changed += differences(record.get("grader", "none"), config.grader, "grader")
             changed += differences(record.get("against", {}).get("name"), config.baseline, "baseline")
-        if (stale := _differs(changed)) is None and config.teacher is not None:
+        if (stale := differs(changed)) is None and config.teacher is not None:
             scored = glance(store, "teacher")
             for teacher in {entry.teacher.weights_sha256 for entry in scored.scores.values()} if scored else ():
                 stale = stale or self._replaced(config.teacher, teacher)
@@ -330,63 +311,42 @@ class Survey:
         return replace(status, done=1, total=1, outdated=bool(newer), note=f"{newer[0]} is newer" if newer else None)
 
 
-def training_status(recipe: Recipe, name: str) -> Status:
-    """How far 'sft' or 'train' is."""
-    return Survey(recipe).stage(Stage(name, (name,), "train"))
+def training_status(recipe: Recipe, name: str, number: int | None = None) -> Status:
+    """How far 'sft' or 'train' is, the latter in round `number` of several."""
+    return Survey(recipe).stage(Stage(name, (name,), "train", round=number))
 
 
-def _settings(state: dict[str, Any], config: TrainerConfig) -> list[str]:
-    """Settings that change the result and are not what the checkpoint's were."""
-    there = {key: value for key, value in state.get("settings", {}).items() if key not in _HOW_IT_RUNS}
-    return differences(there, config.model_dump(mode="json"))
-
-
-def _other_scores(objective: dict[str, Any], config: TrainerConfig, data: Glance, teacher: str | None, *, finished: bool) -> str | None:
-    recorded = objective.get("scores")
-    if teacher is None or recorded is None or (finished and not data.scores):  # scores that are gone are not others
-        return None
-    now = scores_hash(data.scores)
-    if recorded == now:
-        return None
-    return f"the scores of {teacher!r} in {show_stores(config.store)} are others since ({short(recorded)} -> {short(now)})"
-
-
-def _differs(changed: list[str]) -> str | None:
-    return f"differs from the recipe: {'; '.join(changed)}" if changed else None
-
-
-def _pass_on_staleness(found: list[Status]) -> list[Status]:
+def _pass_on_staleness(found: list[Status], rounds: int) -> list[Status]:
     """What was made from something stale is stale, too."""
-    by_name = {(status.stage.name, status.stage.round): number for number, status in enumerate(found)}
+    numbers = {(status.stage.name, status.stage.round): number for number, status in enumerate(found)}
     for number, status in enumerate(found):
         if not status.done or status.stale:
             continue
-        for name in _READS.get(status.stage.name, ()):
-            before = by_name.get((name, status.stage.round), by_name.get((name, None)))
-            if before is not None and found[before].stale:
-                found[number] = replace(status, stale=f"{found[before].stage.label} is")
-                break
+        before = (found[numbers[key]] for key in upstream(status.stage, rounds) if key in numbers)
+        if (stale := next((one for one in before if one.stale), None)) is not None:
+            found[number] = replace(status, stale=f"{stale.stage.label} is")
     return found
 
 
-def _mark_gone(found: list[Status]) -> list[Status]:
+def _mark_gone(found: list[Status], rounds: int) -> list[Status]:
     """What is not there, and was read by stages that are done, is not needed any more."""
     for number in reversed(range(len(found))):
-        status = found[number]
-        if status.stage.name not in _PASSING or (status.done and not status.outdated):
+        status, stage = found[number], found[number].stage
+        between = stage.name == "opd-hf" and stage.round is not None and stage.round < rounds
+        if (stage.name not in _PASSING and not between) or (status.done and not status.outdated):
             continue
-        readers = [other for other in found[number + 1 :] if _reads(other.stage, status.stage)]
+        readers = [other for other in found[number + 1 :] if _reads(other.stage, stage, rounds)]
         if readers and all(other.settled for other in readers):
             found[number] = replace(status, gone=True, outdated=False)
     return found
 
 
-def _reads(reader: Stage, read: Stage) -> bool:
+def _reads(reader: Stage, read: Stage, rounds: int) -> bool:
     if read.name == "inputs":
         return reader.name in ("generate", "sft")
     if read.name == "engines":
-        return reader.name == "train" and reader.round == read.round
-    return read.name in _READS.get(reader.name, ()) and (reader.round in (read.round, None) or read.round is None)
+        return reader.name == "train" and reader.round in (None, 1)
+    return (read.name, read.round) in upstream(reader, rounds)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -90,6 +90,10 @@ class Engine(ABC):
             yield number, self.score(requests, top_k, progress)
 
     @abstractmethod
+    def load(self, model: str | Path) -> None:
+        """Go on with the weights of another directory of the same architecture; `fingerprint` is then of it. Raises UserError."""
+
+    @abstractmethod
     def close(self) -> None:
         """Free what the engine holds; servers that it started end."""
 
@@ -124,10 +128,10 @@ def uses_sglang(config: EngineConfig) -> bool:
     return config.kind == "sglang" or (config.kind == "auto" and bool(config.urls or config.launch))
 
 
-def open_engine(config: EngineConfig, model: str | Path, *, log_dir: str | Path = "logs") -> Engine:
+def open_engine(config: EngineConfig, model: str | Path, *, log_dir: str | Path = "logs", first_gpu: int = 0) -> Engine:
     """The engine that `config` names for a Hugging Face directory. 'auto': SGLang if urls or launch are given, else transformers.
 
-    Servers that are launched write their output below `log_dir`.
+    Servers that are launched write their output below `log_dir` and take this machine's GPUs from `first_gpu` on.
     """
     if config.urls and config.launch is not None:
         raise ConfigError("engine.urls and engine.launch are both given; use running servers, or let the stage start its own")
@@ -138,7 +142,7 @@ def open_engine(config: EngineConfig, model: str | Path, *, log_dir: str | Path 
             )
         from megatron_opd.serve.sglang import SglangEngine
 
-        return SglangEngine(config, model, log_dir=log_dir)
+        return SglangEngine(config, model, log_dir=log_dir, first_gpu=first_gpu)
     if config.urls or config.launch:
         raise ConfigError("engine.urls or engine.launch are given but engine.kind is 'transformers'; drop one of them")
     from megatron_opd.serve.transformers_engine import TransformersEngine

@@ -33,9 +33,10 @@ _DIE_WITH_PARENT = (
 class ServerProcess:
     """One server: a command, a log file (appended to at each start) and, while it runs, an address."""
 
-    def __init__(self, config: EngineConfig, launch: LaunchConfig, model: Path, *, number: int, log_dir: Path):
+    def __init__(self, config: EngineConfig, launch: LaunchConfig, model: Path, *, number: int, log_dir: Path, first_gpu: int = 0):
         self.config, self.launch, self.model, self.number = config, launch, model, number
-        self.log = log_dir / f"sglang-{socket.gethostname()}-{os.getpid()}-{number}.log"
+        self.first_gpu = first_gpu + number * launch.tp * launch.dp
+        self.log = log_dir / f"sglang-{socket.gethostname()}-{os.getpid()}-{self.first_gpu if first_gpu else number}.log"
         self.url = ""
         self.starts = 0
         self._secrets: list[str] = []
@@ -68,8 +69,8 @@ class ServerProcess:
         words, further = launch.words()
         words = words or [sys.executable, "-m", "sglang.launch_server"]
         options = {"--model-path": self.model, "--host": "127.0.0.1", "--port": port, "--tp-size": launch.tp, "--dp-size": launch.dp}
-        if self.number:
-            options["--base-gpu-id"] = self.number * launch.tp * launch.dp
+        if self.first_gpu:
+            options["--base-gpu-id"] = self.first_gpu
         if config.dtype != "auto":
             options["--dtype"] = config.dtype
         if config.context_length is not None:

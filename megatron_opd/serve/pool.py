@@ -20,7 +20,7 @@ from megatron_opd.errors import EngineError, LineageError, UserError
 from megatron_opd.hf_config import read_config
 from megatron_opd.inference import EngineConfig
 from megatron_opd.serve.engine import ScoreRequest
-from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused, StrangeAnswer
+from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused, StrangeAnswer, said
 from megatron_opd.serve.identity import (
     PROBE_TOKENS,
     Facts,
@@ -114,6 +114,42 @@ class Pool:
         for server in self.servers:
             if server.process is not None:
                 self._spawn(self._watch(server))
+
+    async def load(self, model: Path) -> None:
+        """Other weights of the same architecture into every server. One that can't is started again with them, if it is a child.
+
+        Raises EngineError, LineageError.
+        """
+        other = read_config(model)
+        if int(other["vocab_size"]) != self.vocab_size:
+            raise LineageError(f"{model} has another vocabulary than {self.model}, which the servers were started with")
+        self.model, self.hf_config = model, other
+        async with asyncio.TaskGroup() as group:
+            for server in self.servers:
+                if server.gone is None:
+                    group.create_task(self._load(server, model))
+        self._check_alike()
+
+    async def _load(self, server: Server, model: Path) -> None:
+        before, server.identity, server.up = server.identity, None, False
+        if server.process is not None:
+            server.process.model = model
+        seconds = self.config.launch.start_seconds if self.config.launch else self.config.timeout
+        try:
+            body = {"model_path": str(model.resolve())}
+            answer = await self.http.ask("POST", f"{server.url}/update_weights_from_disk", body, seconds=seconds)
+            if answer.get("success") is not True:
+                raise Refused(f"it did not load {model}: {said(answer.get('message'))}")
+        except FAILURES as failure:
+            if server.process is None:
+                raise EngineError(f"{server.url}: {failure}") from None
+            print(f"\n{server.url}: {failure}; starting it again with {model}", flush=True)
+            await asyncio.to_thread(server.process.stop)
+            server.process.starts = 0
+        await self._come_up(server)
+        if before is not None and server.identity is not None and np.array_equal(before.probe, server.identity.probe):
+            print(f"WARNING: {server.url} gives the very same log-probabilities with {model} as before", flush=True)
+        server.up = True
 
     async def close(self) -> None:
         for task in self._tasks:

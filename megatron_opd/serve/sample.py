@@ -20,9 +20,10 @@ from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
+from megatron_opd.rounds import round_recipe
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, find_overlong, uses_template
-from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
-from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
+from megatron_opd.serve.engine import Failed, Generated, GenerateRequest
+from megatron_opd.serve.stage import Bar, Lend, ModelGuard, Shard, check_quarantined, engine_meter, lending, quarantine, round_facts
 from megatron_opd.turns import Turns, check_prompt_format, describe_tokens, read_turns, with_override
 
 Stage = TypeVar("Stage", bound=SampleStage)
@@ -35,10 +36,19 @@ def generate(recipe: Recipe, shard: Shard = Shard(), *, extend: bool = False) ->
     return sample_into_store(stage, engine, role="teacher", run_dir=recipe.run_dir, name="generate", shard=shard, extend=extend)
 
 
-def rollout(recipe: Recipe, shard: Shard = Shard(), *, extend: bool = False) -> StoreReader:
-    """Student responses for distillation, with the lineage of the student."""
+def rollout(
+    recipe: Recipe, shard: Shard = Shard(), *, number: int | None = None, extend: bool = False, lend: Lend | None = None
+) -> StoreReader:
+    """Student responses for distillation, with the lineage of the student; `number` is the round of several. `lend`: see `sample_into_store`."""
+    recipe = round_recipe(recipe, number)
     stage = cap_responses(require(recipe.rollout, "rollout"), recipe.train.max_response_tokens, "rollout")
     require_made(recipe, stage.model)
+    lineage = student_lineage(stage)
+    if number is not None and (went := len(lineage.rounds)) != number - 1:
+        raise LineageError(
+            f"{stage.model}: round {number} wants the student of {number - 1} rounds, but this one went through {went}; "
+            f"{'take the student before distillation' if number == 1 else f'convert that of round {number - 1}'}"
+        )
     return sample_into_store(
         stage,
         recipe.engine_for(stage.model),
@@ -46,9 +56,11 @@ def rollout(recipe: Recipe, shard: Shard = Shard(), *, extend: bool = False) -> 
         run_dir=recipe.run_dir,
         name="rollout",
         shard=shard,
-        lineage=student_lineage(stage),
+        lineage=lineage,
         allow_template_mismatch=stage.allow_template_mismatch,
         extend=extend,
+        number=number,
+        lend=lend,
     )
 
 
@@ -76,14 +88,19 @@ def sample_into_store(
     lineage: Lineage | None = None,
     allow_template_mismatch: bool = False,
     extend: bool = False,
+    number: int | None = None,
+    lend: Lend | None = None,
 ) -> StoreReader:
     """Fill the store's missing parts that belong to `shard`. Goes on where an earlier run stopped.
 
     With `extend`, a store that has the first of these prompts, or fewer samples of each, gets parts for what is new.
     A model that was fine-tuned is asked as in its SFT store; another chat template is refused unless allowed, and then recorded in the
-    lineage. Raises UserError.
+    lineage. `number` is the round of several, which the store and the account name. `lend` gives an engine that is open and stays so;
+    without it one is opened for the stage. Raises UserError.
     """
-    prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts, unique=stage.unique_prompts, answers=False)
+    prompt_file, prompts = read_prompts(
+        stage.prompts, limit=stage.num_prompts, share=stage.share, unique=stage.unique_prompts, answers=False
+    )
     fingerprint, tokenizer, lineage = fingerprint_model(stage.model), load_tokenizer(stage.model), lineage or Lineage()
     templated = [uses_template(prompt, stage.encoding) for prompt in prompts]
     turns, lineage = prompt_format(stage, tokenizer, templated, lineage, allow_mismatch=allow_template_mismatch, section=name.split()[0])
@@ -95,6 +112,7 @@ def sample_into_store(
         prompts_per_part=stage.prompts_per_part,
         sampling=stage.sampling,
         allow_template_mismatch=allow_template_mismatch,
+        round=number,
         provenance=provenance(),
         **turns.manifest_fields(),
     )
@@ -124,10 +142,11 @@ def sample_into_store(
         find_overlong(own_ids, own, stage.encoding, max_tokens=stage.encoding.max_prompt_tokens)
     encoded = dict(zip(rows, own_ids, strict=True))
     with (
-        StageCost(run_dir, name, meter=engine_meter(engine_config)) as cost,
-        closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
+        StageCost(run_dir, name, facts=round_facts(number), meter=engine_meter(engine_config)) as cost,
+        (lend or lending(engine_config, run_dir))(stage.model) as engine,
     ):
         cost.num_gpus = engine.num_gpus
+        cost.facts["opening_seconds"] = cost.seconds()  # of the engine, or of other weights into an open one
         guard = ModelGuard(engine, stage.model)
         max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)
         if stage.sampling.max_new_tokens >= engine.context_length:

@@ -14,18 +14,27 @@ from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import check_teacher, fingerprint_model, load_tokenizer, same_model
 from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
-from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
-from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
+from megatron_opd.rounds import round_recipe
+from megatron_opd.serve.engine import Failed, ScoreRequest
+from megatron_opd.serve.stage import Bar, Lend, ModelGuard, Shard, check_quarantined, engine_meter, lending, quarantine, round_facts
 from megatron_opd.tokenizer import check_same_tokenizer
 from megatron_opd.turns import check_stored_format, teacher_writes_otherwise
 
 
-def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
-    """Score with the recipe's teacher; refuses a teacher that is not the student's SFT teacher. Raises UserError."""
+def score(recipe: Recipe, shard: Shard = Shard(), *, number: int | None = None, lend: Lend | None = None) -> StoreReader:
+    """Score with the recipe's teacher, in round `number` of several; refuses one that is not the student's SFT teacher. Raises UserError."""
+    recipe = round_recipe(recipe, number)
     stage = recipe.score
     require_made(recipe, stage.store)
-    engine = recipe.engine_for(stage.model)
-    return score_store(stage, engine, run_dir=recipe.run_dir, shard=shard, trains_on_candidates=recipe.train.loss.needs_topk)
+    return score_store(
+        stage,
+        recipe.engine_for(stage.model),
+        run_dir=recipe.run_dir,
+        shard=shard,
+        trains_on_candidates=recipe.train.loss.needs_topk,
+        number=number,
+        lend=lend,
+    )
 
 
 def score_store(
@@ -37,11 +46,13 @@ def score_store(
     shard: Shard = Shard(),
     check_lineage: bool = True,
     trains_on_candidates: bool = False,
+    number: int | None = None,
+    lend: Lend | None = None,
 ) -> StoreReader:
     """Score every sealed part of `shard` that teacher `stage.teacher` has not scored. Goes on where an earlier run stopped.
 
     `name` is the stage's, for people and for the account. `check_lineage=False` is for evaluation, where the sampler may be any model.
-    With `trains_on_candidates`, a candidate of the teacher that the student does not know is an error. Raises UserError.
+    With `trains_on_candidates`, a candidate of the teacher that the student does not know is an error. `number` and `lend` are those of `sample_into_store`. Raises UserError.
     """
     reader = StoreReader(stage.store)
     fingerprint, student = fingerprint_model(stage.model), reader.manifest.sampler
@@ -69,10 +80,11 @@ def score_store(
     Vocabulary(f"teacher {fingerprint.short()}", fingerprint.vocab_size, foreign).check_store(reader, todo, known_rows=student.vocab_size)
     known = Vocabulary(f"student {student.short()}", student.vocab_size, foreign)
     with (
-        StageCost(run_dir, name, meter=engine_meter(engine_config)) as cost,
-        closing_engine(open_engine(engine_config, stage.model, log_dir=f"{run_dir}/logs")) as engine,
+        StageCost(run_dir, name, facts=round_facts(number), meter=engine_meter(engine_config)) as cost,
+        (lend or lending(engine_config, run_dir))(stage.model) as engine,
     ):
         cost.num_gpus = engine.num_gpus
+        cost.facts["opening_seconds"] = cost.seconds()  # of the engine, or of other weights into an open one
         guard = ModelGuard(engine, stage.model)
         settings = engine.describe()
         total = sum(reader.parts[part].num_response_tokens for part in parts)

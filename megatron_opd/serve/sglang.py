@@ -45,7 +45,7 @@ PARTS_UNREAD = 2  # finished parts that wait for the caller before more is sent
 class SglangEngine(Engine):
     """See `serve.engine.Engine`. The servers hold the weights; `model` must be the directory that they serve."""
 
-    def __init__(self, config: EngineConfig, model: str | Path, *, log_dir: str | Path = "logs"):
+    def __init__(self, config: EngineConfig, model: str | Path, *, log_dir: str | Path = "logs", first_gpu: int = 0):
         self.config = config
         self.model = Path(model)
         servers = [Server(url.rstrip("/")) for url in config.urls]
@@ -53,7 +53,7 @@ class SglangEngine(Engine):
             if not config.launch.command:  # servers of this Python; of others the version is not known
                 check_version_reads(read_config(self.model), f"{self.model}/config.json", version("transformers"))
             children = (
-                ServerProcess(config, config.launch, self.model, number=number, log_dir=Path(log_dir))
+                ServerProcess(config, config.launch, self.model, number=number, log_dir=Path(log_dir), first_gpu=first_gpu)
                 for number in range(config.launch.servers)
             )
             servers = [Server("", child) for child in children]
@@ -72,6 +72,13 @@ class SglangEngine(Engine):
             self.close()
             raise
         self.num_gpus = sum(server.identity.facts.num_gpus for server in servers if server.identity is not None)
+
+    def load(self, model: str | Path) -> None:
+        """Every server reads the weights of `model` from disk, and is then inspected as at its start. Raises EngineError, LineageError."""
+        fingerprint, stop_ids = fingerprint_model(model), list(own_stop_ids(model))
+        self._run(self.pool.load(Path(model)))
+        self.model, self.fingerprint, self.stop_ids = Path(model), fingerprint, stop_ids
+        self.context_length = self._agreed_context_length()
 
     async def _open(self, servers: list[Server]) -> None:
         self._http = HttpClient()

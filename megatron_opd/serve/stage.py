@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
 from megatron_opd.records import Excluded
 from megatron_opd.redact import public_address
-from megatron_opd.serve.engine import Engine
+from megatron_opd.serve.engine import Engine, open_engine
 
 QUARANTINE_FILE = "quarantine.jsonl"
 LINE_SECONDS = 60.0  # between the lines of a stage that writes to a log
@@ -55,6 +55,19 @@ def engine_meter(config: EngineConfig) -> GpuMeter | None:
             given.split(",") if given is not None else None, first=config.launch.servers * config.launch.tp * config.launch.dp
         )
     return None if config.urls or config.device == "cpu" else open_meter(first=1)
+
+
+Lend = Callable[[str], contextlib.AbstractContextManager[Engine]]  # an engine for the model in a directory, for the time of a stage
+
+
+def lending(config: EngineConfig, run_dir: str) -> Lend:
+    """Opens an engine for each stage, and closes it."""
+    return lambda model: closing_engine(open_engine(config, model, log_dir=f"{run_dir}/logs"))
+
+
+def round_facts(number: int | None) -> dict[str, int]:
+    """For the account of a stage: the round of several that it is of."""
+    return {} if number is None else {"round": number}
 
 
 @contextlib.contextmanager

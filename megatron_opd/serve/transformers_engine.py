@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from megatron_opd.errors import EngineError, UserError
 from megatron_opd.hf_config import read_config, refuse_quantised
 from megatron_opd.inference import EngineConfig
-from megatron_opd.lineage import fingerprint_model
+from megatron_opd.lineage import fingerprint_model, tensor_index
 from megatron_opd.records import Finish, SamplingParams, TeacherScores
 from megatron_opd.serve.engine import (
     SERVE_QUANTISED,
@@ -37,19 +38,22 @@ class TransformersEngine(Engine):
 
     def __init__(self, config: EngineConfig, model: str | Path):
         self.config = config
-        refuse_quantised(model, "engine 'transformers'", SERVE_QUANTISED)
-        self.fingerprint = fingerprint_model(model)
         self.device = _open_device(config.device)
         self.num_gpus = int(self.device.type == "cuda")
         dtype = config.dtype
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype = getattr(torch, dtype)
-        hf_config = read_config(model)
+        self._open(model)
+
+    def _open(self, model: str | Path) -> None:
+        refuse_quantised(model, "engine 'transformers'", SERVE_QUANTISED)
+        self.fingerprint = fingerprint_model(model)
+        self.hf_config = hf_config = read_config(model)
         longest = hf_config.get("max_position_embeddings", 1 << 20)
         if type(longest) is not int or longest < 1:
             raise UserError(f"{model}/config.json: max_position_embeddings = {longest!r:.100}, but a whole number above 0 is expected")
-        self.context_length = config.context_length or longest
+        self.context_length = self.config.context_length or longest
         self.vocab_size = int(hf_config["vocab_size"])
         self.stop_ids = list(own_stop_ids(model))
         transformers.utils.logging.disable_progress_bar()  # the stage has its own
@@ -66,6 +70,23 @@ class TransformersEngine(Engine):
         self.model: Any = loaded.to(self.device).eval()
         # transformers fills what our own config leaves unset from the model's: penalties there would change the distribution.
         self.model.generation_config = GenerationConfig()
+
+    def load(self, model: str | Path) -> None:
+        """Into the model that is there, tensor by tensor; where its config or its tensors' names are others, as a new one."""
+        parameters = dict(self.model.named_parameters())
+        files = sorted(Path(model).glob("*.safetensors"))
+        same = read_config(model) == self.hf_config and tensor_index(model).keys() == parameters.keys()
+        if not same:
+            del self.model, parameters
+            self._open(model)
+            return
+        fingerprint, stop_ids = fingerprint_model(model), list(own_stop_ids(model))
+        with torch.no_grad():
+            for path in files:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - it is no dict
+                        parameters[name].copy_(file.get_tensor(name).to(self.dtype))
+        self.fingerprint, self.stop_ids = fingerprint, stop_ids
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -69,7 +69,7 @@ _PER_ROW = ("labels", "response_positions", "weights", "student_logp", "teacher_
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Makes the micro-batches of any step for one data-parallel rank; holds no position of its own.
+    """Makes the micro-batches of any step (from `first_step` on) for one data-parallel rank; holds no position of its own.
 
     `quadratic_cost`: what attention adds to a sequence's cost, see data/packing.py.
     """
@@ -84,6 +84,7 @@ class BatchSource:
     quadratic_cost: float = 0.0
     topk: bool = False  # whether the loss needs the teacher's candidates
     cp_rank: int = 0
+    first_step: int = 0  # steps of earlier rounds, which other stores had
 
     def __post_init__(self) -> None:
         config, reader = self.config, self.reader
@@ -117,7 +118,7 @@ class BatchSource:
 
     def step_rollouts(self, step: int) -> np.ndarray:
         """Global indices of the rollouts of a step, int64 [global_batch]."""
-        return step_rollouts(step, len(self.reader), global_batch=self.config.global_batch, seed=self.config.seed)
+        return step_rollouts(step - self.first_step, len(self.reader), global_batch=self.config.global_batch, seed=self.config.seed)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of a step."""

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_opd.checksums import content_id
 from megatron_opd.config import TrainerConfig, TrainStage
 from megatron_opd.data.identity import content_of, rollouts_id, scores_id
 from megatron_opd.data.joined import show_stores
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import BRANCH, CheckpointError
 from megatron_opd.model.architecture import Architecture
-from megatron_opd.objective import LossConfig
+from megatron_opd.objective import LossConfig, RoundsConfig
 from megatron_opd.records import ModelFingerprint
+from megatron_opd.rounds import RoundEntry, entry_of, read_entries
 from megatron_opd.saved import find_checkpoint, read_state
 
 # Settings that decide which rollouts are in which step, and the one that decides how the optimizer's state is laid out.
@@ -28,6 +30,22 @@ _BY_CONTENT = {"init", "store", "output", "teacher", "loss", "allow_incomplete",
 _STATE: dict[str, type] = {"fixed": dict, "objective": dict, "settings": dict, "overrides": list}
 # How far a model reads, not what it computes.
 _NOT_THE_FUNCTION = ("max_positions",)
+# Of a round: another one has others.
+_OF_THE_ROUND = {"num_rollouts", "rollouts", "scores", "init"}
+
+
+@dataclass(frozen=True)
+class RoundIdentity:
+    """Which of several rounds a training is of: its entry in the state, without steps; the stores of the rounds before; what its student was
+    converted from (None: not recorded, or the first round)."""
+
+    entry: RoundEntry
+    stores_before: list[str]
+    converted_from: str | None
+
+    @property
+    def number(self) -> int:
+        return self.entry.number
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,7 @@ class RunIdentity:
     objective: dict[str, Any]
     free: dict[str, Any]
     rollouts_and_scores: str  # what older checkpoints have as fixed["store"]
+    round: RoundIdentity | None = None
 
     def state(self) -> dict[str, Any]:
         return {"fixed": self.fixed, "objective": self.objective, "settings": self.free}
@@ -63,6 +82,33 @@ def run_identity(
     )
 
 
+def of_round(
+    identity: RunIdentity,
+    rounds: RoundsConfig,
+    number: int,
+    *,
+    reader: StoreReader,
+    init: ModelFingerprint,
+    converted_from: str | None,
+) -> RunIdentity:
+    """`identity` as that of a round; how prompts are divided can't change, the rest of `rounds` is said."""
+    entry = RoundEntry(
+        number=number,
+        store_id=reader.store_id,
+        rollouts=identity.fixed["rollouts"],
+        scores=identity.objective["scores"],
+        student=init.weights_sha256,
+    )
+    shares = {"prompt_shares": rounds.count} if rounds.prompts == "slice" else {}
+    before = [record.store_id for record in reader.manifest.lineage.rounds]
+    return replace(
+        identity,
+        fixed=identity.fixed | shares,
+        free=identity.free | {"rounds": rounds.model_dump(mode="json", exclude={"keep_alive"})},
+        round=RoundIdentity(entry, before, converted_from),
+    )
+
+
 def _model(model: ModelFingerprint) -> dict[str, Any]:
     return {"name": model.name, "weights": model.weights_sha256, "tokens": model.tokenizer.vocab_sha256}
 
@@ -79,10 +125,17 @@ class Resumption:
     unrecorded: list[str] = field(default_factory=list)  # what the checkpoint does not say of its objective
     notes: list[str] = field(default_factory=list)  # why it is not the checkpoint that one would expect
     damaged: list[int] = field(default_factory=list)  # steps of newer ones, which are passed over
+    rounds: list[RoundEntry] = field(default_factory=list)  # up to that of now, of several
+    begins_round: bool = False  # the checkpoint is the last of the round before
 
     @property
     def step(self) -> int:
         return int(self.state.get("step", 0))
+
+    @property
+    def finished_round(self) -> RoundEntry | None:
+        """The round of now, if it has ended."""
+        return self.rounds[-1] if self.rounds and self.rounds[-1].last_step is not None else None
 
 
 def plan_resume(
@@ -95,13 +148,18 @@ def plan_resume(
     """
     found = find_checkpoint(Path(config.output), damaged)
     if (checkpoint := found.checkpoint) is None:
-        return Resumption()
+        return Resumption(rounds=_first_round(now.round, config))
     state = read_state(checkpoint)
     wrong = [key for key, kind in _STATE.items() if not isinstance(state.get(key, kind()), kind)]
     if wrong or "fixed" not in state:
         raise CheckpointError(
             f"{checkpoint}: its state has no field {(wrong or ['fixed'])[0]!r} that can be read; write the name of another step folder into 'latest', or take another output"
         )
+    rounds, begins = _place_of_round(checkpoint, state, now.round, found.notes)
+    if rounds and rounds[-1].last_step is not None:
+        return Resumption(checkpoint, state, rounds=rounds)
+    if begins:
+        now = replace(now, fixed=_without(now.fixed), objective=_without(now.objective))
     _check_fixed(checkpoint, state["fixed"], now, name, show_stores(config.store))
     free = dict(state.get("settings", {}))
     loss = free.pop("loss", None)  # where older versions put it
@@ -123,7 +181,64 @@ def plan_resume(
         unrecorded=sorted(now.objective.keys() - objective.keys()),
         notes=[f"WARNING: {note}" for note in found.notes],
         damaged=found.damaged,
+        rounds=rounds,
+        begins_round=begins,
     )
+
+
+def _without(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _OF_THE_ROUND}
+
+
+def _first_round(now: RoundIdentity | None, config: TrainerConfig) -> list[RoundEntry]:
+    if now is not None and now.number > 1:
+        raise CheckpointError(
+            f"{config.output}: no checkpoint of round {now.number - 1}, so round {now.number} can't begin; train that one first"
+        )
+    return [] if now is None else [now.entry.begun(0)]
+
+
+def _place_of_round(checkpoint: Path, state: dict[str, Any], now: RoundIdentity | None, notes: list[str]) -> tuple[list[RoundEntry], bool]:
+    """The rounds up to that of now as the checkpoint knows them, and whether that one begins there. Raises CheckpointError."""
+    entries = read_entries(state, checkpoint)
+    if now is None:
+        if entries:
+            raise CheckpointError(f"{checkpoint}: made in round {len(entries)} of several; give rounds.count as it was, or another output")
+        return [], False
+    if not entries:
+        raise CheckpointError(
+            f"{checkpoint}: made by a run without rounds; leave out rounds.count, or take another output (train.output=...)"
+        )
+    if (known := entry_of(entries, now.number)) is not None:
+        if known.last_step is None or known.number == len(entries):
+            _check_chain(checkpoint, entries, now)
+        return entries[: now.number], False
+    last = entries[-1]
+    if last.number < now.number - 1 or last.last_step is None:
+        first = last.number + (last.last_step is not None)
+        raise CheckpointError(
+            f"{checkpoint}: round {first} must end before round {now.number} begins{''.join(f' ({note})' for note in notes)}; "
+            f"'megatron-opd train RECIPE --round {first}' goes on"
+        )
+    content = content_id(checkpoint)
+    if content != now.converted_from:
+        raise CheckpointError(
+            f"round {now.number} was sampled from a student that was converted from a checkpoint of content {now.converted_from}, but round "
+            f"{last.number} ended with {checkpoint} ({content}); 'megatron-opd convert trained RECIPE --round {last.number}' says whether they are one; if not, sample and score round {now.number} anew"
+        )
+    _check_chain(checkpoint, entries, now)
+    ended = replace(last, content=content)
+    return [*entries[:-1], ended, now.entry.begun(int(state["step"]))], True
+
+
+def _check_chain(checkpoint: Path, entries: list[RoundEntry], now: RoundIdentity) -> None:
+    """Raise CheckpointError unless the rounds before this one are those that its store's lineage names."""
+    trained = [entry.store_id for entry in entries[: now.number - 1]]
+    if trained != now.stores_before:
+        raise CheckpointError(
+            f"{checkpoint}: trained on the stores {', '.join(trained) or 'none'} in the rounds before, but the student of round {now.number} went "
+            f"through {', '.join(now.stores_before) or 'none'}; it is another run's"
+        )
 
 
 def _check_fixed(checkpoint: Path, before: dict[str, Any], now: RunIdentity, name: str, store: str) -> None:

@@ -18,6 +18,7 @@ from megatron_opd.train.stop import STOPPING, ended_at_once, not_started
 
 RANKS_PER_CORE = 4  # started without being asked for, on a CPU
 _LAUNCHED, _TELL = "OPD_LAUNCHED_BY", "OPD_LAUNCHER_PIPE"
+_ALONE_THREADS = "OPD_THREADS_ALONE"
 # `-m megatron_opd` would take whatever folder of that name lies where one stands: the ranks run the package that runs here.
 _RANK = "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); from megatron_opd.__main__ import run; sys.exit(run())"
 
@@ -64,6 +65,7 @@ class _Ranks:
         meeting = socket.create_server(("127.0.0.1", 0), backlog=ranks)
         world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.getsockname()[1])}
         environment = os.environ | world | {_LAUNCHED: str(os.getpid()), _TELL: str(tell), LISTENER: str(meeting.fileno())}
+        environment[_ALONE_THREADS] = environment.get("OMP_NUM_THREADS", "")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -156,6 +158,12 @@ def tell_launcher() -> None:
         if os.environ["RANK"] == "0":
             os.write(int(pipe), b"!")
         os.close(int(pipe))
+
+
+def threads_alone() -> int | None:
+    """Threads that a rank of ours would have if it were the only process: what it may use while the others wait. None: as it has."""
+    given = os.environ.get(_ALONE_THREADS)
+    return None if given is None else int(given) if given.isdecimal() else os.cpu_count()
 
 
 def end_with_launcher() -> None:

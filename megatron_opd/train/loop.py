@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_opd.config import DriftConfig, Recipe, TrainerConfig, TrainStage
+from megatron_opd.checksums import content_id
+from megatron_opd.config import Recipe, TrainerConfig, TrainStage
 from megatron_opd.convert.to_mcore import load_hf_weights
-from megatron_opd.cost import StageCost, open_meter, provenance
+from megatron_opd.cost import StageCost, open_meter
 from megatron_opd.data.joined import open_training_stores
 from megatron_opd.data.order import num_steps
 from megatron_opd.durable import write_file
@@ -24,112 +24,170 @@ from megatron_opd.lineage import check_weights
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
 from megatron_opd.records import ModelFingerprint
-from megatron_opd.saved import LATEST, checkpoint_folder
-from megatron_opd.train.batches import BatchSource, MicroBatch
+from megatron_opd.rounds import round_recipe, round_steps, write_round
+from megatron_opd.train.batches import BatchSource
 from megatron_opd.train.checkpoint import CheckpointWriter, find_fault, load_checkpoint
 from megatron_opd.train.drift import DriftRule, Watch, advice
 from megatron_opd.train.identity import Resumption, plan_resume
+from megatron_opd.train.job import Job, Progress, describe, on_first_rank, read_step, say, step_facts, too_many_skipped
 from megatron_opd.train.launch import tell_launcher
 from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
-from megatron_opd.train.metrics import MetricsLog, ResourceMeter, StepFacts, console_line, step_row
+from megatron_opd.train.metrics import MetricsLog, ResourceMeter, console_line, step_row
 from megatron_opd.train.optim import Trainee, make_trainee, optimizer_config
 from megatron_opd.train.readiness import Readiness, check_loggers, check_stage
 from megatron_opd.train.resume import OutputLock, write_history
-from megatron_opd.train.step import StepResult, train_step
+from megatron_opd.train.step import train_step
 from megatron_opd.train.stop import StopRequest
-
-T = TypeVar("T")
 
 _READING_SECONDS = 1.0
 
 
 def run_sft(recipe: Recipe, *, allow_changes: bool = False) -> Path | None:
     """Fine-tune the base student on the teacher's answers. Returns the last checkpoint. Raises UserError, Interrupted."""
-    return _run(recipe, "sft", recipe.sft, sft_loss, allow_changes=allow_changes, sequence_mean=False, teacher=None)
+    return _run(recipe, "sft", None, allow_changes=allow_changes)
 
 
-def run_train(recipe: Recipe, *, allow_changes: bool = False) -> Path | None:
-    """Distil on scored rollouts. Returns the last checkpoint. Raises UserError, Interrupted.
+def run_train(recipe: Recipe, *, number: int | None = None, allow_changes: bool = False) -> Path | None:
+    """Distil on scored rollouts, in round `number` of several. Returns the last checkpoint. Raises UserError, Interrupted.
 
     `allow_changes`: a run that was begun with another objective may go on with this one, which is recorded.
     """
-    stage = recipe.train
-    return _run(
-        recipe,
-        "train",
-        stage,
-        make_loss(stage.loss),
-        allow_changes=allow_changes,
-        sequence_mean=stage.loss.normalization == "sequence",
-        teacher=stage.teacher,
-        topk=stage.loss.needs_topk,
-    )
+    return _run(recipe, "train", number, allow_changes=allow_changes)
 
 
-def _run(
-    recipe: Recipe,
-    name: str,
-    config: TrainerConfig,
-    loss: LossFunction,
-    *,
-    allow_changes: bool,
-    sequence_mean: bool,
-    teacher: str | None,
-    topk: bool = False,
-) -> Path | None:
+def _run(recipe: Recipe, name: str, number: int | None, *, allow_changes: bool) -> Path | None:
+    session = open_session(recipe, name, number, allow_changes=allow_changes)
+    job = prepare(session, number)
+    outcome = Outcome(job.going.checkpoint, ended=True)
+    if job.going.finished_round is not None:
+        keep_round(job)
+    else:
+        trainee, progress = start_training(session, job)
+        outcome = run_job(session, job, trainee, progress)
+    session.close()
+    if session.stop.interrupted and not outcome.ended:
+        raise Interrupted
+    return outcome.checkpoint
+
+
+@dataclass
+class Session:
+    """The ranks of a training from their start to their end, which is one stage, or several rounds of it."""
+
+    recipe: Recipe
+    name: str
+    output: Path
+    device: torch.device
+    stop: StopRequest
+    allow_changes: bool
+    lock: OutputLock = field(init=False)
+    locked: bool = False
+    listening: bool = False
+    meter: Any = None
+
+    def __post_init__(self) -> None:
+        self.lock = OutputLock(self.output)
+
+    def hold_output(self) -> None:
+        if not self.locked:
+            on_first_rank(self.lock.acquire)
+            self.locked = True
+
+    def listen(self) -> None:
+        """From now on Ctrl-C is a request to stop."""
+        if not self.listening:
+            self.stop.listen_to_interrupts()
+            tell_launcher()
+            self.listening = True
+            if self.device.type == "cuda":
+                self.meter = open_meter([f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"])
+
+    @property
+    def num_gpus(self) -> int:
+        return dist.get_world_size() if self.device.type == "cuda" else 0
+
+    def close(self) -> None:
+        self.stop.close()
+        parallel.stop()
+        self.lock.release()
+
+
+def open_session(recipe: Recipe, name: str, number: int | None, *, allow_changes: bool) -> Session:
+    """Join the ranks. Raises ConfigError."""
+    config: TrainerConfig = getattr(round_recipe(recipe, number), name)
     check_loggers(config.loggers)
     if config.deterministic:
         parallel.make_deterministic()
     device = parallel.start(config.parallel, seed=config.seed)
-    stop = StopRequest(Path(config.output))
-    ready = on_first_rank(lambda: check_stage(recipe, name))
+    return Session(recipe, name, Path(config.output), device, StopRequest(Path(config.output)), allow_changes)
+
+
+def prepare(session: Session, number: int | None, *, in_memory: bool = False) -> Job:
+    """Everything that must hold before the first step, and where it is. `in_memory`: no checkpoint will be loaded. Raises UserError."""
+    recipe, name = session.recipe, session.name
+    config: TrainerConfig = getattr(round_recipe(recipe, number), name)
+    ready = on_first_rank(lambda: check_stage(recipe, name, number))
+    stage = config if isinstance(config, TrainStage) else None
+    teacher = stage.teacher if stage else None
     source = BatchSource(
         reader=open_training_stores(config.store, teacher),
         config=config,
         teacher=teacher,
-        sequence_mean=sequence_mean,
+        sequence_mean=stage is not None and stage.loss.normalization == "sequence",
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         pad_multiple=config.token_multiple,
         cp_rank=parallel_state.get_context_parallel_rank(),
-        topk=topk,
+        topk=stage is not None and stage.loss.needs_topk,
         quadratic_cost=ready.arch.train_flops(0, 1) / ready.arch.train_flops(1, 0),
     )
     steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
-    lock = OutputLock(Path(config.output))
-    on_first_rank(lock.acquire)
-    going = find_start(name, config, ready, allow_changes=allow_changes)
-    job = Job(name, recipe, config, Path(config.output), ready, going, source, steps, device)
+    session.hold_output()
+    going = find_start(name, config, ready, allow_changes=session.allow_changes, in_memory=in_memory)
+    first = 0
+    if going.rounds:
+        first = going.rounds[-1].steps_before
+        steps = first + (round_steps(recipe) or 0)
+    source = replace(source, first_step=first)
+    job = Job(name, recipe, config, session.output, ready, going, source, steps, session.device, number, first)
     say(describe(job))
     for note in (*ready.notes, *going.notes, *(f"WARNING: {override}" for override in going.overrides)):
         say(note)
-    trainee = build_trainee(ready, config, steps=steps, device=device)
-    if going.checkpoint is None:
-        check_initial_weights(config.init, ready.init, device)
+    return job
+
+
+def start_training(session: Session, job: Job) -> tuple[Trainee, Progress]:
+    """The student, its optimizer and where they are, from the Hugging Face directory or from the checkpoint. Raises UserError."""
+    trainee = build_trainee(job.ready, job.config, steps=job.schedule_steps, device=job.device)
+    if job.going.checkpoint is None or (job.going.begins_round and job.resets):
+        check_initial_weights(job.config.init, job.ready.init, job.device)
     progress = resume(job, trainee)
-    stop.listen_to_interrupts()
-    tell_launcher()
-    meter = open_meter([f"GPU-{torch.cuda.get_device_properties(device).uuid}"]) if device.type == "cuda" else None
+    session.listen()
+    return trainee, progress
+
+
+def run_job(session: Session, job: Job, trainee: Trainee, progress: Progress) -> Outcome:
+    """The steps that are left, with their account."""
+    stage = job.config if isinstance(job.config, TrainStage) else None
+    facts = {} if job.number is None else {"round": job.number}
     with (
-        StageCost(recipe.run_dir, name, num_gpus=dist.get_world_size() if device.type == "cuda" else 0, meter=meter)
+        StageCost(job.recipe.run_dir, job.name, num_gpus=session.num_gpus, facts=facts, meter=session.meter)
         if dist.get_rank() == 0
         else _NoCost() as cost
     ):
-        checkpoint = train(job, trainee, loss, progress, stop, cost, ResourceMeter(meter))
-    stop.close()
-    parallel.stop()
-    lock.release()
-    if stop.interrupted and progress.step < steps:
-        raise Interrupted
-    return checkpoint
+        loss = make_loss(stage.loss) if stage is not None else sft_loss
+        return train(job, trainee, loss, progress, session.stop, cost, ResourceMeter(session.meter))
 
 
-def find_start(name: str, config: TrainerConfig, ready: Readiness, *, allow_changes: bool) -> Resumption:
-    """Where the run goes on: from the newest checkpoint of which every byte is as it was written."""
+def find_start(name: str, config: TrainerConfig, ready: Readiness, *, allow_changes: bool, in_memory: bool = False) -> Resumption:
+    """Where the run goes on: from the newest checkpoint of which every byte is as it was written.
+
+    `in_memory`: what the checkpoint holds is in this process, which wrote it; it is not read again.
+    """
     damaged: dict[Path, str] = {}
     while True:
         going = on_first_rank(lambda: plan_resume(name, config, ready.identity, allow_changes=allow_changes, damaged=damaged))
-        if going.checkpoint is None or (fault := find_fault(going.checkpoint)) is None:
+        if going.checkpoint is None or in_memory or (fault := find_fault(going.checkpoint)) is None:
             return going
         damaged[going.checkpoint] = fault
 
@@ -150,69 +208,45 @@ def check_initial_weights(directory: str, model: ModelFingerprint, device: torch
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a run is, the same on every rank."""
+class Outcome:
+    """What a run came to: its last checkpoint, None if it was stopped before there was one, and whether all its steps are made."""
 
-    name: str
-    recipe: Recipe
-    config: TrainerConfig
-    output: Path
-    ready: Readiness
-    going: Resumption
-    source: BatchSource
-    steps: int
-    device: torch.device
-
-    @property
-    def drift(self) -> DriftConfig:
-        return self.config.drift if isinstance(self.config, TrainStage) else DriftConfig()
-
-
-@dataclass
-class Progress:
-    """What a checkpoint keeps of the run beside weights and optimizer."""
-
-    step: int = 0  # finished ones
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    beyond_drift_limit: int = 0
-
-    def count_skipped(self, result: StepResult) -> None:
-        self.skipped += result.skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-
-    def state(self, job: Job) -> dict[str, Any]:
-        counts = {key: value for key, value in vars(self).items() if key != "step"}
-        consumed = self.step * job.config.global_batch
-        settings = job.ready.identity.state() | {"overrides": job.going.overrides}
-        return {"step": self.step, "steps": job.steps, "consumed_rollouts": consumed, **settings, **counts, **provenance()}
+    checkpoint: Path | None
+    ended: bool
+    stopped: bool = False  # it was asked to, be it at its last step
 
 
 def train(
     job: Job, trainee: Trainee, loss: LossFunction, progress: Progress, stop: StopRequest, cost: Any, resources: ResourceMeter
-) -> Path | None:
-    """The loop: batch, step, report, save. Returns the last checkpoint, None if it was stopped before there was one."""
+) -> Outcome:
+    """The loop: batch, step, report, save."""
     config, watch = job.config, Watch(job.drift.ratio)
     drift = DriftRule(job.drift, progress.beyond_drift_limit)
-    overrides = [*job.ready.lineage.overrides, *job.going.overrides]
+    overrides = list(dict.fromkeys([*job.ready.lineage.overrides, *job.going.overrides]))
     lineage = job.ready.lineage.model_copy(update={"overrides": overrides})
     writer = CheckpointWriter(
         job.output, config.init, lineage, config.keep_last, config.keep_every, config.async_save, damaged=set(job.going.damaged)
     )
     checkpoint, saved = job.going.checkpoint, progress.step
-    stopping, too_far = stop.requested(), None
+    stopping, too_far, ended_by = stop.requested(), None, None
     log = open_log(job) if progress.step < job.steps and not stopping else None
-    while progress.step < job.steps and not stopping:
+    while progress.step < job.steps and not stopping and ended_by is None:
         step, start = progress.step, time.perf_counter()
         micro_batches = read_step(job, step)
         data_seconds = time.perf_counter() - start
         result = train_step(
-            trainee, job.ready.arch, loss, micro_batches, seed=config.seed + step, chunk_tokens=config.chunk_tokens, watch=watch
+            trainee,
+            job.ready.arch,
+            loss,
+            micro_batches,
+            seed=config.seed + step - job.first,
+            chunk_tokens=config.chunk_tokens,
+            watch=watch,
         )
         if step == job.going.step:  # a start that comes to no step leaves the folder as it was
             on_first_rank(lambda: start_files(job))
         facts = step_facts(job, step, len(micro_batches), seconds=time.perf_counter() - start, data_seconds=data_seconds)
-        row = step_row(result, facts, resources.read(facts.seconds))
+        row = step_row(result, facts, resources.read(facts.seconds)) | ({} if job.number is None else {"round": job.number})
         report(job, row, log)
         cost.tokens += row["batch_tokens"]
         progress.count_skipped(result)
@@ -221,14 +255,19 @@ def train(
             raise too_many_skipped(job, step, result, progress)
         too_far = None if result.skipped else drift.check(row)
         progress.step, progress.beyond_drift_limit = step + 1, drift.beyond
-        if too_far:
+        if progress.step == job.steps:
+            ended_by = "steps"
+        elif too_far and job.ends_by_drift:
+            ended_by = "drift"
+            say(f"{job.title} ends after step {progress.step}: {too_far}")
+        elif too_far:
             say(advice(too_far, config.output, job.recipe.name))
-        stopping = stop.requested() or bool(too_far and job.drift.stop)
+        stopping = stop.requested() or bool(too_far and job.drift.stop and ended_by is None)
         writer.poll()
-        due = progress.step % config.save_every == 0 or progress.step == job.steps or stopping
-        if due and progress.step > progress.skipped:  # an optimizer without a step has no state to save
+        due = progress.step % config.save_every == 0 or ended_by or stopping
+        if due and progress.step - job.optimizer_first > progress.skipped:  # an optimizer without a step has no state to save
             on_first_rank(lambda: log and log.sync())  # what a checkpoint covers is on disk before it is announced
-            checkpoint, saved = writer.save(trainee, progress.state(job)), progress.step
+            checkpoint, saved = writer.save(trainee, progress.state(job, ended_by)), progress.step
             on_first_rank(cost.keep)
     writer.finish()
     cost.facts |= {"skipped_steps": progress.skipped} if progress.skipped else {}
@@ -238,25 +277,29 @@ def train(
         log.close()
     if stopping:
         stop.done()
-    if stopping and progress.step < job.steps:
+    if stopping and progress.step < job.steps and ended_by is None:
         why = "by the drift rule" if too_far else "as asked"
         say(f"{job.name}: stopped after step {saved} {why}; the same command goes on from {checkpoint or 'the start'}")
-    elif checkpoint is None:
+        return Outcome(checkpoint, ended=False, stopped=True)
+    if checkpoint is None or (job.number is not None and saved < progress.step):
         raise UserError(
-            f"{job.name}: all {progress.step} steps were skipped as their loss or gradient is not finite; there is nothing to save"
+            f"{job.title}: all {progress.step - job.first} steps were skipped as their loss or gradient is not finite; there is nothing to save"
         )
-    else:
-        say(f"{job.name}: {checkpoint}")
-    return checkpoint
+    say(f"{job.title}: {checkpoint}")
+    if ended_by is not None and job.number is not None:
+        ended = replace(job.going.rounds[-1], last_step=progress.step, ended_by=ended_by)
+        on_first_rank(lambda: write_round(job.recipe, ended, content_id(checkpoint)))
+    return Outcome(checkpoint, ended=True, stopped=stopping)
 
 
-def read_step(job: Job, step: int) -> list[MicroBatch]:
-    """This rank's micro-batches. What is wrong with its data only this rank knows."""
-    try:
-        return [batch.to(job.device) for batch in job.source.micro_batches(step)]
-    except UserError as error:
-        error.rank = dist.get_rank()
-        raise
+def keep_round(job: Job) -> None:
+    """A round that has ended is left as it is; its file is written where a kill came before that."""
+    ended, going = job.going.finished_round, job.going
+    if ended is None or going.checkpoint is None:
+        return
+    say(f"{job.title} has ended: steps {ended.first_step} to {ended.last_step}")
+    content = content_id(going.checkpoint) if going.step == ended.last_step else ended.content
+    on_first_rank(lambda: write_round(job.recipe, ended, content))
 
 
 def open_log(job: Job) -> MetricsLog | None:
@@ -298,10 +341,11 @@ def resume(job: Job, trainee: Trainee) -> Progress:
     going = job.going
     if going.checkpoint is None:
         return Progress()
-    load_checkpoint(going.checkpoint, trainee)
-    progress = Progress(**{field.name: int(going.state.get(field.name, 0)) for field in fields(Progress)})
-    if progress.step:
-        trainee.scheduler.step(increment=progress.step)
+    if not (going.begins_round and job.resets):
+        load_checkpoint(going.checkpoint, trainee)
+    progress = progress_of(job)
+    if progress.step > job.optimizer_first:
+        trainee.scheduler.step(increment=progress.step - job.optimizer_first)
     say(f"{job.name}: going on after step {progress.step} from {going.checkpoint}")
     if going.unrecorded:
         say(
@@ -314,20 +358,12 @@ def resume(job: Job, trainee: Trainee) -> Progress:
     return progress
 
 
-def step_facts(job: Job, step: int, micro_batches: int, *, seconds: float, data_seconds: float) -> StepFacts:
-    source, rollouts = job.source, job.source.step_rollouts(step)
-    lengths = source.lengths(rollouts)
-    return StepFacts(
-        step=step + 1,
-        epoch=(step + 1) * job.config.global_batch / len(source.reader),
-        lengths=lengths,
-        response_lengths=lengths - source.reader.prompt_lens[rollouts],
-        flops=job.ready.arch.train_flops(int(lengths.sum()), int((lengths**2).sum())),
-        micro_batches=micro_batches,
-        seconds=seconds,
-        data_seconds=data_seconds,
-        num_ranks=dist.get_world_size(),
-    )
+def progress_of(job: Job) -> Progress:
+    """What the checkpoint says of it."""
+    progress = Progress(**{field.name: int(job.going.state.get(field.name, 0)) for field in fields(Progress)})
+    if job.going.begins_round:
+        progress.begin_round(job)
+    return progress
 
 
 def report(job: Job, row: dict[str, Any], log: MetricsLog | None) -> None:
@@ -337,16 +373,7 @@ def report(job: Job, row: dict[str, Any], log: MetricsLog | None) -> None:
         step = row["step"]
         log.pace.made(step, row["seconds"], time.monotonic())
         if step == 1 or step % job.config.log_every == 0 or step == job.steps or row["skipped"]:
-            print(console_line(row, total=job.steps, distils=job.name == "train", left=log.pace.left(job.steps)), flush=True)
-
-
-def too_many_skipped(job: Job, step: int, result: StepResult, progress: Progress) -> UserError:
-    rollouts = ", ".join(map(str, job.source.step_rollouts(step).tolist()))
-    return UserError(
-        f"{job.name}: loss or gradient of step {step + 1} is not finite (loss {result.sums.loss / result.sums.denominator}, gradient norm "
-        f"{result.grad_norm}), after {progress.skipped_in_a_row - 1} skipped steps in a row; weights are those from before them. "
-        f"Look at the rollouts (global index) {rollouts}; a lower lr, or another checkpoint in {checkpoint_folder(job.output) / LATEST}, may help"
-    )
+            print(console_line(row, total=job.total, distils=job.name == "train", left=log.pace.left(job.total)), flush=True)
 
 
 class _NoCost:
@@ -364,30 +391,3 @@ class _NoCost:
 
     def __exit__(self, *args: Any) -> None:
         pass
-
-
-def on_first_rank(function: Callable[[], T]) -> T:
-    """Run on rank 0 alone; its result, or its UserError or OSError, is everybody's."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = function()
-        except (UserError, OSError) as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
-def say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def describe(job: Job) -> str:
-    p = job.config.parallel
-    return (
-        f"{job.name}: {job.ready.arch.num_parameters / 1e6:.1f}M parameters from {job.config.init}; {len(job.source.reader)} rollouts, {job.steps} steps of "
-        f"{job.config.global_batch}; tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {job.source.dp_size}{f' (ep {p.ep})' if p.ep > 1 else ''} on {dist.get_world_size()} rank(s), {job.device.type}"
-    )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
 from megatron_opd.convert.source import open_source
+from megatron_opd.convert.written import read_origin
 from megatron_opd.data.calibration import check_calibration
 from megatron_opd.data.joined import open_training_stores, show_stores, store_list
 from megatron_opd.data.order import cut_lengths
@@ -18,12 +19,14 @@ from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.lineage import check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
+from megatron_opd.objective import RoundsConfig
 from megatron_opd.pipeline.missing import require_made
-from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
+from megatron_opd.records import Lineage, ModelFingerprint, RoundRecord, SftFacts
+from megatron_opd.rounds import round_recipe
 from megatron_opd.tokenizer import check_rows, check_same_tokenizer
 from megatron_opd.train.batches import check_lengths
 from megatron_opd.train.endings import check_endings, sft_facts
-from megatron_opd.train.identity import RunIdentity, plan_resume, run_identity
+from megatron_opd.train.identity import RunIdentity, of_round, plan_resume, run_identity
 from megatron_opd.turns import check_stored_format, own_stop_ids
 
 
@@ -38,21 +41,27 @@ class Readiness:
     notes: list[str]
 
 
-def check_stage(recipe: Recipe, name: str) -> Readiness:
-    """`check_sft` or `check_train`, with the teacher that the recipe names. Raises UserError, for what no stage has made yet with the commands."""
-    config: TrainerConfig = getattr(recipe, name)
-    require_made(recipe, config.init, *store_list(config.store), scored=name == "train")
+def check_stage(recipe: Recipe, name: str, number: int | None = None) -> Readiness:
+    """`check_sft` or `check_train`, with the teacher that the recipe names; `number` is the round of several.
+
+    Raises UserError, for what no stage has made yet with the commands.
+    """
+    seen = round_recipe(recipe, number)
+    config: TrainerConfig = getattr(seen, name)
+    require_made(seen, config.init, *store_list(config.store), scored=name == "train")
     if name == "sft":
         return check_sft(recipe.sft, recipe.generate.model if recipe.generate else recipe.models.teacher)
-    return check_train(recipe.train, recipe.score)
+    return check_train(seen.train, seen.score, rounds=recipe.rounds, number=number)
 
 
-def check_start(recipe: Recipe, name: str, *, ranks: int | None = None, allow_changes: bool = False) -> Readiness:
+def check_start(
+    recipe: Recipe, name: str, *, number: int | None = None, ranks: int | None = None, allow_changes: bool = False
+) -> Readiness:
     """All that `ranks` processes would refuse of stage `name` once they are up, a run in its output folder included. Raises UserError."""
-    config: TrainerConfig = getattr(recipe, name)
+    config: TrainerConfig = getattr(round_recipe(recipe, number), name)
     if ranks is not None:
         check_ranks(config, name, ranks)
-    ready = check_stage(recipe, name)
+    ready = check_stage(recipe, name, number)
     going = plan_resume(name, config, ready.identity, allow_changes=allow_changes)
     return replace(ready, notes=[*ready.notes, *going.notes])
 
@@ -104,10 +113,12 @@ def check_sft(stage: SftStage, teacher_model: str | None = None) -> Readiness:
     return Readiness(arch, init, lineage, run_identity(stage, reader, arch, init, teacher), notes)
 
 
-def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readiness:
+def check_train(
+    stage: TrainStage, scoring: ScoreStage | None = None, *, rounds: RoundsConfig | None = None, number: int | None = None
+) -> Readiness:
     """Raises UserError unless the student can be distilled on this store: right student, right teacher, every score there.
 
-    `scoring`: the recipe's section that says which model scores.
+    `scoring`: the recipe's section that says which model scores. `number`: the round, of several, that `stage` is of.
     """
     reader, arch, init = _check_common("train", stage, teacher=stage.teacher)
     manifest = reader.manifest
@@ -118,6 +129,9 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
             f"{reader.location.url} holds rollouts of {manifest.sampler.short()}, but training starts from {init.short()} (train.init={stage.init}); "
             "train the student that was sampled, or collect rollouts of this one"
         )
+    if manifest.round != number:
+        made, wanted = (f"round {value}" if value else "a run without rounds" for value in (manifest.round, number))
+        raise StoreError(f"{reader.location.url}: made for {made}, but this is {wanted}; sample a store for it")
     for store in reader.stores:
         check_stored_format(store)
     lineage = manifest.lineage
@@ -140,11 +154,16 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
         Vocabulary(f"teacher {teacher.short()}", teacher.vocab_size, foreign).check_store(store, store.parts, known_rows=arch.vocab_size)
     allowed = stage.allow_teacher_mismatch or any(record.allow_teacher_mismatch for record in records)
     override = check_teacher(lineage, teacher, allow_mismatch=allowed)
-    if override is not None:
+    if override is not None and override not in overrides:
         overrides.append(override)
     lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
     noise = [check_calibration(store.location, teacher.weights_sha256, stage.max_engine_gap) for store in reader.stores]
     identity = run_identity(stage, reader, arch, init, teacher)
+    if number is not None and rounds is not None:
+        read_lineage(stage.init)  # refuses weights that are not those that were written
+        converted_from = None if number == 1 else (read_origin(Path(stage.init)) or {}).get("content")
+        identity = of_round(identity, rounds, number, reader=reader, init=init, converted_from=converted_from)
+        lineage = lineage.model_copy(update={"rounds": [*lineage.rounds, RoundRecord(number=number, store_id=reader.store_id)]})
     return Readiness(arch, init, lineage, identity, [*_notes(reader, overrides), *compared, *noise])
 
 

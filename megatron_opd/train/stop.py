@@ -60,6 +60,10 @@ class StopRequest:
         if again:
             os._exit(INTERRUPTED)
 
+    def noticed(self) -> bool:
+        """On the first rank alone, while the others wait for it: whether `requested` will find something."""
+        return self._signalled or self._interrupted or signal.SIGUSR1 in signal.sigpending() or self.file.exists()
+
     def requested(self) -> bool:
         """Called on every rank, once a step."""
         waiting = signal.SIGUSR1 in signal.sigpending()  # no other thread took it

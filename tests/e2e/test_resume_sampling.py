@@ -169,7 +169,7 @@ def test_a_part_that_is_not_the_stores_is_refused_before_an_engine_starts(
         content = bytearray(path.read_bytes())
         content[len(content) // 3] ^= 1
         path.write_bytes(content)
-    monkeypatch.setattr("megatron_opd.serve.score.open_engine", _no_engine)
+    monkeypatch.setattr("megatron_opd.serve.stage.open_engine", _no_engine)
     assert main(arguments(folder, "score", harm, "0/1")) == 2
     named = {"foreign": "parts/000003 is of another store", "damaged": "parts/000003/tokens is damaged"}[harm]
     assert named in capsys.readouterr().err

@@ -252,6 +252,36 @@ def test_launched_servers_are_started_again_and_end_with_the_engine(model: Path,
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_other_weights_are_loaded_in_place_and_stay_when_a_server_is_started_again(
+    model: Path, tmp_path: Path, wanted: list[np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_model(tmp_path / "other", layers=1, max_position_embeddings=512, seed=3)
+    with StubServer(other) as server:
+        fresh = SglangEngine(config(server.url), other)
+        want = [scores.logp for scores in fresh.score(requests(60))]
+        fresh.close()
+    assert not any(np.array_equal(left, right) for left, right in zip(want, wanted, strict=True))
+    engine = launch(model, tmp_path, servers=2)
+    processes = [server.process for server in engine.pool.servers if server.process is not None]
+    pids = [process.pid for process in processes]
+    same(engine.score(requests(60)), wanted)
+    engine.load(other)
+    assert [process.pid for process in processes] == pids
+    assert engine.fingerprint.weights_sha256 == fresh.fingerprint.weights_sha256
+    same(engine.score(requests(60)), want)
+    os.kill(pids[0] or 0, signal.SIGKILL)  # it comes back with what it had last
+    same(engine.score(requests(60)), want)
+    os.kill(processes[1].pid or 0, signal.SIGKILL)
+    engine.load(model)  # one that can't be asked is started with them
+    same(engine.score(requests(60)), wanted)
+    capsys.readouterr()
+    engine.load(model)
+    assert capsys.readouterr().out.count("gives the very same log-probabilities") == 2
+    with pytest.raises(LineageError, match="another vocabulary"):
+        engine.load(make_model(tmp_path / "vocabulary", layers=1, vocab=400))
+    engine.close()
+
+
 def test_a_launched_server_that_dies_at_once_says_why(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('no GPU to be found'); sys.exit(7)"]
     with pytest.raises(EngineError, match=r"exited with code 7(.|\n)*no GPU to be found(.|\n)*started 2 times"):

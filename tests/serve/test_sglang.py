@@ -202,3 +202,16 @@ def test_weights_that_change_during_a_run_are_noticed(server: SglangServer, refe
     (scores,) = again.score([ScoreRequest(np.array([3, 4, 5], np.int32), 1)])
     np.testing.assert_allclose(scores.logp[1:], reference.logp(np.array([3, 4, 5]))[1:], atol=TOLERANCE)
     again.close()
+
+
+def test_the_real_server_loads_other_weights_in_place(server: SglangServer, reference: Reference, tmp_path: Path) -> None:
+    """And is then the other model to our own checks, until it has loaded the first again."""
+    other = Reference(write_model(tmp_path / "other", seed=1))
+    engine = SglangEngine(_config(server.url), server.model)
+    engine.load(other.directory)
+    scores_agree_with_reference(engine, other)
+    with pytest.raises(LineageError, match="serves"):
+        SglangEngine(_config(server.url), server.model)
+    engine.load(server.model)
+    scores_agree_with_reference(engine, reference)
+    engine.close()
