@@ -90,7 +90,7 @@ def check_engines(recipe: Recipe) -> int:
         write_calibration(reader.location, (read_calibration(reader.location) or Calibration()).model_copy(update={"skipped": reason}))
         return 0
     limit = recipe.train.max_engine_gap
-    code = calibrate(stage.store, stage.model, recipe.engine, max_gap=limit, log_dir=f"{recipe.run_dir}/logs")
+    code = calibrate(stage.store, stage.model, recipe.engine_for(stage.model), max_gap=limit, log_dir=f"{recipe.run_dir}/logs")
     check_calibration(reader.location, "", limit)
     return code
 
