@@ -157,12 +157,11 @@ class Engines:
         yield self._get("teacher", model)
 
     def _get(self, role: str, model: str) -> Engine:
-        config = self.recipe.engine
+        config = self.recipe.engine_for(model)
         if role not in self.open:
             first_gpu = 0
             if uses_sglang(config) and config.launch is not None and self.session.num_gpus:
-                each = config.launch.servers * config.launch.tp * config.launch.dp
-                first_gpu = self.session.num_gpus + len(self.open) * each  # the ranks have those before
+                first_gpu = self.num_gpus()  # the ranks and the other model's servers have those before
             self.open[role] = open_engine(config, model, log_dir=f"{self.recipe.run_dir}/logs", first_gpu=first_gpu), model
         engine, loaded = self.open[role]
         if loaded != model:
