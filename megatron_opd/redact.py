@@ -26,11 +26,12 @@ _SECRET_PARTS = {
     "sig",
     "signature",
 }
-_REDACTED = ("engine.launch.environment", "engine.launch.options", "engine.launch.command")
+_REDACTED = ("engine.launch.environment", "engine.launch.options", "engine.launch.command", "slurm.environment", "slurm.prologue")
 # What stands between :// and a host: a user, or a user and a password, which may hold a slash. And what stands behind the path.
 # A colon before digits and a slash is of a host's port: what comes then is a path, in which an @ says nothing.
 _USER = re.compile(r"(?<=://)(?![^/@:]*:\d+/)((?:[^/@]*:.*|[^/@]*))@", re.DOTALL)
 _BEHIND = re.compile(r"[?#].*", re.DOTALL)
+_ASSIGNMENT = re.compile(r"(-*[A-Za-z_][\w-]*)=(\"[^\"]*\"|'[^']*'|[^\s;]+)")
 _REFERENCE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
@@ -87,7 +88,7 @@ def is_redacted(field: str, value: object) -> bool:
     """Whether the value of a recipe's field (section.field) may hold secrets, so that it is not repeated in an error."""
     text = str(value)
     is_address = "://" in text or field.startswith("engine.urls")
-    return field in ("engine", "engine.launch") or field.startswith(_REDACTED) or (is_address and ("@" in text or "?" in text))
+    return field in ("engine", "engine.launch", "slurm") or field.startswith(_REDACTED) or (is_address and ("@" in text or "?" in text))
 
 
 def redact_address(text: str) -> str:
@@ -121,13 +122,39 @@ def _holds_secret(address: str) -> bool:
 
 def redact(tree: dict[str, Any]) -> dict[str, Any]:
     """A recipe, as a tree, for a record."""
-    launch = (tree.get("engine") or {}).get("launch")
-    if not launch:
-        return tree
-    kept = {
-        **launch,
-        "environment": redact_variables(launch["environment"]),
-        "options": redact_words(launch["options"]),
-        "command": redact_words(launch["command"]),
+    kept = dict(tree)
+    if launch := (tree.get("engine") or {}).get("launch"):
+        kept["engine"] = {
+            **tree["engine"],
+            "launch": {
+                **launch,
+                "environment": redact_variables(launch["environment"]),
+                "options": redact_words(launch["options"]),
+                "command": redact_words(launch["command"]),
+            },
+        }
+    if cluster := tree.get("slurm"):
+        kept["slurm"] = {
+            **cluster,
+            "environment": redact_settings(cluster["environment"]),
+            "prologue": [redact_line(line) for line in cluster["prologue"]],
+        }
+    return kept
+
+
+def redact_settings(variables: dict[str, str]) -> dict[str, str]:
+    """Environment variables of a job for a record: settings stay, values of those whose names say that they are secret do not."""
+    return {
+        name: NOT_KEPT if value and referenced(value) is None and (is_secret_name(name) or holds_secret(value)) else value
+        for name, value in variables.items()
     }
-    return {**tree, "engine": {**tree["engine"], "launch": kept}}
+
+
+def redact_line(line: str) -> str:
+    """A line of shell for a record: export HF_TOKEN=abc -> export HF_TOKEN=(not kept)."""
+
+    def shown(match: re.Match[str]) -> str:
+        secret = is_secret_name(match[1]) and referenced(match[2].strip("\"'")) is None
+        return f"{match[1]}={NOT_KEPT}" if secret else match[0]
+
+    return _ASSIGNMENT.sub(shown, line)

@@ -79,7 +79,7 @@ def _run(
 ) -> Path | None:
     if config.deterministic:
         parallel.make_deterministic()
-    device = parallel.start(config.parallel, seed=config.seed)
+    device = parallel.start(config.parallel, seed=config.seed, timeout_minutes=config.process_group_minutes)
     stop = StopRequest(Path(config.output))
     ready = on_first_rank(lambda: check_stage(recipe, name))
     source = BatchSource(
