@@ -27,7 +27,7 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-_Text = Annotated[str, BeforeValidator(_as_text), Field(min_length=1, pattern=r"^[^\n\r]+$")]
+_Text = Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^[^\x00-\x1f]*$")]
 
 
 class ServersConfig(Section):
