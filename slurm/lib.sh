@@ -15,9 +15,11 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
 records=${OPD_RUN_DIR:-logs}/slurm_jobs.jsonl
-export OPD_ENDINGS=$PWD/logs/endings-$job # of the ranks, a row each; megatron_opd/train/node.py writes them
-told=no                                   # yes: Slurm asked us to stop
-saves=no                                  # yes: a step wants to hear of it, and ends when it has saved
+told=no  # yes: Slurm asked us to stop
+saves=no # yes: a step wants to hear of it, and ends when it has saved
+# How ranks ended that failed, a row each: megatron_opd/train/node.py writes it.
+export OPD_ENDINGS=$PWD/logs/endings-$job
+rm -f "$OPD_ENDINGS"
 trap 'told=yes; say "USR1: the time limit or a preemption is near"' USR1
 
 say() { echo "[$(date '+%F %T')] job $job on $SLURMD_NODENAME: $*"; }
@@ -125,7 +127,7 @@ asked_to_stop() { [[ $told == yes ]] || scontrol show job "$job" | grep -q ' Pre
 
 # finish CODE: the end of the job.
 finish() {
-    [[ $1 != 0 ]] || exit 0
+    [[ $1 != 0 ]] || { rm -f "$OPD_ENDINGS" && exit 0; }
     asked_to_stop && again
     retry "$1"
     fail "exit code $1; the reason is above; submit it again to go on"
@@ -193,22 +195,24 @@ train_job() {
     if [[ $restarts == 0 && -z ${OPD_CHECKED:-} ]]; then
         opd check "${arguments[@]}" --stage "$stage" --ranks $((SLURM_NNODES * per_node)) || finish $?
     fi
-    if opd progress "${settings[@]}" --stage "$stage"; then
+    if finished "$stage"; then
         say "nothing is left to do"
         finish 0
     fi
     # The first node of the list leads: localhost would be another machine on each node.
     leader=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    rm -f "$OPD_ENDINGS"
     saves=yes
     # torchrun and its workers start deaf to USR1 and TERM; the trainer listens as soon as it can save.
     export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT PET_SIGNALS_TO_HANDLE=SIGINT # older and newer torchrun
     run "${srun[@]}" --deaf "${inside[@]}" megatron-opd slurm-ranks --per-node "$per_node" --leader "$leader" \
         --port $((15000 + SLURM_JOB_ID % 10000)) "$stage" "${arguments[@]}" || finish $?
-    step_of_one megatron-opd progress "${settings[@]}" --stage "$stage" && finish 0
+    finished "$stage" && finish 0
     asked_to_stop && again
     fail "stopped before the last step, and not by Slurm; submit it again to go on"
 }
+
+# finished sft|train: prints how far it is. Exit code 3, "no", is no error that srun need tell of.
+finished() { step_of_one megatron-opd progress "${settings[@]}" --stage "$1" 2> >(grep -v '^srun: .*\(exit code 3$\|Terminating StepId\)' >&2); }
 
 # without_flags RECIPE [ARGUMENT...]: sets the array `settings`, without flags that are for training alone.
 without_flags() {

@@ -89,8 +89,9 @@ shift
 while [[ $1 == --* ]]; do
     case $1 in
     --pwd) cd "$2" || exit 64; shift 2 ;;
+    --bind) shift 2 ;;
     --nv) shift ;;
-    *) exit 64 ;;
+    *) echo "apptainer: no option $1" >&2; exit 64 ;;
     esac
 done
 [[ $1 == *.sif && -e $1 ]] || exit 64

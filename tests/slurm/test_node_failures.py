@@ -53,12 +53,11 @@ def test_retries_are_bounded_and_a_mistake_is_not_tried_again(site: Site) -> Non
     train = {"init": f"{site.folder}/student", "store": f"{site.folder}/store", "steps": ENDLESS}
     recipe, output = site.write_recipe("unlucky", train=train), site.folder / "runs/unlucky/opd"
     job = site.sbatch("slurm/opd_8b.sh", recipe, env=site.write_env("no-retries", RETRIES="0"), OPD_CHECKED="yes")
+    wrong = site.sbatch("slurm/opd_8b.sh", recipe, "train.store=/nowhere", OPD_CHECKED="yes")  # only the ranks can find out
     wait_for(lambda: len(site.metrics(output)) >= 1, 120, "a step", lambda: site.log(job))
     site.cluster.kill(site.cluster.field(job, "BatchHost"), RANK)
     assert site.wait(job) == "FAILED"
     assert "tried again 0 times already (RETRIES=0)" in site.log(job)
-
-    wrong = site.sbatch("slurm/opd_8b.sh", recipe, "train.store=/nowhere", OPD_CHECKED="yes")  # only the ranks can find out
     assert site.wait(wrong) == "FAILED"
     assert "/nowhere" in site.log(wrong)
     assert "exit code 2; the reason is above" in site.log(wrong)
