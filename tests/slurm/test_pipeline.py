@@ -53,8 +53,7 @@ def test_the_whole_pipeline_then_a_scoring_array_with_a_failed_task(site: Site, 
     assert after["eval-teacher"] == [jobs["inputs"]], "beside the chain"
     assert after["eval-opd"] == [jobs["opd-hf"], jobs["eval-sft"]], "its model, and what it is compared with"
 
-    again = site.pipeline("--from", "train", "--until", "train", recipe, "train.lr=1e-4")
-    assert "nothing is left to do" in site.complete(again["train"])
+    again = site.sbatch("slurm/opd_8b.sh", recipe, "train.lr=1e-4", OPD_CHECKED="yes")
 
     # Another teacher's scores; a part of task 1 can't be read.
     others = ["score.teacher=again", "train.teacher=again"]
@@ -67,6 +66,10 @@ def test_the_whole_pipeline_then_a_scoring_array_with_a_failed_task(site: Site, 
         assert site.wait(jobs[label]) == "CANCELLED"
     assert "000001" in site.log(f"{jobs['score']}_1")
     assert not site.finished(recipe, *others, "--stage", "score")
+
+    log = site.complete(again)
+    assert "nothing is left to do" in log
+    assert "rank(s)" not in log, "no rank was started"
 
     (part / "lost").rename(part / "tokens")
     refused = site.sbatch("--array=1", "slurm/score_8b.sh", recipe, *others)
