@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_opd import __version__
-from megatron_opd.commands import convert, others, slurm, stages
+from megatron_opd.commands import convert, others, run, slurm, stages
 from megatron_opd.errors import INTERRUPTED, Interrupted, QuarantineError, ServersLost, UserError
 from megatron_opd.redact import redact_override, redact_words
 from megatron_opd.untrusted import Console, check_characters, printable, shortened
@@ -77,7 +77,7 @@ _KEPT = {
     ),
     **dict.fromkeys(("sft", "train"), "not within a step; checkpoints that were saved stay; the same command goes on"),
     "convert": "no directory is left half made; the same command makes it",
-    "demo": "what its finished stages made is kept; the same command goes on",
+    **dict.fromkeys(("run", "demo"), "what its finished stages made is kept; the same command goes on"),
 }
 
 
@@ -99,10 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="megatron-opd",
         description="Offline on-policy distillation: sample once, score once, train with no teacher server.",
-        epilog="The way of a run: generate, sft, convert, rollout, score, check, train, convert, eval, report. Every stage goes on where it was stopped.",
+        epilog="'run' does everything that is left of a recipe: generate, sft, convert, rollout, score, check, train, convert, eval, report. "
+        "Each stage has a command of its own, and goes on where it was stopped.",
     )
     parser.add_argument("--version", action="version", version=f"megatron-opd {__version__}")
     commands = parser.add_subparsers(metavar="STAGE", dest="stage_name", required=True)
+    run.add_to(commands)
     stages.add_to(commands)
     convert.add_to(commands)
     others.add_to(commands)

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what asks a training run to save and stop
@@ -35,3 +36,8 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU; asks no library, so that nothing is started on it."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))

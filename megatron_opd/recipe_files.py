@@ -12,12 +12,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_opd.config import FREE_TEXT, Recipe
+from megatron_opd.durable import make_folder, write_file
 from megatron_opd.errors import ConfigError, UserError
 from megatron_opd.paths import expand_paths
 from megatron_opd.redact import is_redacted, redact_override
 from megatron_opd.untrusted import LARGEST_TOML, NotToml, leaves, load_toml, read_bytes
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+RECIPE_FILE = "recipe.toml"  # in a run folder
 _DEEPEST_KEY = 10  # sections within sections that an override may name
 
 
@@ -140,3 +142,9 @@ def _explain(error: ValidationError) -> str:
             text = f"{text} (got {fault['input']!r:.200})"
         lines.append(f"  {where}: {text}")
     return f"{len(lines)} field(s) wrong\n" + "\n".join(lines)
+
+
+def store_recipe(recipe: Recipe, *, whole: bool) -> None:
+    """Keep the settings in the run's folder."""
+    make_folder(recipe.run_dir)
+    write_file(Path(recipe.run_dir) / RECIPE_FILE, recipe.to_toml())

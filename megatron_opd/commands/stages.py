@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_servers, flag_overrides, recipe_stage
-from megatron_opd.config import STAGES, Recipe, require
+from megatron_opd.config import Recipe, require
 from megatron_opd.errors import UserError
 from megatron_opd.pipeline.stages import evaluation_of
 from megatron_opd.recipe_files import apply_overrides, build_recipe
@@ -64,8 +64,6 @@ def add_to(stages: Stages) -> None:
             action="store_true",
             help="go on in the output folder of a run that had another loss, teacher or initial model; recorded for ever after",
         )
-    progress = recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left to do", _progress)
-    progress.add_argument("--stage", choices=STAGES, help="only this stage")
 
 
 def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -118,11 +116,13 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
         raise UserError("--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N")
     if args.stage == "inputs":
         from megatron_opd.inputs import check_inputs, raise_faults
+        from megatron_opd.pipeline.inputs_record import record_inputs
 
         found = check_inputs(recipe, ranks=args.ranks)
         for line in found.lines:
             print(line)
         raise_faults(found.faults)
+        record_inputs(recipe)
         return 0
     if args.engines:
         from megatron_opd.calibrate import check_engines
@@ -138,12 +138,6 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
     else:
         print(f"ready to train {ready.init.short()} on {public_address(recipe.train.store)} with teacher {recipe.train.teacher!r}")
     return 0
-
-
-def _progress(recipe: Recipe, args: argparse.Namespace) -> int:
-    from megatron_opd.progress import show_progress
-
-    return show_progress(recipe, args.stage)
 
 
 def _calibrate(args: argparse.Namespace) -> int:

@@ -39,6 +39,8 @@ def write_calibration(location: Location, calibration: Calibration) -> None:
 def check_calibration(location: Location, teacher_weights: str, bound: float) -> str:
     """A sentence about the noise of the engines; raises UserError where it is over `bound` nats a token on average."""
     record = read_calibration(location)
+    if record is not None and record.skipped is not None:
+        return f"the noise between serving and training engine was not measured: {record.skipped}"
     if record is None or record.floor is None:
         return f"the noise between serving and training engine is not known; measure it: megatron-opd check {location.url} --model STUDENT"
     gaps = {"scores of the serving engine and of Megatron": record.floor, "pi_ref in the store and Megatron": record.stored}

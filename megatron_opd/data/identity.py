@@ -21,6 +21,11 @@ def rollouts_id(reader: StoreReader) -> str:
 def scores_id(reader: StoreReader) -> str:
     """Hash of the scores of the reader's teacher."""
     records = {part: record for part in reader.parts if reader.teacher and (record := reader.score_manifest(part, reader.teacher))}
+    return scores_hash(records)
+
+
+def scores_hash(records: dict[int, ScoreManifest]) -> str:
+    """The same, of the manifests of a teacher's scores by part."""
     return _hash(sums_of(records))
 
 

@@ -1,22 +1,17 @@
-"""`megatron-opd demo`: the whole way through the same subcommands that a cluster user runs, then a table and a report."""
+"""`megatron-opd demo`: models and prompts of a demo, then its recipe, as `megatron-opd run` does any."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from megatron_opd.config import Recipe
 from megatron_opd.convert.staging import whole_directory
-from megatron_opd.cost import read_stages
 from megatron_opd.demo import arithmetic, smollm2
 from megatron_opd.durable import make_folder, write_file
-from megatron_opd.evaluate.report import evaluation_cells, stage_cells, write_report
-from megatron_opd.evaluate.run import describe_difference
+from megatron_opd.pipeline.run import run_recipe
 from megatron_opd.recipe_files import load_recipe
-from megatron_opd.untrusted import read_object
 
 
 @dataclass(frozen=True)
@@ -28,68 +23,14 @@ class Demo:
 
 
 def run_demo(model: str, *, run_dir: str | None = None, overrides: list[str]) -> int:
-    """Run, or go on with, a demo; returns the exit code of the first stage that fails. Raises UserError."""
+    """Prepare a demo's models and prompts, and run its recipe; returns the exit code of the first stage that fails. Raises UserError."""
     demo = DEMOS[model]
     folder = Path(run_dir or f"runs/demo-{model}")
-    settings = [f"run_dir={str(folder)!r}", *overrides]
-    recipe = load_recipe(demo.recipe, settings)
-    started = time.monotonic()
+    typed = [demo.recipe, f"run_dir={str(folder)!r}", *overrides]
+    recipe = load_recipe(demo.recipe, typed[1:])
     make_folder(folder)
     demo.prepare(folder)
-    for stage in _stages(recipe):
-        command = stage if stage[0] == "inspect" else [*stage, *settings]
-        print(f"\n$ megatron-opd {' '.join(command)}", flush=True)
-        code = _run(command)
-        if code:
-            return code
-    page = write_report([str(folder)])
-    print(summary(folder, seconds=time.monotonic() - started))
-    print(f"report: {page}")
-    return 0
-
-
-def _stages(recipe: Recipe) -> list[list[str]]:
-    """Subcommands in order."""
-    name, folder = recipe.name, recipe.run_dir
-
-    def evaluate(label: str, model: str, *options: str) -> list[str]:
-        return ["eval", name, f"eval.name={label}", f"eval.model={model!r}", *options]
-
-    return [
-        ["generate", name],
-        ["sft", name],
-        ["convert", "trained", name, "--stage", "sft"],
-        ["rollout", name],
-        ["score", name],
-        ["inspect", recipe.train.store],
-        ["check", name],
-        ["train", name],
-        ["convert", "trained", name],
-        evaluate("teacher", recipe.models.teacher),
-        evaluate("sft", f"{folder}/sft-hf"),
-        evaluate("opd", f"{folder}/opd-hf", "eval.baseline=sft"),
-    ]
-
-
-def _run(command: list[str]) -> int:
-    from megatron_opd.cli import main
-
-    return main(command)
-
-
-def summary(folder: Path, *, seconds: float) -> str:
-    """The closing table: models, then the cost of every stage."""
-    evaluations = [read_object(folder / "eval" / f"{name}.json") for name in ("teacher", "sft", "opd")]
-    models = [["model", "accuracy (95 % interval)", "reverse KL to the teacher, nat/token", "tokens a response", "ended by itself"]]
-    models += [evaluation_cells(evaluation) for evaluation in evaluations]
-    stages = [["stage", "seconds", "tokens", "tokens/s", "GPU hours"], *(stage_cells(row) for row in read_stages(folder / "stages.jsonl"))]
-    return f"\n{_table(models)}\n\n{describe_difference(evaluations[-1])}\n\n{_table(stages)}\n\n{seconds:.0f} s in all"
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return run_recipe(recipe, typed=typed)
 
 
 def _prepare_arithmetic(folder: Path) -> None:

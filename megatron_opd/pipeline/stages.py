@@ -101,3 +101,8 @@ def evaluation_of(recipe: Recipe, model: str) -> Recipe:
 
 def _with_eval(recipe: Recipe, stage: EvalStage, **update: str | None) -> Recipe:
     return recipe.model_copy(update={"eval": stage.model_copy(update=update)})
+
+
+def recipe_of(recipe: Recipe, stage: Stage) -> Recipe:
+    """The recipe as a stage of one of several rounds sees it."""
+    return recipe

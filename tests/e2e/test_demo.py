@@ -28,7 +28,7 @@ def demo(folder: Path) -> str:
 def test_the_whole_way(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     output = demo(folder)
-    for stage in ("generate", "sft", "convert trained", "rollout", "score", "inspect", "check", "train", "eval"):
+    for stage in ("check", "generate", "sft", "convert trained", "rollout", "score", "train", "eval", "report"):
         assert f"$ megatron-opd {stage}" in output
     table = output[output.rindex("\nmodel ") :]
     assert all(f"\n{name} " in table for name in ("teacher", "sft", "opd", "generate", "rollout", "score", "train"))

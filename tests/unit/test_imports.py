@@ -116,7 +116,7 @@ def test_records_and_config_stand_alone(name: str) -> None:
 
 def test_only_the_command_line_sees_everything() -> None:
     importers = {name for name, imported in MODULES.items() if "megatron_opd.cli" in imported}
-    assert importers <= {"megatron_opd.__main__", "megatron_opd.demo.run"}
+    assert importers <= {"megatron_opd.__main__", "megatron_opd.pipeline.run"}
     importers = {name for name, imported in MODULES.items() if within_any(imported, {"megatron_opd.commands"})}
     assert importers - set(modules_of("megatron_opd.commands")) <= {"megatron_opd.cli"}
 
@@ -130,6 +130,7 @@ def test_no_package_named_kernels() -> None:
     ("module", "forbidden"),
     [
         ("megatron_opd.cli", ["torch", "zarr", "megatron", "sglang", "transformers"]),
+        ("megatron_opd.pipeline.plan", ["torch", "megatron", "sglang", "transformers"]),
         ("megatron_opd.data.store", ["torch", "megatron", "sglang", "transformers"]),
         ("megatron_opd.data.inspect", ["torch", "megatron", "sglang", "transformers"]),
         ("megatron_opd.lineage", ["torch", "zarr", "megatron", "sglang", "transformers"]),

@@ -12,7 +12,7 @@ from stores import make_scored_store
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
-from megatron_opd.progress import NOT_FINISHED
+from megatron_opd.pipeline.plan import NOT_FINISHED
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,19 @@ def write_checkpoint(output: Path, step: int) -> None:
 
 def test_progress_counts_parts_and_steps(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = [*inputs, f"run_dir={str(tmp_path)!r}", "train.global_batch=6"]  # 20 rollouts: 4 steps
+    recipe += [
+        "rollout.prompts=/nowhere",
+        "rollout.prompts_per_part=4",
+        "rollout.sampling.max_new_tokens=60",
+    ]  # as make_scored_store has it
     assert main(["progress", *recipe]) == NOT_FINISHED
-    assert capsys.readouterr().out.count("not started") == 5
+    assert capsys.readouterr().out.count("not started") == 13
     folder = Path(inputs[1].split("'")[1]).parent
     store = make_scored_store(tmp_path / "rollouts.opd.zarr", sampler=folder / "student", teacher=folder / "teacher")
     assert [main(["progress", *recipe, "--stage", stage]) for stage in ("rollout", "score", "train")] == [0, 0, NOT_FINISHED]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:5] for line in lines[:2]] == [["rollout", "3", "of", "3", "parts"], ["score", "3", "of", "3", "parts"]]
-    assert lines[2].split()[:5] == ["train", "0", "of", "4", "steps"]
+    assert [line.split()[:6] for line in lines[:2]] == [[stage, "done", "3", "of", "3", "parts"] for stage in ("rollout", "score")]
+    assert lines[2].split()[:7] == ["train", "not", "started", "0", "of", "4", "steps"]
 
     write_checkpoint(tmp_path / "opd", 3)
     assert main(["progress", *recipe, "--stage", "train"]) == NOT_FINISHED
@@ -89,7 +94,10 @@ def test_a_directory_that_is_of_no_known_checkpoint_is_compared_by_its_weights(
     assert "opd_converted.json can't be read" in capsys.readouterr().err
 
 
-def test_a_layout_that_the_ranks_do_not_fit(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layout_that_the_ranks_do_not_fit(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     layout = ["train.parallel.tp=2", "train.parallel.pp=2"]
     assert main(["check", *inputs, *layout, "--stage", "inputs", "--ranks", "4"]) == 0
     assert main(["check", *inputs, *layout, "--stage", "inputs", "--ranks", "6"]) == 2
@@ -98,9 +106,13 @@ def test_a_layout_that_the_ranks_do_not_fit(inputs: list[str], capsys: pytest.Ca
     assert "train.parallel: 6 ranks" in capsys.readouterr().err, "before the store is looked for"
 
 
-def test_check_of_the_inputs_names_what_is_missing(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_the_inputs_names_what_is_missing(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(["check", *inputs, "--stage", "inputs"]) == 0
     assert "rollout: 40 prompts" in capsys.readouterr().out
+    assert (tmp_path / "runs/tiny/inputs.json").is_file(), "for 'progress'"
     for override, words in (
         ("eval.prompts=/nowhere.jsonl", "/nowhere.jsonl: no such prompt file"),
         ("models.teacher=/nowhere", "/nowhere/config.json"),

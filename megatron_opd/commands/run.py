@@ -1,0 +1,39 @@
+"""run and progress: a recipe as a whole."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_opd.commands.options import Stages, flag_overrides, recipe_stage
+from megatron_opd.config import Recipe
+
+
+def add_to(stages: Stages) -> None:
+    run = recipe_stage(stages, "run", "every stage of a recipe that is left, from the check of its inputs to the report", _run)
+    run.add_argument(
+        "--plan", action="store_true", help="only say how far each stage is and what comes next; exit code 3 if something is left"
+    )
+    run.add_argument(
+        "--from", dest="first", metavar="STAGE", help="make again what is stale from this stage on; what it made before is set aside"
+    )
+    run.add_argument("--until", dest="last", metavar="STAGE", help="end after this stage")
+    progress = recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left or stale", _progress)
+    progress.add_argument("--stage", metavar="STAGE", help="only this stage")
+
+
+def _run(recipe: Recipe, args: argparse.Namespace) -> int:
+    if args.plan:
+        return _progress(recipe, args)
+    from megatron_opd.pipeline.run import run_recipe
+
+    return run_recipe(recipe, typed=_typed(args), first=args.first, last=args.last)
+
+
+def _progress(recipe: Recipe, args: argparse.Namespace) -> int:
+    from megatron_opd.pipeline.plan import show_plan
+
+    return show_plan(recipe, typed=_typed(args), only=getattr(args, "stage", None))
+
+
+def _typed(args: argparse.Namespace) -> list[str]:
+    return [args.recipe, *args.overrides, *flag_overrides(args)]

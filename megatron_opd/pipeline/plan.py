@@ -1,0 +1,59 @@
+"""`run --plan` and `progress`: a line a stage, and the command that comes next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+
+from megatron_opd.config import Recipe
+from megatron_opd.errors import ConfigError
+from megatron_opd.pipeline.stages import Stage, list_stages
+from megatron_opd.pipeline.status import Status, Survey
+
+NOT_FINISHED = 3  # exit code
+
+
+def show_plan(recipe: Recipe, *, typed: list[str], only: str | None = None) -> int:
+    """Print how far every stage is, and the next command; returns 0 if nothing is left, otherwise NOT_FINISHED.
+
+    With `only`, one stage by itself: whether those before it are stale is not asked.
+
+    `typed`: recipe and overrides as they were given. Raises UserError.
+    """
+    survey = Survey(recipe)
+    found = survey.stages() if only is None else [survey.stage(stage) for stage in select(list_stages(recipe), only)]
+    for line in lines_of(found):
+        print(line)
+    left = [status for status in found if not status.settled]
+    if not left:
+        return 0
+    if only is None:
+        print(f"next: {next_command(next((status for status in left if status.stale), left[0]), typed)}")
+    return NOT_FINISHED
+
+
+def select(stages: list[Stage], name: str) -> list[Stage]:
+    """Those that a person means by a label ('train', 'train@3'; 'eval' is all evaluations). Raises ConfigError."""
+    chosen = [stage for stage in stages if stage.label == name] or [
+        stage for stage in stages if stage.name == name or stage.name.startswith(f"{name}-")
+    ]
+    if not chosen:
+        raise ConfigError(f"no stage {name!r} in this recipe; there are {', '.join(stage.label for stage in stages)}")
+    return chosen
+
+
+def lines_of(found: Iterable[Status]) -> list[str]:
+    """One line a stage, and a second one where there is something to say of it. Rounds that are settled share a line."""
+    lines = []
+    for status in found:
+        lines.append(f"{status.stage.label:<13} {status.state:<12} {status.amount:<22} {status.where}".rstrip())
+        lines += [f"{'':<13} {text}" for text in (status.stale, status.note) if text]
+    return lines
+
+
+def next_command(left: Status, typed: list[str]) -> str:
+    """What does the next stage, and everything that is left."""
+    everything = shlex.join(["megatron-opd", "run", *typed])
+    if left.stale is not None:
+        return f"{everything} --from {left.stage.label}   (sets aside what {left.stage.label} and the stages after it made, and makes it again)"
+    return f"{everything}   ({left.stage.label} alone: {shlex.join(['megatron-opd', *left.stage.command(typed[0], typed[1:])])})"

@@ -1,0 +1,135 @@
+"""`megatron-opd run`: every stage of a recipe that is left, in order; what is done is skipped, what was stopped goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_opd.config import Recipe
+from megatron_opd.errors import UserError
+from megatron_opd.pipeline.closing import closing
+from megatron_opd.pipeline.plan import NOT_FINISHED, lines_of, select
+from megatron_opd.pipeline.set_aside import set_aside
+from megatron_opd.pipeline.stages import Stage, list_stages
+from megatron_opd.pipeline.status import Status, Survey
+from megatron_opd.processes import STOP_SIGNALS, has_gpu
+from megatron_opd.recipe_files import store_recipe
+
+# The package that runs here, whatever folder of that name lies where one stands; ended with the process that started it, kill -9 included.
+_CHILD = (
+    "import sys; parent, root = sys.argv.pop(1), sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); "
+    "from megatron_opd.processes import end_with_parent; end_with_parent(int(parent)); from megatron_opd.__main__ import run; sys.exit(run())"
+)
+
+
+def run_recipe(recipe: Recipe, *, typed: list[str], first: str | None = None, last: str | None = None) -> int:
+    """Do what is left up to stage `last`; returns the exit code of the first stage that fails, or NOT_FINISHED where one stopped early.
+
+    Stale stages from `first` on are made again, and so is what was made of them; what they made before is set aside. Earlier ones are taken
+    as they are. Without `first`, a stale stage is refused. `typed`: recipe and overrides as they were given. Raises UserError.
+    """
+    started = time.monotonic()
+    stages = list_stages(recipe)
+    end = stages.index(select(stages, last)[-1]) + 1 if last is not None else len(stages)
+    begin = stages.index(select(stages, first)[0]) if first is not None else None
+    if begin is not None and begin >= end:
+        raise UserError(f"--from {first} comes after --until {last}; nothing lies between them")
+    with _alone(recipe):
+        store_recipe(recipe, whole=True)
+        code = _do(recipe, stages, begin, end, typed)
+    if code == 0 and end == len(stages):
+        print(f"\n{closing(recipe)}\n\n{time.monotonic() - started:.0f} s in all")
+        print(f"report: {Path(recipe.run_dir) / 'report' / 'report.html'}")
+    return code
+
+
+def _do(recipe: Recipe, stages: list[Stage], begin: int | None, end: int, typed: list[str]) -> int:
+    number = 0
+    while number < end:
+        found = Survey(recipe).stages()
+        if begin is None and (stale := next((status for status in found[:end] if status.stale), None)) is not None:
+            raise UserError(_refusal(recipe, stale, typed))
+        status = found[number]
+        if status.stale is not None:
+            if begin is not None and number >= begin:
+                _make_again(recipe, found[number:])
+                continue
+            print(f"{status.stage.label}: taken as it is, as --from comes after it ({status.stale})")
+        elif not status.settled:
+            code = _run_stage(recipe, status, typed, place=f"{number + 1}/{end}")
+            if code:
+                return code
+            after = Survey(recipe).stages()[number]
+            if not after.settled:
+                print("\n".join(["run: this stage is not finished:", *lines_of([after]), "the same command goes on"]))
+                return NOT_FINISHED
+        else:
+            print("\n".join(lines_of([status])), flush=True)
+        number += 1
+    return 0
+
+
+def _make_again(recipe: Recipe, found: list[Status]) -> None:
+    """Set aside what the first of these stages made, and what was made from it, up to the last stage: what stays would pass for its result."""
+    stale = [status for status in found if status.stale is not None]
+    print("\n".join(lines_of(stale)))
+    place = set_aside(recipe, [status.stage for status in stale])
+    if place is None:
+        raise UserError(f"{stale[0].stage.label} is stale, but nothing that it made was found; move it away yourself")
+    print(f"set aside in {place}: {', '.join(status.stage.label for status in stale)}", flush=True)
+
+
+def _refusal(recipe: Recipe, status: Status, typed: list[str]) -> str:
+    label, command = status.stage.label, shlex.join(["megatron-opd", "run", *typed])
+    return (
+        f"{label} is STALE: {status.stale}\n"
+        f"  to make it and what follows again (what is there is set aside): {command} --from {label}\n"
+        f"  to keep it: use the inputs and settings that it was made with, or branch off: megatron-opd recipe new NAME --like {recipe.run_dir}"
+    )
+
+
+def _run_stage(recipe: Recipe, status: Status, typed: list[str], *, place: str) -> int:
+    """The exit code of the stage's command. A person would give the run's folder for the recipe, which does not keep secrets."""
+    words, shown = status.stage.command(typed[0], typed[1:]), status.stage.command(recipe.run_dir, [])
+    print(f"\n[{place}] {status.stage.label}\n$ {shlex.join(['megatron-opd', *shown])}", flush=True)
+    if status.stage.runs_on in ("train", "one") and has_gpu():
+        return _in_a_process(words)
+    from megatron_opd.cli import main
+
+    return main(words)
+
+
+def _in_a_process(words: list[str]) -> int:
+    """The stage's exit code. In this process a training would go on holding GPU memory that the next stage's servers need."""
+    root = str(Path(__file__).resolve().parents[2])
+    process = subprocess.Popen([sys.executable, "-P", "-c", _CHILD, str(os.getpid()), root, *words])
+    before = {number: signal.signal(number, lambda heard, frame: process.send_signal(heard)) for number in STOP_SIGNALS}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells the child, too: it saves and ends
+    try:
+        code = process.wait()
+        return code if code >= 0 else 128 - code
+    finally:
+        process.kill()
+        process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _alone(recipe: Recipe) -> Iterator[None]:
+    """One `run` at a time works in a run's folder."""
+    from megatron_opd.train.resume import OutputLock  # brings torch, which `--plan` does without
+
+    lock = OutputLock(Path(recipe.run_dir), wait_seconds=0)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,82 @@
+"""What stale stages made is moved out of the way, not deleted: RUN_DIR/set_aside/NNN/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_opd.config import EvalStage, Recipe, require
+from megatron_opd.data.location import Location
+from megatron_opd.durable import make_folder, sync
+from megatron_opd.errors import UserError
+from megatron_opd.pipeline.stages import Stage, evaluation_of, recipe_of
+
+FOLDER = "set_aside"
+
+
+def set_aside(recipe: Recipe, stages: list[Stage]) -> Path | None:
+    """Move the results of `stages` away, the last stage's first; returns where they are, None if there was nothing.
+
+    Killed in between, the first of them is still there and still stale. Raises UserError for what is not on this machine's file systems, and for
+    models that lie outside of the run's folder, which may be of others too.
+    """
+    found = [path for stage in reversed(stages) for path in _results(recipe_of(recipe, stage), stage) if path.exists()]
+    found = [path for path in found if not any(other in path.parents for other in found)]  # scores go with their store
+    if not found:
+        return None
+    target = _next_folder(Path(recipe.run_dir) / FOLDER)
+    for path in found:
+        goal = target / (path.relative_to(recipe.run_dir) if path.is_relative_to(recipe.run_dir) else path.name)
+        make_folder(goal.parent)
+        try:
+            path.rename(goal)
+        except OSError as error:
+            raise UserError(
+                f"{path} can't be moved to {goal}: {error.strerror}; move it away yourself, and run the same command again"
+            ) from None
+        sync(goal.parent)
+        sync(path.parent)
+    return target
+
+
+def _next_folder(parent: Path) -> Path:
+    number = 1 + max((int(path.name) for path in parent.glob("[0-9]*") if path.name.isdecimal()), default=0)
+    return parent / f"{number:03d}"
+
+
+def _results(recipe: Recipe, stage: Stage) -> list[Path]:
+    """Files and folders that a stage made."""
+    name = stage.name
+    if name == "generate":
+        return [_local(require(recipe.generate, "generate").store)]
+    if name == "rollout":
+        return [_local(require(recipe.rollout, "rollout").store)]
+    if name == "score":
+        return sorted(_local(recipe.score.store).glob(f"parts/*/teacher/{recipe.score.teacher}"))
+    if name == "engines":
+        return [_local(require(recipe.rollout, "rollout").store) / "calibration.json"]
+    if name in ("sft", "train"):
+        return [Path(getattr(recipe, name).output)]
+    if name in ("sft-hf", "opd-hf"):
+        return [_own(recipe, require(recipe.rollout, "rollout").model if name == "sft-hf" else require(recipe.eval, "eval").model)]
+    if name.startswith("eval-"):
+        config: EvalStage = require(evaluation_of(recipe, name.removeprefix("eval-")).eval, "eval")
+        return [Path(config.output) / f"{config.name}.json", Path(config.output) / f"{config.name}.opd.zarr"]
+    return []
+
+
+def _local(store: str) -> Path:
+    location = Location(store)
+    if "://" in location.address:
+        raise UserError(
+            f"{location.url}: its results must be made again, and can't be moved aside there; move or delete them, or name another store"
+        )
+    return Path(store)
+
+
+def _own(recipe: Recipe, directory: str) -> Path:
+    path = Path(directory)
+    if not path.absolute().is_relative_to(Path(recipe.run_dir).absolute()):
+        raise UserError(
+            f"{path} lies outside of {recipe.run_dir}: it must be made again, and may be in use elsewhere; move it away yourself"
+        )
+    return path

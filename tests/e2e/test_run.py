@@ -1,0 +1,298 @@
+"""`run` makes a whole recipe with one command, `run --plan` says what is done, stale and next, and a kill anywhere costs nothing but time."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_model, write_prompts
+
+from megatron_opd.cli import main
+from megatron_opd.data.store import StoreReader
+from megatron_opd.lineage import fingerprint_model
+from megatron_opd.pipeline.plan import NOT_FINISHED
+from megatron_opd.train.resume import OutputLock
+
+WORKER = Path(__file__).with_name("run_worker.py")
+STAGES = [
+    "inputs",
+    "generate",
+    "sft",
+    "sft-hf",
+    "rollout",
+    "score",
+    "engines",
+    "train",
+    "opd-hf",
+    "eval-teacher",
+    "eval-sft",
+    "eval-opd",
+    "report",
+]
+
+
+def make_inputs(folder: Path) -> None:
+    for seed, role in enumerate(("teacher", "student")):
+        make_model(folder / role, seed=seed)
+    write_prompts(folder / "prompts.jsonl", 24)
+
+
+def words(inputs: Path, run_dir: Path, *overrides: str) -> list[str]:
+    """A recipe with its overrides."""
+    fields: dict[str, Any] = {
+        "run_dir": run_dir,
+        "models.teacher": inputs / "teacher",
+        "models.student": inputs / "student",
+        **{f"{stage}.prompts": inputs / "prompts.jsonl" for stage in ("generate", "rollout", "eval")},
+        "eval.num_prompts": 8,
+        "sft.steps": 4,
+        "train.steps": 4,
+        **{f"{stage}.save_every": 2 for stage in ("sft", "train")},
+        **{f"{stage}.log_every": 100 for stage in ("sft", "train")},
+    }
+    return ["tiny", *(f"{key}={value}" for key, value in fields.items()), *overrides]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path) -> Path:
+    """A run that came to its end. Tests that change it put it back."""
+    assert main(["run", *words(inputs, inputs / "run")]) == 0
+    return inputs / "run"
+
+
+def results(run_dir: Path) -> dict[str, Any]:
+    """Everything that a run's stages came to, without times."""
+    found: dict[str, Any] = {}
+    for name in ("sft", "rollouts", "eval/teacher", "eval/sft", "eval/opd"):
+        reader = StoreReader(str(run_dir / f"{name}.opd.zarr"))
+        reader.check_complete()
+        found[name] = [record.crc32c for record in reader.parts.values()]
+        found[f"{name} scores"] = [record and record.crc32c for part in reader.parts for record in [reader.score_manifest(part, "teacher")]]
+    for name in ("sft", "opd"):
+        found[f"{name} weights"] = fingerprint_model(run_dir / f"{name}-hf").weights_sha256
+        rows = [json.loads(line) for line in (run_dir / name / "metrics.jsonl").read_text().splitlines()]
+        found[f"{name} losses"] = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+    for name in ("teacher", "sft", "opd"):
+        record = json.loads((run_dir / "eval" / f"{name}.json").read_text())
+        found[f"eval {name}"] = [record.get(key) for key in ("reverse_kl", "against", "response_tokens", "stopped_share")]
+    return found
+
+
+def plan(capsys: pytest.CaptureFixture[str], *recipe: str) -> tuple[int, dict[str, str], str]:
+    """Exit code, state by stage, and all that was printed."""
+    capsys.readouterr()
+    code = main(["run", *recipe, "--plan"])
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith((" ", "next:"))]
+    return code, {line[0]: line[1] for line in lines}, text
+
+
+def states(*changed: str, state: str = "STALE") -> dict[str, str]:
+    return {stage: state if stage in changed else "done" for stage in STAGES} | {"inputs": "done"}
+
+
+def test_one_command_makes_everything(finished: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = words(inputs, finished)
+    assert plan(capsys, *recipe)[:2] == (0, states())
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and "report" not in path.parts}
+    assert main(["run", *recipe]) == 0
+    text = capsys.readouterr().out
+    assert "$ megatron-opd" not in text, "nothing was left to do"
+    assert text.count("eval teacher scores") == 1, "the closing table"
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert [path for path in before if before[path] != after[path] and path.name not in (".lock", "recipe.toml")] == []
+
+
+def test_a_fresh_recipe_has_everything_left(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, text = plan(capsys, *words(inputs, tmp_path / "run"))
+    assert code == NOT_FINISHED
+    assert list(found) == STAGES
+    assert set(found.values()) == {"not"}, "not started"
+    assert not (tmp_path / "run").exists()
+    assert text.splitlines()[-1].startswith("next: megatron-opd run tiny")
+
+
+def test_the_plan_after_changes_of_the_recipe(finished: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    after_train = ("train", "opd-hf", "eval-opd")
+    after_rollout = ("rollout", "score", "engines", *after_train)
+    for changed, stale, reason in (
+        (["train.lr=2e-3"], after_train, "differs from the recipe: lr 0.001 there, 0.002 here"),
+        (["train.loss.advantage_clip=3"], after_train, "loss.advantage_clip not set there, 3.0 here"),
+        (["train.steps=3"], after_train, "differs from the recipe: steps 4 there, 3 here"),
+        (["rollout.sampling.temperature=0.8"], after_rollout, "differs from the recipe: temperature 1.0 there, 0.8 here"),
+        (["score.top_k=2"], ("score", *after_train), "differs from the recipe: top_k 0 there, 2 here"),
+        (["eval.grader=exact"], ("eval-teacher", "eval-sft", "eval-opd"), "grader none there, exact here"),
+        (["sft.schedule.warmup_steps=1"], ("sft", "sft-hf", *after_rollout, "eval-sft"), "schedule.warmup_steps 0 there, 1 here"),
+    ):
+        code, found, text = plan(capsys, *words(inputs, finished, *changed))
+        assert code == NOT_FINISHED
+        assert {**found, "inputs": "done"} == states(*stale), changed
+        assert reason in text
+        assert f"--from {next(stage for stage in STAGES if stage in stale)} " in text.splitlines()[-1]
+    for changed in (
+        "train.save_every=1",
+        "train.log_every=1",
+        "train.parallel.tp=2",
+        "train.micro_batch_tokens=256",
+        "engine.batch_tokens=99",
+    ):
+        assert plan(capsys, *words(inputs, finished, changed))[0] == 0, changed
+    code, found, _ = plan(capsys, *words(inputs, finished, "train.steps=6"))
+    assert found["train"] == "partial"
+
+
+def test_the_plan_after_changes_of_the_inputs(finished: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = words(inputs, finished)
+    kept = tmp_path / "teacher"
+    shutil.copytree(inputs / "teacher", kept)
+    shutil.rmtree(inputs / "teacher")
+    make_model(inputs / "teacher", seed=7)
+    code, found, text = plan(capsys, *recipe)
+    assert (code, {**found, "inputs": "done"}) == (NOT_FINISHED, states(*STAGES[1:-1]))
+    assert "the teacher was replaced since (" in text
+    assert main(["run", *recipe]) == 2, "nothing is thrown away unasked"
+    assert "generate is STALE: the teacher was replaced since (" in capsys.readouterr().err
+    shutil.rmtree(inputs / "teacher")
+    shutil.copytree(kept, inputs / "teacher")
+
+    prompts = inputs / "prompts.jsonl"
+    before = prompts.read_text()
+    prompts.write_text(before + '{"prompt": "one more"}\n')
+    code, found, text = plan(capsys, *recipe)
+    assert (code, found["generate"], found["rollout"], found["eval-opd"]) == (NOT_FINISHED, "STALE", "STALE", "STALE")
+    assert "prompts 24 (" in text
+    assert found["eval-teacher"] == "done", "its first eight are the same"
+    prompts.write_text(before)
+    assert plan(capsys, *recipe)[:2] == (0, states())
+
+
+def test_what_is_stale_is_made_again_and_nothing_else(
+    finished: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    changed = words(inputs, run, "sft.lr=2e-3")
+    assert main(["run", *changed]) == 2
+    assert "sft is STALE: differs from the recipe: lr 0.001 there, 0.002 here" in capsys.readouterr().err
+    assert main(["run", *changed, "--from", "sft", "--until", "sft"]) == 0
+    assert (run / "set_aside/001/sft/checkpoints").is_dir()
+    code, found, _ = plan(capsys, *changed)
+    assert code == NOT_FINISHED
+    assert [found[stage] for stage in ("generate", "sft", "sft-hf", "rollout")] == ["done", "done", "not", "not"]
+    assert main(["run", *changed]) == 0
+    assert plan(capsys, *changed)[0] == 0
+    assert main(["run", *words(inputs, tmp_path / "fresh", "sft.lr=2e-3")]) == 0
+    assert results(run) == results(tmp_path / "fresh")
+    assert results(run) != results(finished)
+
+
+def test_a_student_that_was_trained_again(finished: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, with the stages' own commands."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    recipe = words(inputs, run, "sft.seed=1")
+    shutil.rmtree(run / "sft")
+    assert main(["sft", *recipe]) == 0
+    _, found, text = plan(capsys, *recipe)
+    assert [found[stage] for stage in ("sft", "sft-hf", "rollout")] == ["done", "STALE", "STALE"]
+    assert "made of step 4 (" in text
+    assert "; the checkpoint is of step 4 now (" in text
+    shutil.rmtree(run / "sft-hf")
+    assert main(["convert", "trained", *recipe, "--stage", "sft"]) == 0
+    _, found, text = plan(capsys, *recipe)
+    assert [found[stage] for stage in ("sft-hf", "rollout", "eval-sft")] == ["done", "STALE", "STALE"]
+    assert text.count("the student was fine-tuned again since (") >= 2
+
+
+def test_parts_of_a_run(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = words(inputs, tmp_path / "run")
+    assert main(["run", *recipe, "--until", "nothing"]) == 2
+    assert "no stage 'nothing' in this recipe; there are inputs, generate" in capsys.readouterr().err
+    assert main(["run", *recipe, "--from", "train", "--until", "sft"]) == 2
+    assert main(["run", *recipe, "--until", "generate"]) == 0
+    _, found, text = plan(capsys, *recipe)
+    assert [found[stage] for stage in ("inputs", "generate", "sft")] == ["done", "done", "not"]
+    assert "(sft alone: megatron-opd sft tiny " in text
+    lock = OutputLock(tmp_path / "run")
+    lock.acquire()
+    code = subprocess.run([sys.executable, "-m", "megatron_opd", "run", *recipe], capture_output=True, text=True, timeout=120)
+    lock.release()
+    assert code.returncode == 2
+    assert "another run writes there" in code.stderr
+
+
+def test_what_was_read_and_removed_is_not_made_again(
+    finished: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("sft.opd.zarr", "rollouts.opd.zarr", "sft", "opd"):
+        shutil.rmtree(run / name)
+    code, found, _ = plan(capsys, *words(inputs, run))
+    assert (code, found["generate"], found["rollout"], found["train"]) == (0, "not", "not", "not"), "not needed"
+
+
+class Forks:
+    """Commands in forks of one process that has imported everything."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def run(self, command: list[str], log: Path, kill_after: float | None = None) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"words": command, "log": str(log), "kill_after": kill_after}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    worker = Forks()
+    yield worker
+    worker.process.kill()
+    worker.process.wait()
+
+
+def kill_often(forks: Forks, inputs: Path, tmp_path: Path, *, kills: int, rng: random.Random) -> None:
+    tmp_path.mkdir(exist_ok=True)
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["run", *words(inputs, run)]
+    killed = 0
+    while killed < kills:
+        answer = forks.run(command, log, rng.uniform(0.3, 3.0))
+        if not answer["killed"]:
+            assert answer["code"] == 0, log.read_text()[-3000:]
+            break
+        killed += 1
+    assert killed, "the run was over before the first kill"
+    assert forks.run(command, log)["code"] == 0, log.read_text()[-3000:]
+
+
+def test_killed_anywhere_it_comes_to_the_same(finished: Path, inputs: Path, tmp_path: Path, forks: Forks) -> None:
+    kill_often(forks, inputs, tmp_path, kills=6, rng=random.Random(0))
+    assert results(tmp_path / "run") == results(finished)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(finished: Path, inputs: Path, tmp_path: Path, forks: Forks) -> None:
+    rng = random.Random(1)
+    for round_ in range(4):
+        kill_often(forks, inputs, tmp_path / str(round_), kills=20, rng=rng)
+        assert results(tmp_path / str(round_) / "run") == results(finished)
