@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_opd import __version__
-from megatron_opd.commands import convert, others, run, slurm, stages
+from megatron_opd.commands import convert, others, recipe, run, slurm, stages
 from megatron_opd.errors import INTERRUPTED, Interrupted, QuarantineError, ServersLost, UserError
 from megatron_opd.redact import redact_override, redact_words
 from megatron_opd.untrusted import Console, check_characters, printable, shortened
@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_to(commands)
     stages.add_to(commands)
     convert.add_to(commands)
+    recipe.add_to(commands)
     others.add_to(commands)
     slurm.add_to(commands)
     return parser

@@ -30,19 +30,6 @@ def _as_text(value: Any) -> Any:
 _Text = Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^[^\x00-\x1f]*$")]
 
 
-class ServersConfig(Section):
-    """SGLang servers that one node starts for a model."""
-
-    servers: int = Field(default=1, gt=0, le=MOST_RANKS)
-    tp: int = Field(default=1, gt=0, le=MOST_RANKS, description="GPUs that share one copy of the model")
-    dp: int = Field(default=1, gt=0, le=MOST_RANKS, description="copies of the model in one server")
-
-    @property
-    def overrides(self) -> list[str]:
-        """The recipe's fields that say the same."""
-        return [f"engine.launch.{name}={value}" for name, value in self.model_dump().items()]
-
-
 class TimesConfig(Section):
     """Time limits, as sbatch takes them. A stage that needs longer goes back into the queue and goes on."""
 
@@ -92,8 +79,6 @@ class SlurmConfig(Section):
     memory: _Text = Field(default="64G", description="memory of a job that does not take a whole node")
     time: TimesConfig = TimesConfig()
     shards: ShardsConfig = ShardsConfig()
-    teacher: ServersConfig | None = Field(default=None, description="servers of a node that serve the teacher; else as engine.launch says")
-    student: ServersConfig | None = Field(default=None, description="servers of a node that serve the student; else as engine.launch says")
     prologue: list[str] = Field(
         default_factory=list, description="lines of shell before the command of each job, such as 'module load cuda'"
     )

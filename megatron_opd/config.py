@@ -1,16 +1,17 @@
 """The recipe: one pydantic tree read from TOML, changed by dotted overrides, checked as a whole.
 
-Every path may use {run_dir} and {name}, ~ and environment variables; the built recipe has them filled in. `None` means "off" or "not
-given"; there are no magic numbers for that.
+Every path may use {run_dir} and {name}, ~ and environment variables; the built recipe has them filled in, and remembers how they were
+written. `None` means "off" or "not given"; there are no magic numbers for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from megatron_opd.cluster import SlurmConfig
 from megatron_opd.errors import ConfigError
@@ -27,6 +28,7 @@ STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of
 FREE_TEXT = {"system", "prologue", "gpus"}
 # Adam divides the rate by 1 - beta1 at its first step, and the result must be a float32 number.
 _LARGEST_RATE = 1e30
+_FILLED_IN = {"name", "run_dir", "models"}  # what placeholders of other fields stand for
 
 
 class ModelsConfig(_Section):
@@ -306,6 +308,7 @@ class Recipe(_Section):
     rounds: RoundsConfig = RoundsConfig()
     eval: EvalStage | None = None
     slurm: SlurmConfig = SlurmConfig()
+    _written: Recipe | None = PrivateAttr(default=None)  # with {placeholders}, ~ and $VARIABLES; None: as it is here
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Recipe:
@@ -317,14 +320,38 @@ class Recipe(_Section):
                 )
         return self
 
+    def remember(self, written: Recipe) -> Recipe:
+        """This recipe, which from now on is written down as `written`, from which it was filled in."""
+        self._written = written
+        return self
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
+        """As pydantic's. A changed section is written down as it was given, the others as they were read; with another name, run_dir or models,
+        which others were filled in with, all of it as it is filled in."""
+        copy = super().model_copy(update=update, deep=deep)
+        if update and copy._written is not None:
+            copy._written = None if _FILLED_IN & update.keys() else copy._written.model_copy(update=update)
+        return copy
+
+    def engine_for(self, model: str) -> EngineConfig:
+        """The engine settings for serving the model in this directory: engine.launch.teacher counts for a teacher's, .student for any other."""
+        teachers = [self.models.teacher, self.score.model]
+        teachers += [self.generate.model] if self.generate else []
+        teachers += [self.eval.teacher] if self.eval and self.eval.teacher else []
+        return self.engine.serving("teacher" if os.path.realpath(model) in map(os.path.realpath, teachers) else "student")
+
     def recorded(self, **options: Any) -> dict[str, Any]:
         """The recipe as it may be written down and sent to others: without the values of secrets. `options` are model_dump's."""
         return redact(self.model_dump(**options))
 
     def to_toml(self) -> str:
-        """The resolved recipe, every default included; options that are off are left out, as TOML has no null."""
-        tree = self.recorded(exclude_none=True)
-        if self.eval is not None and self.eval.teacher is None:
+        """The checked recipe, every default included, with placeholders as they were written, so that it can be used under another name.
+
+        Options that are off are left out, as TOML has no null, and so are secrets.
+        """
+        written = self._written or self
+        tree = written.recorded(exclude_none=True)
+        if written.eval is not None and written.eval.teacher is None:
             tree["eval"]["teacher"] = "none"  # left out, it would be the default again
         return tomli_w.dumps(tree)
 

@@ -1,5 +1,6 @@
 """Errors that people can mend; the command line prints them without a traceback and exits with 2."""
 
+BRANCH = "for a run of its own: megatron-opd recipe new NAME --like RECIPE"  # ends what is refused as a run has other settings
 INTERRUPTED = 130  # exit code after Ctrl-C, by the shells' rule 128 + SIGINT
 
 

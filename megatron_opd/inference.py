@@ -7,13 +7,22 @@ from datetime import datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from megatron_opd.errors import ConfigError
 from megatron_opd.layout import LONGEST, MOST, MOST_RANKS, Section
 from megatron_opd.redact import NOT_KEPT, redact_address, referenced
 
 DATE_FORMAT = "%d %b %Y"
+
+
+class LaunchSizes(Section):
+    """What of engine.launch differs for one of the models; what is not given is as there."""
+
+    servers: int | None = Field(default=None, gt=0, le=MOST_RANKS)
+    tp: int | None = Field(default=None, gt=0, le=MOST_RANKS)
+    dp: int | None = Field(default=None, gt=0, le=MOST_RANKS)
+    options: list[str] | None = Field(default=None, description="instead of engine.launch.options")
 
 
 class LaunchConfig(Section):
@@ -31,15 +40,28 @@ class LaunchConfig(Section):
     start_seconds: float = Field(default=1800.0, gt=0, le=LONGEST, description="until a server must answer")
     restarts: int = Field(default=3, ge=0, le=MOST, description="times that a server that died is started again")
 
-    @field_validator("options")
-    @classmethod
-    def _check_options(cls, options: list[str], info: ValidationInfo) -> list[str]:
-        if "--enable-dp-attention" in options and info.data.get("dp", 1) > 1:
-            raise ValueError(
-                "with --enable-dp-attention the copies share GPUs, and engine.launch.dp counts copies with GPUs of their own; leave it at 1, and give "
-                "'--dp-size', 'N' among the options"
-            )
-        return options
+    teacher: LaunchSizes | None = Field(default=None, description="for the recipe's teacher")
+    student: LaunchSizes | None = Field(default=None, description="for any other model")
+    _options_of: str = PrivateAttr(default="engine.launch.options")
+
+    @model_validator(mode="after")
+    def _check_options(self) -> LaunchConfig:
+        for launch in (self, self.serving("teacher"), self.serving("student")):
+            if "--enable-dp-attention" in launch.options and launch.dp > 1:
+                raise ValueError(
+                    f"with --enable-dp-attention the copies share GPUs, and {launch._options_of.removesuffix('options')}dp counts copies with GPUs of their "
+                    "own; leave it at 1, and give '--dp-size', 'N' among the options"
+                )
+        return self
+
+    def serving(self, who: Literal["teacher", "student"]) -> LaunchConfig:
+        """As it is for one of the models, with that model's section merged in."""
+        section: LaunchSizes | None = getattr(self, who)
+        update: dict[str, Any] = {} if section is None else section.model_dump(exclude_none=True)
+        launch = self.model_copy(update=update | {"teacher": None, "student": None})
+        if "options" in update:
+            launch._options_of = f"engine.launch.{who}.options"
+        return launch
 
     def variables(self) -> dict[str, str]:
         """`environment` with values such as $HF_TOKEN taken from this process. Raises ConfigError for what is not there."""
@@ -58,11 +80,9 @@ class LaunchConfig(Section):
 
     def words(self) -> tuple[list[str], list[str]]:
         """`command` and `options`. Raises ConfigError where a recipe that a run wrote leaves a secret out."""
-        for field, words in (("command", self.command), ("options", self.options)):
+        for field, words in (("engine.launch.command", self.command), (self._options_of, self.options)):
             if any(NOT_KEPT in word for word in words):
-                raise ConfigError(
-                    f"engine.launch.{field}: a word is {NOT_KEPT}, as secrets are in a recipe that a run wrote; give the field again"
-                )
+                raise ConfigError(f"{field}: a word is {NOT_KEPT}, as secrets are in a recipe that a run wrote; give the field again")
         return self.command, self.options
 
 
@@ -76,7 +96,12 @@ class EngineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: int = Field(default=16384, gt=0, le=MOST, description="transformers: tokens (with padding) a forward pass")
     batch_sequences: int = Field(default=256, gt=0, le=MOST, description="transformers: sequences generated together")
-    tokens_under_way: int = Field(default=1 << 19, gt=0, le=MOST, description="sglang: tokens of the requests that a server has at once")
+    tokens_under_way: int = Field(
+        default=1 << 19,
+        gt=0,
+        le=MOST,
+        description="sglang: tokens of the requests that a server, or each copy in one of engine.launch, has at once",
+    )
     timeout: float = Field(default=300.0, gt=0, le=LONGEST, description="sglang: seconds for a request, to which come those for its length")
     slowest_decode: float = Field(default=2.0, ge=1e-3, description="sglang: tokens/s; a response may take its length at this speed")
     slowest_prefill: float = Field(default=200.0, ge=1e-3, description="sglang: tokens/s; reading a sequence may take as long")
@@ -89,6 +114,10 @@ class EngineConfig(Section):
         for url in self.urls:
             _check_url(url)
         return self
+
+    def serving(self, who: Literal["teacher", "student"]) -> EngineConfig:
+        """As it is for one of the models: `launch` with that model's section merged in."""
+        return self if self.launch is None else self.model_copy(update={"launch": self.launch.serving(who)})
 
 
 def _check_url(url: str) -> None:

@@ -26,7 +26,15 @@ _SECRET_PARTS = {
     "sig",
     "signature",
 }
-_REDACTED = ("engine.launch.environment", "engine.launch.options", "engine.launch.command", "slurm.environment", "slurm.prologue")
+_MODELS = ("teacher", "student")  # sections of engine.launch
+_REDACTED = (
+    "engine.launch.environment",
+    "engine.launch.command",
+    *(f"engine.launch.{of}options" for of in ("", "teacher.", "student.")),
+    "slurm.environment",
+    "slurm.prologue",
+)
+_SECTIONS = ("engine", "slurm", "engine.launch", *(f"engine.launch.{model}" for model in _MODELS))
 # What stands between :// and a host: a user, or a user and a password, which may hold a slash. And what stands behind the path.
 # A colon before digits and a slash is of a host's port: what comes then is a path, in which an @ says nothing.
 _USER = re.compile(r"(?<=://)(?![^/@:]*:\d+/)((?:[^/@]*:.*|[^/@]*))@", re.DOTALL)
@@ -88,7 +96,7 @@ def is_redacted(field: str, value: object) -> bool:
     """Whether the value of a recipe's field (section.field) may hold secrets, so that it is not repeated in an error."""
     text = str(value)
     is_address = "://" in text or field.startswith("engine.urls")
-    return field in ("engine", "engine.launch", "slurm") or field.startswith(_REDACTED) or (is_address and ("@" in text or "?" in text))
+    return field in _SECTIONS or field.startswith(_REDACTED) or (is_address and ("@" in text or "?" in text))
 
 
 def redact_address(text: str) -> str:
@@ -124,21 +132,26 @@ def redact(tree: dict[str, Any]) -> dict[str, Any]:
     """A recipe, as a tree, for a record."""
     kept = dict(tree)
     if launch := (tree.get("engine") or {}).get("launch"):
-        kept["engine"] = {
-            **tree["engine"],
-            "launch": {
-                **launch,
-                "environment": redact_variables(launch["environment"]),
-                "options": redact_words(launch["options"]),
-                "command": redact_words(launch["command"]),
-            },
-        }
+        kept["engine"] = {**tree["engine"], "launch": _redact_launch(launch)}
     if cluster := tree.get("slurm"):
         kept["slurm"] = {
             **cluster,
             "environment": redact_settings(cluster["environment"]),
             "prologue": [redact_line(line) for line in cluster["prologue"]],
         }
+    return kept
+
+
+def _redact_launch(launch: dict[str, Any]) -> dict[str, Any]:
+    kept = {
+        **launch,
+        "environment": redact_variables(launch["environment"]),
+        "options": redact_words(launch["options"]),
+        "command": redact_words(launch["command"]),
+    }
+    for model in _MODELS:
+        if (launch.get(model) or {}).get("options"):
+            kept[model] = {**launch[model], "options": redact_words(launch[model]["options"])}
     return kept
 
 

@@ -22,9 +22,6 @@ VENV_SERVE=.venv-serve
 # What a container sees: the directory that you submit from always, and these (SOURCE:TARGET, with commas between).
 MOUNTS=
 
-# SGLang: yes starts servers on each node of an inference job, as the script says; no leaves it to the recipe (engine.urls).
-LAUNCH=yes
-
 # A job that was stopped (time limit, preemption) puts itself back into the queue; so often at most.
 MAX_RESTARTS=20
 # One that failed, and not by what you must mend, is tried again without the node that failed; so often at most.

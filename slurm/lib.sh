@@ -187,10 +187,12 @@ prologue() {
 
 # train_job sft|train RECIPE [ARGUMENT...]: on all nodes of the job.
 train_job() {
-    local stage=$1 leader settings=() per_node=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
+    local stage=$1 leader word settings=() per_node=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
     use train
     with_recipe "${@:2}"
-    without_flags "${arguments[@]}"
+    for word in "${arguments[@]}"; do # recipe and overrides, without flags and the number behind --round
+        [[ $word == --* || $word != *=* && ${#settings[@]} != 0 ]] || settings+=("$word")
+    done
     say "$stage ${arguments[*]} (restart $restarts)"
     if [[ $restarts == 0 && -z ${OPD_CHECKED:-} ]]; then
         opd check "${arguments[@]}" --stage "$stage" --ranks $((SLURM_NNODES * per_node)) || finish $?
@@ -212,33 +214,13 @@ train_job() {
 }
 
 # finished sft|train: prints how far it is. Exit code 3, "no", is no error that srun need tell of.
-finished() { step_of_one megatron-opd progress "${settings[@]}" --stage "$1" 2> >(grep -v '^srun: .*\(exit code 3$\|Terminating StepId\)' >&2); }
-
-# without_flags RECIPE [ARGUMENT...]: sets the array `settings`, without flags that are for training alone.
-without_flags() {
-    settings=()
-    while (($#)); do
-        case $1 in
-        --round)
-            settings+=("$1" "$2")
-            shift
-            ;;
-        --*) ;;
-        *) settings+=("$1") ;;
-        esac
-        shift
-    done
-}
+finished() { step_of_one megatron-opd progress "${settings[@]}" --stage "${OPD_LABEL:-$1}" 2> >(grep -v '^srun: .*\(exit code 3$\|Terminating StepId\)' >&2); }
 
 # serve_job generate|rollout|score|eval RECIPE [ARGUMENT...]: on one node, or as one task of an array; parts that are done stay done.
-# $servers: the SGLang servers of a node, "tp=N dp=M"; pipeline.sh has them among the arguments.
 serve_job() {
-    local word options=()
+    local options=()
     use serve
     with_recipe "${@:2}"
-    if [[ $LAUNCH == yes ]]; then
-        for word in ${servers:-}; do options+=("engine.launch.$word"); done
-    fi
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
         # shellcheck disable=SC2153
         if [[ -z ${SHARDS:-} && ($SLURM_ARRAY_TASK_MIN != 0 || $SLURM_ARRAY_TASK_COUNT != $((SLURM_ARRAY_TASK_MAX + 1))) ]]; then

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import os
+import sys
 from collections.abc import Callable
 
 from megatron_opd.config import Recipe
@@ -11,8 +14,10 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.paths import expand_path
 from megatron_opd.recipe_files import load_recipe, shipped_recipes
+from megatron_opd.stored_recipe import storing
 
 OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
+MAKE = ("generate", "sft", "rollout", "score", "train")  # their settings are kept in the run's folder
 Stages = argparse._SubParsersAction
 
 
@@ -20,9 +25,11 @@ def recipe_stage(
     stages: Stages, name: str, text: str, run: Callable[..., object], *, sharded: bool = False, trains: bool = False
 ) -> argparse.ArgumentParser:
     parser = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + "." * (text[-1] not in ".?"))
-    parser.add_argument("recipe", type=a_path, help=f"a TOML file, or a shipped recipe: {', '.join(shipped_recipes())}")
+    parser.add_argument(
+        "recipe", type=a_path, help=f"a TOML file, the folder of a run, or a shipped recipe: {', '.join(shipped_recipes())}"
+    )
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=OVERRIDES)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print the checked recipe, every default included, and exit")
     if sharded:
         add_servers(parser)
         parser.add_argument("--shard", default="0/1", metavar="I/N", help="make the parts p with p %% N == I, beside other workers")
@@ -35,17 +42,24 @@ def recipe_stage(
         )
 
     def run_with_recipe(args: argparse.Namespace, arguments: list[str]) -> object:
-        recipe = load_recipe(args.recipe, args.overrides + flag_overrides(args))
+        recipe = load_recipe(args.recipe, args.overrides + flag_overrides(args), say=_say)
         if args.dry_run:
             print(recipe.to_toml(), end="")
             return 0
         keep_hashes_in(recipe.run_dir)
-        if trains:
-            return _run_ranks(run, recipe, name, args, arguments)
-        return run(recipe, args)
+        with storing(recipe) if name in MAKE else contextlib.nullcontext():
+            if trains:
+                return _run_ranks(run, recipe, name, args, arguments)
+            return run(recipe, args)
 
     parser.set_defaults(run=run_with_recipe)
     return parser
+
+
+def _say(line: str) -> None:
+    """Not on stdout, which a dry run fills with TOML."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def add_servers(parser: argparse.ArgumentParser) -> None:

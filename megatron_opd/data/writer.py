@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 
 from megatron_opd.data.location import FILL, Location, checksum
 from megatron_opd.data.manifests import FREE_FIELDS, part_group, read_manifest, score_group
-from megatron_opd.errors import StoreError
+from megatron_opd.errors import BRANCH, StoreError
 from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
 from megatron_opd.untrusted import one_line
+
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def create_store(url: str, manifest: StoreManifest) -> Location:
@@ -28,7 +31,7 @@ def create_store(url: str, manifest: StoreManifest) -> Location:
         if key not in FREE_FIELDS and existing[key] != wanted[key]:
             raise StoreError(
                 f"{location.url} was made with other settings: {key} is {_brief(existing[key], wanted[key])} there, "
-                f"{_brief(wanted[key], existing[key])} now; use the same settings, or another store path"
+                f"{_brief(wanted[key], existing[key])} now; use the same settings, or another store path; {BRANCH}"
             )
     location.make_group("parts")
     for group in ("", "parts"):
@@ -37,10 +40,10 @@ def create_store(url: str, manifest: StoreManifest) -> Location:
 
 
 def _brief(value: Any, other: Any) -> str:
-    """The part of `value` that differs from `other`."""
+    """The part of `value` that differs from `other`; of a hash its beginning."""
     if isinstance(value, dict) and isinstance(other, dict):
         return "{" + ", ".join(f"{key}: {_brief(value[key], other.get(key))}" for key in value if value[key] != other.get(key)) + "}"
-    return one_line(value)
+    return value[:12] if isinstance(value, str) and _HASH.fullmatch(value) else one_line(value)
 
 
 def write_part(

@@ -51,7 +51,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
     name = f"eval {stage.name}"
     reader = sample_into_store(
         sampled,
-        recipe.engine,
+        recipe.engine_for(stage.model),
         role="evaluation",
         run_dir=recipe.run_dir,
         name=name,
@@ -79,7 +79,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
     if stage.teacher is not None:
         score_store(
             ScoreStage(store=store, model=stage.teacher, teacher=TEACHER),
-            recipe.engine,
+            recipe.engine_for(stage.teacher),
             run_dir=recipe.run_dir,
             name=f"{name} scores",
             check_lineage=False,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_opd.cluster import ServersConfig, SlurmConfig, check_gpus_template
+from megatron_opd.cluster import SlurmConfig, check_gpus_template
 from megatron_opd.config import Recipe
 from megatron_opd.cost import read_jsonl
 from megatron_opd.errors import ConfigError, UserError
@@ -159,30 +159,18 @@ def check_layout(recipe: Recipe, cluster: Cluster) -> None:
             stage.check_ranks(name, cluster.ranks)
         except ConfigError as error:
             faults.append(f"slurm.nodes = {section.nodes} of {per_node} ranks each: {error}")
-    servers = {f"slurm.{model}": config for model in ("teacher", "student") if (config := getattr(section, model)) is not None}
-    launch = recipe.engine.launch
-    if launch is not None:
-        servers["engine.launch"] = ServersConfig(servers=launch.servers, tp=launch.tp, dp=launch.dp)
-    for where, config in servers.items():
-        if (count := config.servers * config.tp * config.dp) > section.gpus_per_node:
+    launch = recipe.engine.launch if not recipe.engine.urls else None
+    for model in ("teacher", "student"):
+        of_model = launch.serving(model) if launch is not None else None
+        if of_model is not None and (count := of_model.servers * of_model.tp * of_model.dp) > section.gpus_per_node:
             faults.append(
-                f"{where}: servers * tp * dp = {config.servers} * {config.tp} * {config.dp} = {count} GPUs, but a node has "
-                f"slurm.gpus_per_node = {section.gpus_per_node}; take fewer copies (dp), or nodes of more GPUs"
+                f"engine.launch for the {model}: servers * tp * dp = {of_model.servers} * {of_model.tp} * {of_model.dp} = {count} GPUs, but a node "
+                f"has slurm.gpus_per_node = {section.gpus_per_node}; take fewer copies (dp), or nodes of more GPUs"
             )
-    if recipe.engine.kind == "sglang" and not recipe.engine.urls and launch is None and _launches(recipe, cluster):
-        faults += [
-            f"engine.kind = 'sglang', but no servers for the {model}: give slurm.{model} = {{ tp = 1, dp = {section.gpus_per_node} }}, "
-            "engine.launch, or engine.urls"
-            for model in ("teacher", "student")
-            if getattr(section, model) is None
-        ]
+    if recipe.engine.kind == "sglang" and launch is None and not recipe.engine.urls:
+        faults.append("engine.kind = 'sglang', but no servers: give engine.launch, or the addresses of running ones (engine.urls)")
     if faults:
         raise ConfigError("these jobs can't run as asked:" + "".join(f"\n  - {fault}" for fault in faults))
-
-
-def _launches(recipe: Recipe, cluster: Cluster) -> bool:
-    """Whether jobs start servers of their own on their nodes."""
-    return cluster.site.get("LAUNCH", "yes") == "yes" and not recipe.engine.urls and recipe.engine.kind != "transformers"
 
 
 def _needs(stage: Stage, jobs: list[Job]) -> tuple[str, ...]:
@@ -233,18 +221,16 @@ def _job(stage: Stage, label: str, recipe: Recipe, name: str, overrides: list[st
 
 
 def _servers(stage: Stage, recipe: Recipe, cluster: Cluster) -> list[str]:
-    """Overrides that start the servers of a stage on its node, before the user's own."""
-    found = [config for model in stage.serves if (config := getattr(cluster.section, model)) is not None]
-    if not found or not _launches(recipe, cluster):
+    """Overrides, before the user's own: the comparison of the engines has one GPU, and the training software starts the server."""
+    launch = recipe.engine.launch
+    if launch is None or recipe.engine.urls or stage.runs_on != "one":
         return []
-    if stage.runs_on == "one":
-        overrides = ServersConfig().overrides
-        serve = cluster.get("venv_serve")
-        if serve and not cluster.get("image_engines") and not (recipe.engine.launch and recipe.engine.launch.command):
-            words = [os.path.abspath(f"{serve}/bin/python"), "-m", "sglang.launch_server"]
-            overrides.append(f"engine.launch.command={json.dumps(words)}")
-        return overrides
-    return max(found, key=lambda config: config.tp).overrides  # an evaluation serves one after the other with the same
+    sizes = [f"engine.launch{where}.{name}=1" for where in ("", ".student") for name in ("servers", "tp", "dp")]
+    serve = cluster.get("venv_serve")
+    if serve and not cluster.get("image_train") and not launch.command:
+        words = [os.path.abspath(f"{serve}/bin/python"), "-m", "sglang.launch_server"]
+        sizes.append(f"engine.launch.command={json.dumps(words)}")
+    return sizes
 
 
 def shell_plan(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster) -> str:

@@ -29,7 +29,7 @@ Stage = TypeVar("Stage", bound=SampleStage)
 def generate(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
     """Teacher responses for SFT; the store names the teacher, so that consistency can be held from here on."""
     stage = cap_responses(require(recipe.generate, "generate"), recipe.sft.max_response_tokens, "generate")
-    return sample_into_store(stage, recipe.engine, role="teacher", run_dir=recipe.run_dir, name="generate", shard=shard)
+    return sample_into_store(stage, recipe.engine_for(stage.model), role="teacher", run_dir=recipe.run_dir, name="generate", shard=shard)
 
 
 def rollout(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
@@ -45,7 +45,7 @@ def rollout(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
         lineage = lineage.model_copy(update={"sft_teacher": declared, "sft_teacher_declared": lineage.sft_teacher is None})
     return sample_into_store(
         stage,
-        recipe.engine,
+        recipe.engine_for(stage.model),
         role="student",
         run_dir=recipe.run_dir,
         name="rollout",

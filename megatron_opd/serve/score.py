@@ -22,7 +22,8 @@ from megatron_opd.turns import check_stored_format, teacher_writes_otherwise
 def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
     """Score with the recipe's teacher; refuses a teacher that is not the student's SFT teacher. Raises UserError."""
     stage = recipe.score
-    return score_store(stage, recipe.engine, run_dir=recipe.run_dir, shard=shard, trains_on_candidates=recipe.train.loss.needs_topk)
+    engine = recipe.engine_for(stage.model)
+    return score_store(stage, engine, run_dir=recipe.run_dir, shard=shard, trains_on_candidates=recipe.train.loss.needs_topk)
 
 
 def score_store(

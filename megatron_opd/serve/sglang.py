@@ -272,7 +272,7 @@ class SglangEngine(Engine):
 
 
 class _Stream(Generic[Request, Result]):
-    """Requests of many parts on their way: at most `tokens_under_way` a server at once, in order, parts given back when complete."""
+    """Requests of many parts on their way: at most `tokens_under_way` a server (a copy of a launched one) at once, in order, parts given back when complete."""
 
     def __init__(
         self,
@@ -333,7 +333,8 @@ class _Stream(Generic[Request, Result]):
                     group.create_task(self._one(number, requests, position, outcomes, left, group))
 
     async def _wait_for_room(self, cost: int) -> None:
-        pool, limit = self.engine.pool, self.engine.config.tokens_under_way
+        pool, config = self.engine.pool, self.engine.config
+        limit = config.tokens_under_way * (config.launch.dp if config.launch else 1)
         while (self.under_way and self.under_way + cost > limit * max(1, pool.num_up())) or self.unread > PARTS_UNREAD:
             self.room.clear()
             await self.room.wait()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from megatron_opd.config import TrainerConfig, TrainStage
 from megatron_opd.data.identity import content_of, rollouts_id, scores_id
 from megatron_opd.data.store import StoreReader
-from megatron_opd.errors import CheckpointError
+from megatron_opd.errors import BRANCH, CheckpointError
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.objective import LossConfig
 from megatron_opd.records import ModelFingerprint
@@ -110,7 +110,7 @@ def plan_resume(
     if new and not allow_changes:
         raise CheckpointError(
             f"{checkpoint}: {name} was begun with another objective than it would go on with: {', '.join(new)}; give the new run a folder of its "
-            f"own ({name}.output=...), or use what it was begun with. --continue-with-changes goes on in this folder, and is recorded for good"
+            f"own ({name}.output=...), or use what it was begun with. --continue-with-changes goes on in this folder, and is recorded for good; {BRANCH}"
         )
     step = int(state["step"])
     earlier = [str(entry) for entry in state.get("overrides", [])]
@@ -139,7 +139,7 @@ def _check_fixed(checkpoint: Path, before: dict[str, Any], now: RunIdentity, nam
         if key in ("store", "rollouts"):
             what = f"other rollouts{' or scores' if key == 'store' else ''} than {store} has now ({before.get(key)}, now {value})"
         raise CheckpointError(
-            f"{checkpoint}: made with {what}; a resumed run can't change that: use it as it was, or another folder ({name}.output=...)"
+            f"{checkpoint}: made with {what}; a resumed run can't change that: use it as it was, or another folder ({name}.output=...); {BRANCH}"
         )
 
 

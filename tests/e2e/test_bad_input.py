@@ -302,7 +302,7 @@ def test_a_damaged_model(work: Workplace) -> None:
 
 def test_no_such_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "tinny"]) == 2
-    assert "no recipe 'tinny': neither a file nor one of the shipped recipes" in capsys.readouterr().err
+    assert "no recipe 'tinny': neither a file nor the folder of a run nor one of the shipped recipes" in capsys.readouterr().err
     for arguments in (["no-such-stage"], [], ["rollout"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)

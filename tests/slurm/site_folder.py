@@ -34,7 +34,7 @@ class Site:
 
     def write_env(self, name: str, **settings: str) -> Path:
         """A copy of slurm/env.sh with settings changed as a user would change them."""
-        software = {"VENV_TRAIN": sys.prefix, "VENV_SERVE": sys.prefix, "LAUNCH": "no", "RANKS_PER_NODE": "1"}
+        software = {"VENV_TRAIN": sys.prefix, "VENV_SERVE": sys.prefix, "RANKS_PER_NODE": "1"}
         text = (REPOSITORY / "slurm/env.sh").read_text()
         for key, value in (software | settings).items():
             text, count = re.subn(rf"^{key}=.*$", f"{key}={value}", text, flags=re.MULTILINE)

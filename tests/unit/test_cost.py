@@ -114,6 +114,7 @@ def test_energy_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ({"launch": {"servers": 1, "tp": 2}}, 5.0),
         ({"launch": {"servers": 1, "environment": {"CUDA_VISIBLE_DEVICES": "0"}}}, 0.0),
         ({"launch": {"servers": 2, "tp": 2}}, None),  # more than are visible
+        ({"launch": {"servers": 2, "tp": 2, "teacher": {"servers": 1}, "student": {"tp": 1}}}, 5.0),
         ({"urls": ["http://127.0.0.1:1"]}, None),
         ({"device": "cpu"}, None),
     ],
@@ -121,7 +122,7 @@ def test_energy_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_energy_is_that_of_the_gpus_an_engine_uses(engine: dict, joules: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,0")
-    meter = engine_meter(EngineConfig.model_validate(engine))
+    meter = engine_meter(EngineConfig.model_validate(engine).serving("teacher"))
     assert (None if meter is None else meter.energy_joules()) == joules
 
 

@@ -61,8 +61,8 @@ def test_a_recipe_says_what_its_jobs_ask_for(tmp_path: Path) -> None:
     assert check[-4:] == ["--stage", "train", "--ranks", "32"]
     assert "train.lr=1e-6" in check
     assert (option(score, "array"), option(score, "nodes")) == ("0-2", "1")
-    assert "engine.launch.tp=8" in score, "the teacher's servers"
     assert option(engines, "gres") == "gpu:h100:1"
+    assert {"engine.launch.tp=1", "engine.launch.student.tp=1", "engine.launch.student.dp=1"} <= set(engines), "one server on it"
     environment = (tmp_path / "environment").read_text().splitlines()
     assert {"OPD_SET_NCCL_DEBUG=INFO", "OPD_SET_RANKS_PER_NODE=8", f"OPD_RUN_DIR={tmp_path}/run"} <= set(environment)
     assert list(read_jobs(tmp_path / "run").values()) == [[str(number)] for number in range(1, 10)]
@@ -73,8 +73,8 @@ def test_a_recipe_says_what_its_jobs_ask_for(tmp_path: Path) -> None:
     [
         (["opd_8b", "sft.parallel.tp=16"], "slurm.nodes = 1 of 8 ranks each: sft.parallel: 8 ranks do not fit tp=16"),
         (["opd_32b_4nodes", "slurm.nodes=1"], "train.parallel: 8 ranks do not fit tp=8 pp=2"),
-        (["opd_8b", "slurm.teacher.dp=8"], "slurm.teacher: servers * tp * dp = 1 * 2 * 8 = 16 GPUs"),
-        (["opd_8b", "slurm.student=null"], "no servers for the student"),
+        (["opd_8b", "engine.launch.teacher.dp=8"], "engine.launch for the teacher: servers * tp * dp = 1 * 2 * 8 = 16 GPUs"),
+        (["opd_8b", "engine.launch=null"], "engine.kind = 'sglang', but no servers"),
         (["opd_8b", "slurm.nodes=100"], "global_batch = 100 is smaller than 200 data-parallel ranks"),
         (["opd_8b", "slurm.environment.HF_TOKEN=$NO_SUCH_TOKEN"], "environment variable NO_SUCH_TOKEN, which is not set"),
         (["opd_8b", "slurm.nodez=2"], "did you mean 'nodes'?"),
