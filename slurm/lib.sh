@@ -136,7 +136,7 @@ finish() {
 # retry CODE: back into the queue if another node could help; returns if not.
 retry() {
     local code=$1 kind node rank words count
-    judge "$code"
+    judge
     case $code in 2 | 3 | 130) return ;; esac # what the user must mend, and Ctrl-C
     count=$(grep -cF "{\"event\": \"retried\", \"job\": \"$job\"," "$records" 2>/dev/null)
     if ((${count:-0} >= RETRIES)); then
@@ -152,7 +152,7 @@ retry() {
     again "$node"
 }
 
-# judge CODE: sets code, node, rank, words to what ended the job. Of ranks the first row counts: a refusal, then who was killed, then who
+# judge: sets code, node, rank, words to what ended the job. Of ranks the first row counts: a refusal, then who was killed, then who
 # failed by itself. Where every rank only lost others, it was the one node that has no row, whose ranks could not say anything.
 judge() {
     local silent
@@ -187,20 +187,14 @@ prologue() {
 
 # train_job sft|train RECIPE [ARGUMENT...]: on all nodes of the job.
 train_job() {
-    local stage=$1 leader word settings=() per_node=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
+    local stage=$1 leader per_node=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
     use train
     with_recipe "${@:2}"
-    for word in "${arguments[@]}"; do # recipe and overrides, without flags and the number behind --round
-        [[ $word == --* || $word != *=* && ${#settings[@]} != 0 ]] || settings+=("$word")
-    done
     say "$stage ${arguments[*]} (restart $restarts)"
     if [[ $restarts == 0 && -z ${OPD_CHECKED:-} ]]; then
         opd check "${arguments[@]}" --stage "$stage" --ranks $((SLURM_NNODES * per_node)) || finish $?
     fi
-    if finished "$stage"; then
-        say "nothing is left to do"
-        finish 0
-    fi
+    ! finished "$stage" || nothing_left
     # The first node of the list leads: localhost would be another machine on each node.
     leader=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     saves=yes
@@ -213,8 +207,19 @@ train_job() {
     fail "stopped before the last step, and not by Slurm; submit it again to go on"
 }
 
-# finished sft|train: prints how far it is. Exit code 3, "no", is no error that srun need tell of.
-finished() { step_of_one megatron-opd progress "${settings[@]}" --stage "${OPD_LABEL:-$1}" 2> >(grep -v '^srun: .*\(exit code 3$\|Terminating StepId\)' >&2); }
+# finished STAGE: prints how far the stage of $arguments is. Exit code 3, "no", is no error that srun need tell of.
+finished() {
+    local word settings=()
+    for word in "${arguments[@]}"; do # recipe and overrides, without flags and the number behind --round
+        [[ $word == --* || ($word != *=* && ${#settings[@]} != 0) ]] || settings+=("$word")
+    done
+    step_of_one megatron-opd progress "${settings[@]}" --stage "${OPD_LABEL:-$1}" 2> >(grep -v '^srun: .*\(exit code 3$\|Terminating StepId\)' >&2)
+}
+
+nothing_left() {
+    say "nothing is left to do"
+    finish 0
+}
 
 # serve_job generate|rollout|score|eval RECIPE [ARGUMENT...]: on one node, or as one task of an array; parts that are done stay done.
 serve_job() {
@@ -253,6 +258,8 @@ stage_job() {
     one)
         use engines
         say "$* (restart $restarts)"
+        arguments=("${@:2}")
+        ! finished "$OPD_LABEL" || nothing_left
         opd "$@"
         finish $?
         ;;

@@ -43,6 +43,8 @@ for word in "$@"; do
     [[ $word != --dry-run && $word != --help && $word != -h ]] || exec "${opd[@]}" slurm "${settings[@]}" "$@"
 done
 plan=$("${opd[@]}" slurm --plan "${settings[@]}" "$@") || fail "nothing was submitted"
+[[ $plan == *"# jobs"* ]] || fail "megatron-opd slurm --plan printed no list of jobs"
+plan=${plan#*"# jobs"} # an image may print a greeting
 
 submitted=()
 declare -A ids

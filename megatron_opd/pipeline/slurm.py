@@ -241,7 +241,7 @@ def shell_plan(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster) -> str:
     for job in jobs:
         record = json.dumps({"label": job.label, "command": _shown(job.words), "options": list(job.options)})
         lines.append(["submit", job.label, " ".join(job.after), record.removeprefix("{"), *job.options, *job.script])
-    return "".join(f"{shlex.join(line)}\n" for line in lines)
+    return "# jobs\n" + "".join(f"{shlex.join(line)}\n" for line in lines)
 
 
 def show_plan(jobs: Iterable[Job], cluster: Cluster) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,16 @@ def test_a_wrong_partition_leaves_nothing_in_the_queue(site: Site, recipe: Path)
     for job in jobs:
         assert site.wait(job) == "CANCELLED"
     assert read_jobs(site.folder / "runs/wrong") == {}
+
+
+def test_rounds_follow_each_other(site: Site) -> None:
+    if "--round" not in site.run(Path(sys.prefix, "bin/megatron-opd"), "rollout", "--help").stdout:
+        pytest.skip("megatron-opd rollout has no --round")
+    stages = {"rollout": {"model": "{student}"}, "train": {"init": "{student}", "steps": 4}}
+    recipe = site.write_recipe("rounds", rounds={"count": 2}, **stages)
+    jobs = site.pipeline("--from", "rollout", "--until", "train", recipe)
+    labels = ["rollout@1", "score@1", "engines", "check@1", "train@1", "opd-hf@1", "rollout@2", "score@2", "check@2", "train@2"]
+    assert list(jobs) == labels
+    for label, job in jobs.items():
+        assert site.wait(job) == "COMPLETED", f"{label}\n{site.log(job)}"
+    assert site.finished(recipe, "--stage", "train@2")
