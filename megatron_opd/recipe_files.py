@@ -15,7 +15,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_opd.config import FREE_TEXT, Recipe
-from megatron_opd.durable import make_folder, write_file
 from megatron_opd.errors import ConfigError, UserError
 from megatron_opd.inference import LaunchSizes
 from megatron_opd.paths import expand_path, expand_paths
@@ -306,9 +305,3 @@ def explain(error: ValidationError) -> str:
             text = f"{text} (got {fault['input']!r:.200})"
         lines.append(f"  {where}: {text}")
     return f"{len(lines)} field(s) wrong\n" + "\n".join(lines)
-
-
-def store_recipe(recipe: Recipe, *, whole: bool) -> None:
-    """Keep the settings in the run's folder."""
-    make_folder(recipe.run_dir)
-    write_file(Path(recipe.run_dir) / RECIPE_FILE, recipe.to_toml())

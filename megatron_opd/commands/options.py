@@ -63,7 +63,9 @@ def _say(line: str) -> None:
 
 
 def add_servers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", action="append", metavar="URL", help="a running SGLang server (repeat for several); engine.urls")
+    parser.add_argument(
+        "--url", action="append", metavar="URL", help="a running SGLang server (repeat for several), instead of the recipe's; engine.urls"
+    )
     parser.add_argument(
         "--launch",
         nargs="?",

@@ -20,7 +20,7 @@ from megatron_opd.pipeline.set_aside import set_aside
 from megatron_opd.pipeline.stages import Stage, list_stages
 from megatron_opd.pipeline.status import Status, Survey
 from megatron_opd.processes import STOP_SIGNALS, has_gpu
-from megatron_opd.recipe_files import store_recipe
+from megatron_opd.stored_recipe import store_recipe
 
 # The package that runs here, whatever folder of that name lies where one stands; ended with the process that started it, kill -9 included.
 _CHILD = (
@@ -42,6 +42,7 @@ def run_recipe(recipe: Recipe, *, typed: list[str], first: str | None = None, la
     if begin is not None and begin >= end:
         raise UserError(f"--from {first} comes after --until {last}; nothing lies between them")
     with _alone(recipe):
+        _refuse_stale(recipe, begin, end, typed)  # before its settings are kept
         store_recipe(recipe, whole=True)
         code = _do(recipe, stages, begin, end, typed)
     if code == 0 and end == len(stages):
@@ -53,9 +54,7 @@ def run_recipe(recipe: Recipe, *, typed: list[str], first: str | None = None, la
 def _do(recipe: Recipe, stages: list[Stage], begin: int | None, end: int, typed: list[str]) -> int:
     number = 0
     while number < end:
-        found = Survey(recipe).stages()
-        if begin is None and (stale := next((status for status in found[:end] if status.stale), None)) is not None:
-            raise UserError(_refusal(recipe, stale, typed))
+        found = _refuse_stale(recipe, begin, end, typed)
         status = found[number]
         if status.stale is not None:
             if begin is not None and number >= begin:
@@ -74,6 +73,14 @@ def _do(recipe: Recipe, stages: list[Stage], begin: int | None, end: int, typed:
             print("\n".join(lines_of([status])), flush=True)
         number += 1
     return 0
+
+
+def _refuse_stale(recipe: Recipe, begin: int | None, end: int, typed: list[str]) -> list[Status]:
+    """The status of every stage; raises UserError if one that is to be done is stale, unless --from allows to make it again."""
+    found = Survey(recipe).stages()
+    if begin is None and (stale := next((status for status in found[:end] if status.stale), None)) is not None:
+        raise UserError(_refusal(recipe, stale, typed))
+    return found
 
 
 def _make_again(recipe: Recipe, found: list[Status]) -> None:
