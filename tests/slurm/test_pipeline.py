@@ -37,7 +37,7 @@ def test_the_whole_pipeline_then_a_scoring_array_with_a_failed_task(site: Site, 
     assert names == {label: f"chain-{label}" for label in STAGES}
     for label, job in jobs.items():
         assert site.wait(job) == "COMPLETED", f"{label}\n{site.log(job)}"
-    assert site.finished(recipe)
+    assert site.finished(recipe, "train.lr=1e-4")
     resolved = (run_dir / "opd/recipe.toml").read_text()
     assert "lr = 0.0001" in resolved, "overrides are passed on"
     for label in ("sft", "train"):
