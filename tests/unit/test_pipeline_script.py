@@ -171,3 +171,25 @@ def test_records_survive_a_cut_row_and_states_come_from_squeue(tmp_path: Path, m
     assert job_states(["8", "9", "10", "11"]) == {"8": "RUNNING on node1", "9": "1 RUNNING, 1 PENDING", "10": "PENDING (Dependency)"}
     monkeypatch.setenv("PATH", "/nowhere")
     assert job_states(["8"]) == {}
+
+
+def test_secrets_of_the_section_are_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["export HF_TOKEN=hf_abc NCCL_DEBUG=INFO", "export API_KEY='hf_abc def'; module load cuda", "export HF_TOKEN=$HF_TOKEN"]
+    given = [
+        f"slurm.prologue={json.dumps(lines)}",
+        "slurm.environment.API_KEY=hf_abc",
+        "slurm.environment.B=c",
+        "slurm.time.train=12:00:00",
+    ]
+    recipe = load_recipe("opd_8b", given)
+    assert recipe.slurm.time.train == "12:00:00"
+    written = recipe.to_toml()
+    assert "hf_abc" not in written
+    for kept in ("NCCL_DEBUG=INFO", "module load cuda", "HF_TOKEN=$HF_TOKEN", 'B = "c"'):
+        assert kept in written
+    cluster = Cluster(recipe.slurm)
+    assert cluster.variables(recipe)["OPD_SET_API_KEY"] == "hf_abc", "the job gets it"
+    with pytest.raises(ConfigError, match="not kept"):
+        Cluster(load_recipe("opd_8b", [*given[2:], 'slurm.environment.API_KEY="(not kept)"']).slurm).variables(recipe)
+    monkeypatch.setenv("MY_KEY", "from outside")
+    assert load_recipe("opd_8b", ["slurm.environment.API_KEY=$MY_KEY"]).slurm.variables() == {"API_KEY": "from outside"}
