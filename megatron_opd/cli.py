@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_opd import __version__
-from megatron_opd.commands import convert, others, recipe, run, slurm, stages
+from megatron_opd.commands import convert, data, others, recipe, run, slurm, stages
 from megatron_opd.errors import INTERRUPTED, Interrupted, QuarantineError, ServersLost, UserError
 from megatron_opd.redact import redact_override, redact_words
 from megatron_opd.untrusted import Console, check_characters, printable, shortened
@@ -73,7 +73,8 @@ def _run(arguments: list[str]) -> int:
 
 _KEPT = {
     **dict.fromkeys(
-        ("generate", "rollout", "score", "eval"), "parts that are sealed are kept, others are made again; the same command goes on"
+        ("generate", "rollout", "score", "eval", "import"),
+        "parts that are sealed are kept, others are made again; the same command goes on",
     ),
     **dict.fromkeys(("sft", "train"), "not within a step; checkpoints that were saved stay; the same command goes on"),
     "convert": "no directory is left half made; the same command makes it",
@@ -106,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="STAGE", dest="stage_name", required=True)
     run.add_to(commands)
     stages.add_to(commands)
+    data.add_to(commands)
     convert.add_to(commands)
     recipe.add_to(commands)
     others.add_to(commands)

@@ -19,7 +19,7 @@ from megatron_opd.inference import EncodingConfig, EngineConfig
 from megatron_opd.layout import MOST, Count, Fp8Config, ParallelConfig
 from megatron_opd.layout import Section as _Section
 from megatron_opd.objective import DriftConfig, LossConfig, RoundsConfig
-from megatron_opd.paths import PathText
+from megatron_opd.paths import PATH, PathText
 from megatron_opd.records import SamplingParams
 from megatron_opd.redact import holds_secret, redact, redact_address
 
@@ -45,6 +45,13 @@ def _check_sampling(sampling: SamplingParams) -> SamplingParams:
     return sampling
 
 
+def _check_stores(store: str | list[str]) -> str | list[str]:
+    if isinstance(store, list) and (not store or len(set(store)) < len(store)):
+        raise ValueError("one store, or a list of different ones, is expected")
+    return store
+
+
+_Stores = Annotated[str | list[str], PATH, AfterValidator(_check_stores)]
 _Sampling = Annotated[SamplingParams, AfterValidator(_check_sampling)]
 
 
@@ -105,7 +112,7 @@ class TrainerConfig(_Section):
     """What sft and train share: everything but the loss."""
 
     init: PathText
-    store: PathText
+    store: _Stores = Field(description="a store, or a list of stores that are trained on as one")
     output: PathText
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="'auto': bfloat16 on GPUs, float32 on a CPU")
     lr: float = Field(default=2e-6, gt=0)
@@ -236,7 +243,7 @@ class SftStage(TrainerConfig):
     """Supervised fine-tuning on the teacher's responses."""
 
     init: PathText = "{student}"
-    store: PathText = "{run_dir}/sft.opd.zarr"
+    store: _Stores = "{run_dir}/sft.opd.zarr"
     output: PathText = "{run_dir}/sft"
     lr: float = Field(default=8e-5, gt=0)
     schedule: LrSchedule = LrSchedule(decay="cosine")
@@ -246,7 +253,7 @@ class TrainStage(TrainerConfig):
     """Offline on-policy distillation on scored rollouts."""
 
     init: PathText = "{run_dir}/sft-hf"
-    store: PathText = "{run_dir}/rollouts.opd.zarr"
+    store: _Stores = "{run_dir}/rollouts.opd.zarr"
     output: PathText = "{run_dir}/opd"
     teacher: str = Field(default="teacher", description="name of the teacher's group in the store")
     loss: LossConfig = LossConfig()
@@ -362,6 +369,9 @@ def _texts(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
         for key, value in node.items():
             if key not in FREE_TEXT:
                 yield from _texts(value, f"{where}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _texts(value, f"{where}.{number}")
     elif isinstance(node, str):
         yield where, node
 

@@ -128,6 +128,12 @@ class StageCost:
         return row | self.facts
 
 
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds as 'h:mm:ss'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def read_stages(path: Path) -> list[dict[str, Any]]:
     """The last row of each run of a stage, in the order in which the runs left their first."""
     rows: dict[Any, dict[str, Any]] = {}

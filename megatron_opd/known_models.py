@@ -1,4 +1,4 @@
-"""Sizes of published models, so that a recipe can be estimated before its models are there. From their config.json files."""
+"""Sizes of published models and data sets, so that a recipe can be estimated before they are there. The models' from their config.json files."""
 
 from __future__ import annotations
 
@@ -28,22 +28,25 @@ KNOWN: dict[str, dict[str, Any]] = {
         "Qwen3-32B": (5120, 64, 64, 25600, False),
     }.items()
 }
-KNOWN["Qwen3-30B-A3B"] = _QWEN3 | {
+_MIXTURE = _QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
     "num_key_value_heads": 4,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
     "num_experts": 128,
     "num_experts_per_tok": 8,
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
-    "tie_word_embeddings": False,
 }
+KNOWN |= {
+    name: _MIXTURE | dict(zip((*_SIZES, "moe_intermediate_size"), sizes, strict=True))
+    for name, sizes in {
+        "Qwen3-30B-A3B": (2048, 48, 32, 6144, False, 768),
+        "Qwen3-235B-A22B": (4096, 94, 64, 12288, False, 1536),
+    }.items()
+}
+# Prompts of the data sets in docs/data.md, roughly, as their own names say; each but once.
+KNOWN_PROMPTS = {"openthoughts3": 1_200_000, "dapo_math_17k": 17_000, "aime24": 30}
 
 
 def known_config(directory: str) -> dict[str, Any] | None:
@@ -51,3 +54,8 @@ def known_config(directory: str) -> dict[str, Any] | None:
     name = Path(directory).name
     fitting = [known for known in KNOWN if name == known or name.startswith(f"{known}-")]
     return KNOWN[max(fitting, key=len)] if fitting else None
+
+
+def known_prompts(path: str) -> int | None:
+    """About how many prompts the published data set of this file or folder name holds; None for others."""
+    return KNOWN_PROMPTS.get(Path(path).name.partition(".")[0])

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from megatron_opd.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
-_PATH = "path"  # marks the fields that `expand_paths` expands
-PathText = Annotated[str, _PATH]
+PATH = "path"  # marks the fields that `expand_paths` expands
+PathText = Annotated[str, PATH]
 
 
 def expand_path(text: str) -> str:
@@ -40,9 +40,9 @@ def expand_paths(section: BaseModel, tree: dict[str, Any], where: str = "") -> N
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             expand_paths(value, tree[name], f"{where}{name}.")
-        elif isinstance(value, str) and any(_PATH in marks for marks in _marks(field)):
+        elif isinstance(value, str | list) and any(PATH in marks for marks in _marks(field)):
             try:
-                tree[name] = expand_path(value)
+                tree[name] = expand_path(value) if isinstance(value, str) else [expand_path(text) for text in value]
             except ConfigError as error:
                 raise ConfigError(f"{where}{name}: {error}") from None
 

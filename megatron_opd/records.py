@@ -58,6 +58,16 @@ def check_logp(logp_T: np.ndarray, name: str, start: int) -> None:
         raise ValueError(f"{name}[{t}] is {logp_T[t]}, not a log-probability ({bad.size} such positions)")
 
 
+def check_ending(response: np.ndarray, finish: Finish, stop_ids: Sequence[int]) -> None:
+    """Raise ValueError unless a response (ids, [R]) ends at its first stop id, if it has one, and has one if it stopped by itself."""
+    found = np.flatnonzero(np.isin(response, stop_ids))
+    if found.size and int(found[0]) != len(response) - 1:
+        token = int(response[found[0]])
+        raise ValueError(f"{len(response) - 1 - int(found[0])} tokens stand behind the stop id {token} in the response")
+    if (finish is Finish.STOP) != bool(found.size):
+        raise ValueError(f"it ended by {finish.name.lower()} at token {int(response[-1])}; the stop ids are {list(stop_ids)}")
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A prompt and one sampled response as token ids. tokens int32 [T], student_logp float32 [T] (of the sampler, T=1)."""
@@ -86,13 +96,8 @@ class Rollout:
         return len(self.tokens) - self.prompt_len
 
     def check_ending(self, stop_ids: Sequence[int]) -> None:
-        """Raise ValueError unless the response ends at its first stop id, if it has one, and has one if it stopped by itself."""
-        found = np.flatnonzero(np.isin(self.tokens[self.prompt_len :], stop_ids))
-        if found.size and int(found[0]) != self.response_len - 1:
-            token = int(self.tokens[self.prompt_len + int(found[0])])
-            raise ValueError(f"{self.response_len - 1 - int(found[0])} tokens stand behind the stop id {token} in the response")
-        if (self.finish is Finish.STOP) != bool(found.size):
-            raise ValueError(f"it ended by {self.finish.name.lower()} at token {int(self.tokens[-1])}; the stop ids are {list(stop_ids)}")
+        """Raise ValueError unless the response ends as `check_ending` demands."""
+        check_ending(self.tokens[self.prompt_len :], self.finish, stop_ids)
 
     def cut(self, max_tokens: int | None) -> Rollout:
         """This rollout, or its first `max_tokens` tokens (finish LENGTH). Raises ValueError if no token of the response is left."""
@@ -217,10 +222,49 @@ class SamplingParams(_Record):
 
 
 MAX_PARTS = 10**6  # folders of six digits
+EXTENDED_FORMAT = 2  # of a store with extensions, which programs that know none must not take for the whole
+
+
+class Extension(_Record):
+    """What a store was asked to hold from then on: all of `prompts`, `samples_per_prompt` of each; the parts that it had stay.
+
+    `extends` and `store_id`: identities of the store before and with it.
+    """
+
+    prompts: PromptFile
+    samples_per_prompt: int = Field(gt=0, lt=1 << 20)
+    extends: _StoreId
+    store_id: _StoreId
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Parts `first_part` on, which hold these samples of these prompts (rows of the prompt file); of the store as first made, and each extension.
+
+    `generation`: the extension that asked for it, from 1; 0 for the store as it was first made.
+    """
+
+    generation: int
+    first_part: int
+    prompts: range
+    samples: range
+    prompts_per_part: int
+
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self.prompts) // self.prompts_per_part)
+
+    def prompt_range(self, part: int) -> range:
+        """Prompts of part `part` of the store."""
+        start = (part - self.first_part) * self.prompts_per_part
+        return self.prompts[start : start + self.prompts_per_part]
 
 
 class StoreManifest(_Record):
     """Attributes of a store's root group.
+
+    `prompts` and `sampling.samples_per_prompt` are those that the store was first made for; `num_prompts` and `samples_per_prompt` those of now.
 
     `stop_ids`: every id that ends a response (empty in a store of an older version). `turn_end`: the one with which the chat template
     closes a turn. `chat_templates`: what wrote the prompts; `prompt_suffix`: its ids behind the last message; `prompt_probe`: its ids for a
@@ -244,24 +288,77 @@ class StoreManifest(_Record):
     engine: dict[str, Any] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
 
+    extensions: list[Extension] = Field(default_factory=list, max_length=1 << 16)
+
     @model_validator(mode="after")
     def _parts_have_names(self) -> StoreManifest:
+        if (self.format_version == EXTENDED_FORMAT) != bool(self.extensions):
+            raise ValueError(f"format {self.format_version} with {len(self.extensions)} extensions")
+        prompts, samples = self.prompts.num_prompts, self.sampling.samples_per_prompt
+        for extension in self.extensions:
+            now, each = extension.prompts.num_prompts, extension.samples_per_prompt
+            if now < prompts or each < samples or (now, each) == (prompts, samples):
+                raise ValueError(f"an extension from {prompts} prompts x {samples} samples to {now} x {each}")
+            prompts, samples = now, each
         if self.num_parts > MAX_PARTS:
             raise ValueError(f"{self.num_parts} parts, at most {MAX_PARTS} are possible; raise prompts_per_part")
         return self
 
     @property
+    def all_prompts(self) -> PromptFile:
+        """Identity of the prompts that the store holds now."""
+        return self.extensions[-1].prompts if self.extensions else self.prompts
+
+    @property
+    def num_prompts(self) -> int:
+        return self.all_prompts.num_prompts
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return self.extensions[-1].samples_per_prompt if self.extensions else self.sampling.samples_per_prompt
+
+    def segments(self) -> list[Segment]:
+        """In the order of their parts. An extension adds the new samples of the prompts that were there, then the new prompts."""
+        prompts, samples = self.prompts.num_prompts, self.sampling.samples_per_prompt
+        found = [Segment(0, 0, range(prompts), range(samples), self.prompts_per_part)]
+        for generation, extension in enumerate(self.extensions, start=1):
+            now, each = extension.prompts.num_prompts, extension.samples_per_prompt
+            for rows, numbers in ((range(prompts), range(samples, each)), (range(prompts, now), range(each))):
+                if rows and numbers:
+                    first = found[-1].first_part + found[-1].num_parts
+                    found.append(Segment(generation, first, rows, numbers, self.prompts_per_part))
+            prompts, samples = now, each
+        return found
+
+    @property
     def num_parts(self) -> int:
-        return -(-self.prompts.num_prompts // self.prompts_per_part)
+        last = self.segments()[-1]
+        return last.first_part + last.num_parts
 
     @property
     def vocab_size(self) -> int:
         return self.sampler.vocab_size
 
+    def segment(self, part: int) -> Segment:
+        """The one that part `part` is of."""
+        return next(segment for segment in reversed(self.segments()) if segment.first_part <= part)
+
     def prompt_range(self, part: int) -> range:
         """Rows of the prompt file that part `part` holds."""
-        start = part * self.prompts_per_part
-        return range(start, min(start + self.prompts_per_part, self.prompts.num_prompts))
+        return self.segment(part).prompt_range(part)
+
+    def sample_range(self, part: int) -> range:
+        """Samples of each of its prompts that part `part` holds."""
+        return self.segment(part).samples
+
+    def num_pairs(self, part: int) -> int:
+        """How many rollouts part `part` is to account for."""
+        segment = self.segment(part)
+        return len(segment.prompt_range(part)) * len(segment.samples)
+
+    def pairs(self, part: int) -> list[tuple[int, int]]:
+        """(prompt, sample) of every rollout that part `part` is to account for, in order."""
+        return [(prompt, sample) for prompt in self.prompt_range(part) for sample in self.sample_range(part)]
 
 
 class Excluded(_Record):

@@ -101,8 +101,10 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
     ranks = args.nproc or launch.default_ranks(stage.parallel.min_ranks)
     if ranks == 1:
         return run(recipe, args)
-    from megatron_opd.train.readiness import check_start
+    from megatron_opd.train.readiness import check_loggers, check_start
 
+    launch.check_gpus(ranks)
+    check_loggers(stage.loggers)
     check_start(recipe, name, ranks=ranks, allow_changes=args.continue_with_changes)  # before there are processes that would say so
     return launch.launch(arguments, ranks, stage.output)
 

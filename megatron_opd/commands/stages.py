@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_servers, flag_overrides, recipe_stage
 from megatron_opd.config import Recipe, require
 from megatron_opd.errors import UserError
+from megatron_opd.gpus import GPUS
 from megatron_opd.pipeline.stages import evaluation_of
 from megatron_opd.recipe_files import apply_overrides, build_recipe
-from megatron_opd.redact import public_address
 
 
 def add_to(stages: Stages) -> None:
-    recipe_stage(stages, "generate", "teacher answers for SFT, into a store", _generate, sharded=True)
+    generate = recipe_stage(stages, "generate", "teacher answers for SFT, into a store", _generate, sharded=True)
     sft = recipe_stage(stages, "sft", "fine-tune the base student on the teacher's answers", _sft, trains=True)
     rollout = recipe_stage(stages, "rollout", "responses of the fine-tuned student, into a store", _rollout, sharded=True)
     rollout.add_argument("--sft-teacher", metavar="DIR", help="declare the SFT teacher of a student that was fine-tuned elsewhere")
+    for command in (generate, rollout):
+        command.add_argument(
+            "--extend",
+            action="store_true",
+            help="the store may hold the first of these prompts, or fewer samples of each; what is new is made, what it has stays",
+        )
     score = recipe_stage(stages, "score", "the teacher's log-probabilities of the rollouts, into the same store", _score, sharded=True)
     train = recipe_stage(stages, "train", "distil on the scored rollouts", _train, trains=True)
     evaluation = recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
@@ -34,9 +41,16 @@ def add_to(stages: Stages) -> None:
         help="what shall start: 'inputs' looks at what you bring (models, prompt files), before anything has run",
     )
     check.add_argument(
-        "--gpus", type=a_positive, metavar="N", help="estimate memory, speed and GPU hours on N GPUs, before anything has run"
+        "--gpus", type=a_positive, metavar="N", help="estimate cost and memory of every stage on N GPUs in all, before anything has run"
     )
-    check.add_argument("--gpu-memory", type=a_gib, metavar="GIB", help="memory of one GPU for --gpus (default: 80)")
+    check.add_argument(
+        "--nodes",
+        type=a_positive,
+        metavar="N",
+        help="on how many nodes these GPUs are (without --gpus: nodes of 8); refused if nothing would fit",
+    )
+    check.add_argument("--gpu", choices=sorted(GPUS), help="which GPUs, for --gpus and --nodes (default: h100)")
+    check.add_argument("--gpu-memory", type=a_gib, metavar="GIB", help="memory of one GPU, if it is another than that kind's")
     check.add_argument(
         "--model", type=a_path, metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
     )
@@ -70,14 +84,14 @@ def _generate(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.serve.sample import generate
     from megatron_opd.serve.stage import Shard
 
-    generate(recipe, Shard.parse(args.shard))
+    generate(recipe, Shard.parse(args.shard), extend=args.extend)
 
 
 def _rollout(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.serve.sample import rollout
     from megatron_opd.serve.stage import Shard
 
-    rollout(recipe, Shard.parse(args.shard))
+    rollout(recipe, Shard.parse(args.shard), extend=args.extend)
 
 
 def _score(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -107,13 +121,17 @@ def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def _check(recipe: Recipe, args: argparse.Namespace) -> int:
-    if args.gpus is not None:
-        from megatron_opd.estimate import estimate_recipe
+    if args.gpus is not None or args.nodes is not None:
+        from megatron_opd.estimate.allocation import allocation_of
+        from megatron_opd.estimate.recipe import estimate_recipe
 
-        print("\n".join(estimate_recipe(recipe, args.gpus, args.gpu_memory or 80.0)))
+        gpu = GPUS[args.gpu or "h100"]
+        gpu = replace(gpu, memory_gib=args.gpu_memory or gpu.memory_gib)
+        print("\n".join(estimate_recipe(recipe, allocation_of(args.gpus, args.nodes), gpu)))
         return 0
-    if args.gpu_memory is not None:
-        raise UserError("--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N")
+    for option, value in (("--gpu-memory", args.gpu_memory), ("--gpu", args.gpu)):
+        if value is not None:
+            raise UserError(f"{option} is for the estimate, which needs the number of GPUs too: add --gpus N")
     if args.stage == "inputs":
         from megatron_opd.inputs import check_inputs, raise_faults
         from megatron_opd.pipeline.inputs_record import record_inputs
@@ -128,15 +146,16 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
         from megatron_opd.calibrate import check_engines
 
         return check_engines(recipe)
+    from megatron_opd.data.joined import show_stores
     from megatron_opd.train.readiness import check_start
 
     ready = check_start(recipe, args.stage, ranks=args.ranks, allow_changes=args.continue_with_changes)
     for note in ready.notes:
         print(note)
     if args.stage == "sft":
-        print(f"ready to fine-tune {ready.init.short()} on {public_address(recipe.sft.store)}")
+        print(f"ready to fine-tune {ready.init.short()} on {show_stores(recipe.sft.store)}")
     else:
-        print(f"ready to train {ready.init.short()} on {public_address(recipe.train.store)} with teacher {recipe.train.teacher!r}")
+        print(f"ready to train {ready.init.short()} on {show_stores(recipe.train.store)} with teacher {recipe.train.teacher!r}")
     return 0
 
 

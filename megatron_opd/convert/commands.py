@@ -21,6 +21,7 @@ from megatron_opd.durable import write_json
 from megatron_opd.errors import CheckpointError, DamagedCheckpoint, UserError
 from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, read_lineage, write_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.pipeline.status import training_status
 from megatron_opd.records import Lineage
 from megatron_opd.saved import STATE_FILE, find_checkpoint
@@ -63,6 +64,7 @@ def trained_to_hf(recipe: Recipe, stage: str) -> str:
     """
     source = Path(recipe.sft.output if stage == "sft" else recipe.train.output)
     target = Path(require(recipe.rollout, "rollout").model if stage == "sft" else require(recipe.eval, "eval").model)
+    require_made(recipe, str(source))
     progress, found = training_status(recipe, stage), find_checkpoint(source)
     latest, again = found.checkpoint, f"('megatron-opd {stage}'), then convert"
     if not progress.finished or latest is None:  # an older checkpoint than the last is the model of fewer steps

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from megatron_opd.records import Finish, PartManifest, StoreManifest
+from megatron_opd.records import Finish, PartManifest, Segment, StoreManifest
 
 
 def find_fault(
@@ -24,15 +26,19 @@ def find_fault(
     owner = np.concatenate([part_ids, excluded_parts])  # of rollouts, then of exclusions
     prompts = np.concatenate([prompt_indices, excluded_prompts])
     samples = np.concatenate([sample_indices.astype(np.int64), excluded_samples])
-    per_prompt, per_part = manifest.sampling.samples_per_prompt, manifest.prompts_per_part
-    end = np.minimum((owner + 1) * per_part, manifest.prompts.num_prompts)
+    numbers = np.array(list(parts), np.int64)  # in order
+    at = np.searchsorted(numbers, owner)
+    bounds = [_bounds(segment, part) for part, segment in _with_segments(manifest, parts)]
+    prompt, prompt_end, sample, sample_end = np.array(bounds, np.int64).reshape(-1, 4).T
+    per_prompt = manifest.samples_per_prompt
 
     def name(row: int) -> str:
         return f"prompt {prompts[row]}, sample {samples[row]}"
 
     for fault, wrong in (
-        ("belongs to another part", (prompts < owner * per_part) | (prompts >= end)),
+        ("belongs to another part", (prompts < prompt[at]) | (prompts >= prompt_end[at])),
         (f"is none of the {per_prompt} samples of its prompt", (samples < 0) | (samples >= per_prompt)),
+        ("belongs to another part", (samples < sample[at]) | (samples >= sample_end[at])),
         ("has a prompt that is not a part of its tokens", (prompt_lens < 1) | (prompt_lens >= lengths)),
         ("ends for a reason that is none", finishes > max(Finish)),
     ):
@@ -45,10 +51,25 @@ def find_fault(
     if twice.size:
         row = int(order[twice[0] + 1])
         return int(owner[row]), f"{name(row)} is there twice"
-    numbers = np.array(list(parts), np.int64)
-    found = np.bincount(np.searchsorted(numbers, owner), minlength=len(numbers))
-    expected = np.array([len(manifest.prompt_range(part)) * per_prompt for part in parts], np.int64)
+    found = np.bincount(at, minlength=len(numbers))
+    expected = (prompt_end - prompt) * (sample_end - sample)
     if (found != expected).any():
         number = int((found != expected).argmax())
         return int(numbers[number]), f"{found[number]} rollouts and exclusions, {expected[number]} belong to it"
     return None
+
+
+def _with_segments(manifest: StoreManifest, parts: dict[int, PartManifest]) -> Iterator[tuple[int, Segment]]:
+    """Each part, in order, with its segment."""
+    segments = manifest.segments()
+    number = 0
+    for part in parts:
+        while number + 1 < len(segments) and segments[number + 1].first_part <= part:
+            number += 1
+        yield part, segments[number]
+
+
+def _bounds(segment: Segment, part: int) -> tuple[int, int, int, int]:
+    """First prompt, the one behind the last, first sample, the one behind the last."""
+    prompts = segment.prompt_range(part)
+    return prompts.start, prompts.stop, segment.samples.start, segment.samples.stop

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from megatron_opd.data.calibration import read_calibration
+from megatron_opd.data.imported import import_record
 from megatron_opd.data.store import StoreReader
-from megatron_opd.records import Finish, ModelFingerprint, PartManifest, ScoreManifest, StoreManifest
+from megatron_opd.records import Extension, Finish, ModelFingerprint, PartManifest, PromptFile, ScoreManifest, StoreManifest
 from megatron_opd.untrusted import one_line
 
 _BAR = 40
@@ -29,11 +31,13 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
         ("SFT teacher", _model(lineage.sft_teacher) + (" (declared by the user)" if lineage.sft_teacher_declared else "")),
         *(("OVERRIDE", text) for text in lineage.overrides),
         ("tokenizer", f"{manifest.sampler.tokenizer.num_tokens} tokens, table {manifest.sampler.tokenizer.vocab_sha256[:12]}"),
-        ("prompts", f"{manifest.prompts.name}: {manifest.prompts.num_prompts} (sha256 {manifest.prompts.sha256[:12]})"),
+        ("prompts", _prompts(manifest.prompts)),
         ("sampling", ", ".join(f"{key} {value}" for key, value in manifest.sampling.model_dump(exclude={"stop_token_ids"}).items())),
         ("prompts written", _prompt_format(manifest)),
         ("stop ids", _endings(reader)),
-        ("made", f"{manifest.provenance.get('created', '?')} at commit {manifest.provenance.get('git_commit', 'unknown')}"),
+        ("made", _made(manifest.provenance)),
+        *(("imported", _imported(record)) for record in [import_record(manifest.provenance)] if record is not None),
+        *((f"extension {number}", _extension(entry)) for number, entry in enumerate(manifest.extensions, start=1)),
         ("parts", f"{len(reader.parts)} of {manifest.num_parts} sealed, {manifest.prompts_per_part} prompts each"),
         ("rollouts", _counts(reader)),
         *(("NOTE", note) for note in reader.notes),
@@ -41,7 +45,7 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
     scores = {name: [record for part in reader.parts if (record := reader.score_manifest(part, name))] for name in reader.teachers()}
     rows += [(f"scores {name!r}", _scores(reader, records)) for name, records in scores.items()]
     if not scores:
-        rows.append(("scores", "none; run 'megatron-opd score'"))
+        rows.append(("scores", "none; SFT needs none" if manifest.sampler_role == "teacher" else "none; run 'megatron-opd score'"))
     calibration = read_calibration(reader.location)
     if calibration is not None and calibration.floor is not None:
         rows.append(("engines", f"{calibration.engine.get('kind')} and Megatron differ by {calibration.floor.describe()}"))
@@ -62,6 +66,22 @@ def inspect_store(url: str, *, verify: bool = False) -> int:
 
 def _model(model: ModelFingerprint | None) -> str:
     return "not known" if model is None else f"{model.name} (weights {model.weights_sha256[:12]})"
+
+
+def _prompts(prompts: PromptFile) -> str:
+    return f"{prompts.name}: {prompts.num_prompts} (sha256 {prompts.sha256[:12]})"
+
+
+def _made(provenance: dict[str, Any]) -> str:
+    return f"{provenance.get('created', '?')} at commit {provenance.get('git_commit', 'unknown')}"
+
+
+def _imported(record: dict[str, Any]) -> str:
+    return f"from {record.get('file')}; that {record.get('model')} made the responses is declared, their log-probabilities were {record.get('log_probs')}"
+
+
+def _extension(entry: Extension) -> str:
+    return f"to {entry.samples_per_prompt} samples of each of the prompts {_prompts(entry.prompts)}, {_made(entry.provenance)}, identity {entry.store_id}"
 
 
 def _prompt_format(manifest: StoreManifest) -> str:

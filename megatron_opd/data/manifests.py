@@ -12,10 +12,10 @@ from pydantic import BaseModel, ValidationError
 from megatron_opd.data.location import MAKE_AGAIN, Location
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError
-from megatron_opd.records import PartManifest, ScoreManifest, StoreManifest
+from megatron_opd.records import EXTENDED_FORMAT, PartManifest, PromptFile, ScoreManifest, StoreManifest
 from megatron_opd.untrusted import one_line
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, EXTENDED_FORMAT)
 # What may differ between two runs that add to the same store.
 FREE_FIELDS = {"provenance", "engine"}
 _Manifest = TypeVar("_Manifest", bound=BaseModel)
@@ -35,25 +35,52 @@ def part_number(name: str) -> int | None:
 
 
 def read_manifest(location: Location) -> tuple[StoreManifest, str]:
-    """Manifest and identity of the store at `location`. Raises StoreError."""
+    """Manifest and identity of the store at `location`, of its last extension if it has any. Raises StoreError."""
     attributes = location.read_attributes("")
     if attributes is None:
         raise StoreError(f"{location.url}: no store here; make one with 'megatron-opd rollout' (or 'generate')")
-    if attributes.get("format_version") != FORMAT_VERSION:
+    if attributes.get("format_version") not in FORMAT_VERSIONS:
         version = one_line(str(attributes.get("format_version"))[:80])
-        raise StoreError(f"{location.url}: store format {version}, this program reads {FORMAT_VERSION}")
-    return parse_manifest(StoreManifest, attributes, location.url), store_id(attributes)
+        raise StoreError(f"{location.url}: store format {version}, this program reads {' and '.join(map(str, FORMAT_VERSIONS))}")
+    manifest = parse_manifest(StoreManifest, attributes, location.url)
+    identity = store_id(attributes)
+    for number, extension in enumerate(manifest.extensions, start=1):
+        then = extension_id(identity, extension.prompts, extension.samples_per_prompt)
+        if (extension.extends, extension.store_id) != (identity, then):
+            raise StoreError(
+                f"{location.url}: extension {number} is of another store ({extension.extends} to {extension.store_id}; it would be {identity} to {then}); "
+                "put zarr.json back from a copy"
+            )
+        identity = then
+    return manifest, identity
+
+
+def as_written(manifest: StoreManifest) -> dict[str, Any]:
+    """Attributes of a store's root group. Without extensions they are what older versions read and write, and have the same identity."""
+    return manifest.model_dump(exclude=None if manifest.extensions else {"extensions"})
 
 
 def store_id(attributes: dict[str, Any]) -> str:
-    """Hash of what a store's manifest, as it was written, says of the store's content.
+    """Hash of what a store's manifest, as it was written, says of the store's content as it was first made.
 
     It is the same for two workers that create the store, and after it was made again with the same settings; fields that later versions
     add to manifests don't change it.
     """
-    content = {key: value for key, value in attributes.items() if key not in FREE_FIELDS}
-    content["prompts"] = {key: value for key, value in content["prompts"].items() if key != "name"}
+    content = {key: value for key, value in attributes.items() if key not in FREE_FIELDS | {"extensions"}}
+    content |= {"format_version": 1, "prompts": {key: value for key, value in content["prompts"].items() if key != "name"}}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def extension_id(before: str, prompts: PromptFile, samples_per_prompt: int) -> str:
+    """Identity of a store from an extension on; `before` is that until then."""
+    content = [before, prompts.sha256, prompts.num_prompts, samples_per_prompt]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def part_id(manifest: StoreManifest, identity: str, part: int) -> str:
+    """Identity that part `part` of the store carries, and its scores: the store's as it was when the part came to it."""
+    generation = manifest.segment(part).generation
+    return identity if generation == len(manifest.extensions) else manifest.extensions[generation].extends
 
 
 def parse_manifest(kind: type[_Manifest], attributes: dict[str, Any], where: str) -> _Manifest:

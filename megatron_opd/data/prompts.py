@@ -47,7 +47,7 @@ def read_prompts(
     Raises UserError naming file, row and field.
     """
     path = Path(path)
-    prompts = (_parse(row, answers) for row in read_rows(path))
+    prompts = (parse_prompt(row, answers=answers) for row in read_rows(path))
     if unique:
         prompts = _drop_repeats(prompts)
     kept = [replace(prompt, index=index) for index, prompt in enumerate(islice(prompts, limit))]
@@ -55,13 +55,18 @@ def read_prompts(
         raise UserError(f"{path}: {len(kept)} prompts, but num_prompts asks for {limit}")
     if not kept:
         raise UserError(f"{path}: no prompts in it")
+    return PromptFile(name=path.name, sha256=hash_prompts(kept), num_prompts=len(kept)), kept
+
+
+def hash_prompts(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 of what is sampled from: what a `PromptFile` of these prompts has."""
     digest = hashlib.sha256()
-    for prompt in kept:
-        digest.update(_sampled_from(prompt) + b"\n")
-    return PromptFile(name=path.name, sha256=digest.hexdigest(), num_prompts=len(kept)), kept
+    for prompt in prompts:
+        digest.update(sampled_from(prompt) + b"\n")
+    return digest.hexdigest()
 
 
-def _sampled_from(prompt: Prompt) -> bytes:
+def sampled_from(prompt: Prompt) -> bytes:
     """What the samples of a prompt depend on. The null stands where stores of old had the answer: those without any still match."""
     return json.dumps([prompt.content, None, *([prompt.tools] if prompt.tools else [])]).encode()
 
@@ -69,13 +74,13 @@ def _sampled_from(prompt: Prompt) -> bytes:
 def _drop_repeats(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     seen = set()
     for prompt in prompts:
-        key = hashlib.sha256(_sampled_from(prompt)).digest()
+        key = hashlib.sha256(sampled_from(prompt)).digest()
         if key not in seen:
             seen.add(key)
             yield prompt
 
 
-def _parse(row: Row, answers: bool) -> Prompt:
+def parse_prompt(row: Row, *, answers: bool) -> Prompt:
     """The prompt of a row; its index is given later. Raises UserError."""
     where, value = row.where, row.value
     there = [name for name in _ALL_PROMPT_FIELDS if name in value] if isinstance(value, dict) else []

@@ -10,10 +10,10 @@ import numpy as np
 from megatron_opd.data.account import find_fault
 from megatron_opd.data.cache import ArrayCache
 from megatron_opd.data.location import MAKE_AGAIN, Location
-from megatron_opd.data.manifests import part_group, part_number, read_manifest, read_part, read_scores, score_group
+from megatron_opd.data.manifests import part_group, part_id, part_number, read_manifest, read_part, read_scores, score_group
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError, UserError
-from megatron_opd.records import Finish, PartManifest, Rollout, ScoreManifest, TeacherScores
+from megatron_opd.records import Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
 from megatron_opd.untrusted import one_line
 
 _SMALL_ARRAYS = ("offsets", "prompt_len", "prompt_index", "sample_index", "finish")
@@ -30,7 +30,9 @@ class StoreReader:
     def __init__(self, url: str, *, teacher: str | None = None, memory_bytes: int = 4 << 30):
         self.location = Location(url)
         self.teacher = teacher
-        self.manifest, self.store_id = read_manifest(self.location)
+        self.manifest: StoreManifest
+        self.store_id = ""  # of the manifest; `refresh` reads both
+        self.stores: list[StoreReader] = [self]  # a reader of several has more
         self._cache = ArrayCache(self.location, memory_bytes)
         self._facts: dict[str, dict[str, ArrayFacts]] = {}  # of the arrays of a group
         self._scores: dict[tuple[int, str], ScoreManifest] = {}
@@ -40,16 +42,16 @@ class StoreReader:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look for parts that were sealed since. Raises StoreError for a part that is damaged, of another store or not of this one.
+        """Look for parts that were sealed, and extensions that were made since.
 
-        `notes` then says what is odd, and no fault.
+        Raises StoreError for a part that is damaged, of another store or not of this one. `notes` then says what is odd, and no fault.
         """
         self.notes = []
         small: dict[str, list[np.ndarray]] = {name: [] for name in _SMALL_ARRAYS}
         parts: dict[int, PartManifest] = {}
         for part in self._part_numbers():
             group = part_group(part)
-            found = read_part(self.location, part, self.store_id)
+            found = read_part(self.location, part, part_id(self.manifest, self.store_id, part))
             if found is None:
                 continue
             parts[part], self._facts[group] = found
@@ -81,6 +83,7 @@ class StoreReader:
         """Numbers of the folders of parts, sealed or not. Raises StoreError for one that the store can't have."""
         names = self.location.children("parts")
         numbers = {name: number for name in names if (number := part_number(name)) is not None}
+        self._reread_manifest()  # after the parts were listed: an extension is written down before its first part
         for name in names:
             where = self.location.show(f"parts/{name}")
             if name not in numbers:
@@ -88,6 +91,15 @@ class StoreReader:
             elif numbers[name] >= self.manifest.num_parts:
                 raise StoreError(f"{where}: the store has {self.manifest.num_parts} parts, from 000000 on; delete it, or move it away")
         return sorted(numbers.values())
+
+    def _reread_manifest(self) -> None:
+        """See extensions made since. Raises StoreError if it is another store by now."""
+        manifest, identity = read_manifest(self.location)
+        if self.store_id not in ("", identity, *(extension.extends for extension in manifest.extensions)):
+            raise StoreError(
+                f"{self.location.url}: was another store ({self.store_id}, now {identity}) when it was opened; run the same command again"
+            )
+        self.manifest, self.store_id = manifest, identity
 
     def _keep_scored(self, teacher: str) -> None:
         """Leave out what `teacher` could not score. Parts that it has not scored at all stay: `check_scored` names them."""
@@ -123,6 +135,11 @@ class StoreReader:
     def response_lens(self) -> np.ndarray:
         return self.lengths - self.prompt_lens
 
+    @property
+    def num_parts(self) -> int:
+        """Parts that the store will have when it is complete."""
+        return self.manifest.num_parts
+
     def missing_parts(self) -> list[int]:
         """Parts that are not sealed yet."""
         return [part for part in range(self.manifest.num_parts) if part not in self.parts]
@@ -137,7 +154,7 @@ class StoreReader:
         """Manifest of a teacher's scores of a part, None if it did not score it. Raises StoreError if it scored other rollouts."""
         key = (part, teacher)
         if key not in self._scores:
-            found = read_scores(self.location, self.parts[part], teacher, self.store_id)
+            found = read_scores(self.location, self.parts[part], teacher, part_id(self.manifest, self.store_id, part))
             if found is None:
                 return None
             self._scores[key], self._facts[score_group(part, teacher)] = found

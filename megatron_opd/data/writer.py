@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_opd.data.joining import join_store
 from megatron_opd.data.location import FILL, Location, checksum
-from megatron_opd.data.manifests import FREE_FIELDS, part_group, read_manifest, score_group
-from megatron_opd.errors import BRANCH, StoreError
+from megatron_opd.data.manifests import part_group, part_id, read_manifest, score_group
+from megatron_opd.errors import StoreError
 from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
-from megatron_opd.untrusted import one_line
-
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def create_store(url: str, manifest: StoreManifest) -> Location:
     """Create a store, or join one that was created with the same settings. Raises StoreError naming what differs."""
-    location = Location(url)
-    if location.read_attributes("") is None:
-        location.write_attributes("", manifest.model_dump(), exclusive=True)
-    existing = read_manifest(location)[0].model_dump()
-    wanted = manifest.model_dump()
-    if wanted["prompts"]["sha256"] == existing["prompts"]["sha256"]:
-        wanted["prompts"]["name"] = existing["prompts"]["name"]  # the same file under another name
-    for key in wanted:
-        if key not in FREE_FIELDS and existing[key] != wanted[key]:
-            raise StoreError(
-                f"{location.url} was made with other settings: {key} is {_brief(existing[key], wanted[key])} there, "
-                f"{_brief(wanted[key], existing[key])} now; use the same settings, or another store path; {BRANCH}"
-            )
-    location.make_group("parts")
-    for group in ("", "parts"):
-        location.remove_leftovers(group)
-    return location
-
-
-def _brief(value: Any, other: Any) -> str:
-    """The part of `value` that differs from `other`; of a hash its beginning."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return "{" + ", ".join(f"{key}: {_brief(value[key], other.get(key))}" for key in value if value[key] != other.get(key)) + "}"
-    return value[:12] if isinstance(value, str) and _HASH.fullmatch(value) else one_line(value)
+    join_store(url, manifest)
+    return Location(url)
 
 
 def write_part(
@@ -53,7 +28,7 @@ def write_part(
     manifest, identity = read_manifest(location)
     if not 0 <= part < manifest.num_parts:
         raise StoreError(f"{location.url}: part {part} of {manifest.num_parts}")
-    expected = {(p, s) for p in manifest.prompt_range(part) for s in range(manifest.sampling.samples_per_prompt)}
+    expected = set(manifest.pairs(part))
     given = [(r.prompt_index, r.sample_index) for r in rollouts] + [(e.prompt_index, e.sample_index) for e in excluded]
     if len(given) != len(set(given)) or set(given) != expected:
         odd = sorted(set(given) ^ expected)[:5]
@@ -81,7 +56,7 @@ def write_part(
     }
     record = PartManifest(
         part=part,
-        store_id=identity,
+        store_id=part_id(manifest, identity, part),
         num_rollouts=len(rollouts),
         num_tokens=len(arrays["tokens"]),
         num_response_tokens=sum(r.response_len for r in rollouts),
@@ -128,7 +103,7 @@ def write_scores(
         arrays["topk_ids"] = _aligned([None if s is None else s.topk_ids for s in scores], lengths, np.int32, shape)
         arrays["topk_logp"] = _aligned([None if s is None else s.topk_logp for s in scores], lengths, np.dtype(topk_dtype), shape)
     sums = {name: checksum(array) for name, array in arrays.items()}
-    sealed = manifest.model_copy(update={"store_id": read_manifest(location)[1], "crc32c": sums})
+    sealed = manifest.model_copy(update={"store_id": part_id(*read_manifest(location), manifest.part), "crc32c": sums})
     parent = f"{part_group(manifest.part)}/teacher"
     location.make_group(parent)
     location.remove_leftovers(parent)

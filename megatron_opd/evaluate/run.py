@@ -20,6 +20,7 @@ from megatron_opd.evaluate.grading_pool import check_answers
 from megatron_opd.evaluate.intervals import Totals, difference_interval, proportion_interval, ratio_interval
 from megatron_opd.evaluate.wording import describe_grading, interval, kl_caveat, shown
 from megatron_opd.lineage import fingerprint_model, read_lineage
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Finish, Prompt, PromptFile
 from megatron_opd.serve.sample import sample_into_store
 from megatron_opd.serve.score import score_store
@@ -34,6 +35,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
     graded anew, with the answers and the grader of now.
     """
     started = time.monotonic()
+    require_made(recipe, stage.model)
     prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts)
     if stage.grader != "none":
         check_answers(stage.grader, prompts, stage.prompts, seconds=stage.grading_seconds)

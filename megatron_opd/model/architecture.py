@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ _NEUTRAL: dict[str, Any] = {
     "use_mrope": False,
     "use_parallel_residual": False,
 }
+# These two discard an output and make it again in place, which Megatron-Core does with Transformer Engine's help alone.
+MADE_IN_PLACE = {"layernorm", "moe_act"}
 # What transformers takes for a field that config.json does not have, where it is not what the sizes say.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
@@ -121,9 +124,11 @@ class Architecture:
         return -(-self.vocab_size // (16 * tp)) * 16 * tp
 
     def check_stage(self, stage: TrainerConfig, name: str) -> None:
-        """Raise UserError for the faults of `layout_faults`, with the name of the recipe's section."""
+        """Raise UserError for the faults of `layout_faults` and `recompute_faults`, with the name of the recipe's section."""
         if faults := self.layout_faults(stage.parallel, stage.fp8):
             raise UserError(f"{name}: {'; '.join(faults)}; change {name}.parallel" + (f" or {name}.fp8" if stage.fp8 else ""))
+        if stage.recompute == "selective" and (faults := self.recompute_faults(stage.recompute_modules, stage.fp8)):
+            raise UserError(f"{name}.recompute_modules: {'; '.join(faults)}")
 
     def check_parallel(self, parallel: ParallelConfig) -> None:
         """Raise UserError for the faults of `layout_faults`."""
@@ -158,6 +163,15 @@ class Architecture:
         most = self.num_layers // parallel.pp
         kept = {field: getattr(fp8, field) for field in ("bf16_first_layers", "bf16_last_layers")}
         return [f"fp8.{field} = {count}, but a pipeline stage has {most} layers" for field, count in kept.items() if count > most]
+
+    def recompute_faults(self, modules: Sequence[str], fp8: Fp8Config | None) -> list[str]:
+        """Modules that can't be made again, whatever the machine."""
+        absent = {"mlp"} if self.num_experts else {"moe", "moe_act"}
+        found = sorted(absent & set(modules))
+        faults = [f"a {self.name} has no {', '.join(found)}; take it out"] if found else []
+        if fp8 and fp8.recipe == "delayed" and (in_place := sorted(MADE_IN_PLACE & set(modules))):
+            faults.append(f"{', '.join(in_place)} can't be made again with fp8.recipe = 'delayed'; take another recipe")
+        return faults
 
     def stage_layers(self, stages: int) -> list[int]:
         """Layers of each pipeline stage, in the order of the layers; those left over go to the middle, as the ends have the vocabulary."""

@@ -23,7 +23,7 @@ from opd_kernels.linear import Observer
 
 from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.errors import UserError
-from megatron_opd.model.architecture import Architecture
+from megatron_opd.model.architecture import MADE_IN_PLACE, Architecture
 from megatron_opd.model.fp8 import fp8_options, this_machine
 from megatron_opd.model.layers import PackedAttention, RMSNorm, varlen_attention
 from megatron_opd.model.moe import mark_experts, moe_options
@@ -171,15 +171,11 @@ def _recompute_options(arch: Architecture, recompute: str, modules: Sequence[str
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if recompute == "none":
         return {}
-    absent = {"mlp"} if arch.num_experts else {"moe", "moe_act"}
-    if found := sorted(absent & set(modules)):
-        raise UserError(f"recompute_modules: a {arch.name} has no {', '.join(found)}")
-    # These two discard an output and make it again in place, which Megatron-Core does with Transformer Engine's help alone.
-    in_place = sorted({"layernorm", "moe_act"} & set(modules))
+    if faults := arch.recompute_faults(modules, fp8):
+        raise UserError(f"recompute_modules: {'; '.join(faults)}")
+    in_place = sorted(MADE_IN_PLACE & set(modules))
     if in_place and not uses_transformer_engine():
         raise UserError(f"recompute_modules: {', '.join(in_place)} need a GPU with Transformer Engine")
-    if in_place and fp8 and fp8.recipe == "delayed":
-        raise UserError(f"recompute_modules: {', '.join(in_place)} can't be made again with fp8.recipe = 'delayed'; take another recipe")
     version = this_machine().transformer_engine
     if in_place and fp8 and version is not None and version < (2, 6):
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_opd.config import EvalStage, SampleStage
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.durable import write_json
@@ -97,3 +98,9 @@ def _stamp(paths: Any) -> list[Any]:
     """What changes when files do; the time of the last change of the inode can't be set back, that of the content can."""
     facts = [(path.name, path.stat()) for path in sorted(paths) if path.is_file()]
     return [[name, fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns] for name, fact in facts]
+
+
+def selection_of(config: SampleStage | EvalStage) -> dict[str, Any]:
+    """Which prompts of its file a stage takes, as `read_prompts` is told."""
+    unique = {"unique": config.unique_prompts} if isinstance(config, SampleStage) else {}
+    return {"limit": config.num_prompts, **unique}

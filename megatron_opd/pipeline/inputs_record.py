@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.config import Recipe, SampleStage
+from megatron_opd.config import Recipe
 from megatron_opd.durable import make_folder, write_json
 from megatron_opd.errors import UserError
-from megatron_opd.pipeline.identities import Identities, Unread
+from megatron_opd.pipeline.identities import Identities, Unread, selection_of
 from megatron_opd.pipeline.stores import differences, short
 from megatron_opd.untrusted import read_object
 
@@ -48,9 +48,6 @@ def _identity(recipe: Recipe, identities: Identities) -> dict[str, Any]:
     for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), ("eval", recipe.eval)):
         if stage is None:
             continue
-        selection: dict[str, Any] = {"limit": stage.num_prompts}
-        if isinstance(stage, SampleStage):
-            selection["unique"] = stage.unique_prompts
-        prompts = identities.prompts(stage.prompts, **selection)
+        prompts = identities.prompts(stage.prompts, **selection_of(stage))
         found[f"{name} prompts"] = None if prompts is None else f"{prompts.num_prompts} ({short(prompts.sha256)})"
     return found

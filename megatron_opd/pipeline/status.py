@@ -15,16 +15,17 @@ from megatron_opd.checksums import content_id
 from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig, TrainStage, require
 from megatron_opd.data.calibration import read_calibration
 from megatron_opd.data.identity import rollouts_id, scores_hash, sums_of
+from megatron_opd.data.joined import open_training_stores, show_stores
+from megatron_opd.data.joining import as_of, flat
 from megatron_opd.data.location import Location
 from megatron_opd.data.order import num_steps
-from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import ORIGIN_FILE
-from megatron_opd.pipeline.identities import Identities, Unread
+from megatron_opd.pipeline.identities import Identities, Unread, selection_of
 from megatron_opd.pipeline.inputs_record import inputs_difference
 from megatron_opd.pipeline.stages import Stage, evaluation_of, list_stages, recipe_of
-from megatron_opd.pipeline.stores import Glance, differences, glance, prompt_difference, sampling_differences, short
-from megatron_opd.records import ModelFingerprint
+from megatron_opd.pipeline.stores import Glance, differences, glance, glance_at_all, prompt_difference, sampling_differences, short
+from megatron_opd.records import ModelFingerprint, SamplingParams, StoreManifest
 from megatron_opd.redact import public_address
 from megatron_opd.saved import find_checkpoint, latest_checkpoint, read_state
 from megatron_opd.untrusted import read_object
@@ -180,18 +181,32 @@ class Survey:
         sampling = config.sampling
         if longest is not None and longest < sampling.max_new_tokens:  # as the stage does
             sampling = sampling.model_copy(update={"max_new_tokens": longest})
-        changed = sampling_differences(found.manifest, config, sampling)
-        if (prompts := self._other_prompts(found, config)) is not None:
-            changed.append(prompts)
-        return replace(status, stale=_differs(changed))
+        newest: str | None = None
+        for generation in range(len(found.manifest.extensions), -1, -1):  # an extended store is still what it was before
+            then = as_of(found.manifest, generation)
+            changed = sampling_differences(flat(then), config, sampling)
+            if (prompts := self._other_prompts(flat(then), config)) is not None:
+                changed.append(prompts)
+            if not changed:
+                return replace(status, done=sum(part < then.num_parts for part in found.parts), total=then.num_parts)
+            newest = newest or f"{_differs(changed)}{self._hint(flat(then), config, sampling, changed)}"
+        return replace(status, stale=newest)
 
-    def _other_prompts(self, found: Glance, config: SampleStage | EvalStage) -> str | None:
-        selection: dict[str, Any] = {"limit": config.num_prompts}
-        if isinstance(config, SampleStage):
-            selection["unique"] = config.unique_prompts
-        there = found.manifest.prompts
-        here = self.identities.prompts(config.prompts, **selection)
-        return prompt_difference(there, here)
+    def _hint(self, there: StoreManifest, config: SampleStage, sampling: SamplingParams, changed: list[str]) -> str:
+        """Whether what is new can be added to what is there."""
+        more = sampling.samples_per_prompt - there.sampling.samples_per_prompt
+        other = [text for text in changed if not text.startswith(("samples_per_prompt ", "prompts "))]
+        selection = {**selection_of(config), "limit": there.prompts.num_prompts}
+        now = self.identities.prompts(config.prompts, **selection_of(config))
+        if other or more < 0 or now is None or now.num_prompts < there.prompts.num_prompts:
+            return ""
+        first = self.identities.prompts(config.prompts, **selection)
+        if first is None or first.sha256 != there.prompts.sha256:
+            return ""
+        return "; it is the beginning of that, and --extend makes what is new alone"
+
+    def _other_prompts(self, there: StoreManifest, config: SampleStage | EvalStage) -> str | None:
+        return prompt_difference(there.prompts, self.identities.prompts(config.prompts, **selection_of(config)))
 
     def _scored(self, stage: Stage, recipe: Recipe) -> Status:
         config = recipe.score
@@ -218,7 +233,7 @@ class Survey:
         state = read_state(found.checkpoint) if found.checkpoint else {}
         done = int(state.get("step", 0))
         teacher = config.teacher if isinstance(config, TrainStage) else None
-        data = glance(config.store, teacher)  # may be gone when the run is finished
+        data = glance_at_all(config.store, teacher)  # may be gone when the run is finished
         steps = config.steps
         if steps is None and data is not None:
             steps = num_steps(data.num_rollouts, global_batch=config.global_batch, epochs=config.epochs)
@@ -255,10 +270,10 @@ class Survey:
             return None
         excluded = [[part, len(record.excluded), record.max_tokens] for part, record in data.scores.items()]
         key = f"rollouts {sums_of(data.parts)} {excluded}"
-        now = self.identities.hash_of(key, lambda: rollouts_id(StoreReader(config.store, teacher=teacher)))
+        now = self.identities.hash_of(key, lambda: rollouts_id(open_training_stores(config.store, teacher)))
         if recorded == now:
             return None
-        return f"the rollouts in {public_address(config.store)} are others since ({short(recorded)} -> {short(now)})"
+        return f"the rollouts in {show_stores(config.store)} are others since ({short(recorded)} -> {short(now)})"
 
     def _converted(self, stage: Stage, source: str, target: str | None) -> Status:
         if target is None:
@@ -293,7 +308,7 @@ class Survey:
         if (why := self._replaced(config.model, weights)) is not None:
             return replace(status, stale=why)
         changed = [] if found is None else sampling_differences(found.manifest, config, config.sampling)
-        if found is not None and (prompts := self._other_prompts(found, config)) is not None:
+        if found is not None and (prompts := self._other_prompts(found.manifest, config)) is not None:
             changed.append(prompts)
         if record:
             changed += differences(record.get("grader", "none"), config.grader, "grader")
@@ -333,7 +348,7 @@ def _other_scores(objective: dict[str, Any], config: TrainerConfig, data: Glance
     now = scores_hash(data.scores)
     if recorded == now:
         return None
-    return f"the scores of {teacher!r} in {public_address(config.store)} are others since ({short(recorded)} -> {short(now)})"
+    return f"the scores of {teacher!r} in {show_stores(config.store)} are others since ({short(recorded)} -> {short(now)})"
 
 
 def _differs(changed: list[str]) -> str | None:

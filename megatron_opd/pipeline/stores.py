@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from megatron_opd.config import EvalStage, SampleStage
+from megatron_opd.data.joined import store_list
 from megatron_opd.data.location import Location
-from megatron_opd.data.manifests import part_number, read_manifest, read_part, read_scores
+from megatron_opd.data.manifests import part_id, part_number, read_manifest, read_part, read_scores
 from megatron_opd.inference import EncodingConfig
 from megatron_opd.records import PartManifest, PromptFile, SamplingParams, ScoreManifest, StoreManifest
 
@@ -35,12 +38,25 @@ def glance(address: str, teacher: str | None = None) -> Glance | None:
     manifest, identity = read_manifest(location)
     parts, scores = {}, {}
     for number in sorted(number for name in location.children("parts") if (number := part_number(name)) is not None):
-        if (found := read_part(location, number, identity)) is None:
+        own = part_id(manifest, identity, number)
+        if (found := read_part(location, number, own)) is None:
             continue
         parts[number] = found[0]
-        if teacher is not None and (scored := read_scores(location, found[0], teacher, identity)) is not None:
+        if teacher is not None and (scored := read_scores(location, found[0], teacher, own)) is not None:
             scores[number] = scored[0]
     return Glance(manifest, parts, scores)
+
+
+def glance_at_all(store: str | list[str], teacher: str | None = None) -> Glance | None:
+    """The stores of a training as one, parts numbered on from store to store; None unless all of them are there."""
+    found = [glance(address, teacher) for address in store_list(store)]
+    there = [one for one in found if one is not None]
+    if not there or len(there) < len(found):
+        return None
+    firsts = np.cumsum([0, *(one.manifest.num_parts for one in there)]).tolist()
+    parts = {first + number: record for first, one in zip(firsts, there, strict=False) for number, record in one.parts.items()}
+    scores = {first + number: record for first, one in zip(firsts, there, strict=False) for number, record in one.scores.items()}
+    return Glance(there[0].manifest, parts, scores)
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:

@@ -19,6 +19,8 @@ from megatron_opd.untrusted import printable
 
 STOP_SECONDS = 30.0
 TAIL_BYTES = 3000
+_NO_SGLANG = re.compile(r"No module named '?sglang'?(?![\w.])|No module named '?sglang\.launch_server'?")
+_SHELL_CODES = {126: "can't be run", 127: "is not there"}  # what shells say of a command in them
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # A child of a process that was killed must not go on holding GPUs: the kernel ends it with the thread that started it. The check
 # closes the gap between fork and prctl. exec keeps the setting.
@@ -80,6 +82,18 @@ class ServerProcess:
             return "it was stopped, as it did not answer"
         code = self._process.poll()
         return None if code is None else f"it exited with code {code}; the end of {self.log}:\n{self.tail()}"
+
+    def hopeless(self) -> str | None:
+        """Why another start would end as this one did; None if it may not. Once it has died."""
+        code = None if self._process is None else self._process.poll()
+        if _NO_SGLANG.search(self.tail()):
+            return (
+                "the Python that was to run the server has no SGLang; install it there, or say with engine.launch.command how a server is started "
+                'where it is (for example engine.launch.command=\'[".venv-serve/bin/python", "-m", "sglang.launch_server"]\')'
+            )
+        if code in _SHELL_CODES:
+            return f"engine.launch.command names a program that {_SHELL_CODES[code]}"
+        return None
 
     def tail(self) -> str:
         try:

@@ -219,6 +219,8 @@ class Pool:
         said, strange = False, 0
         while True:
             if process is not None and launch is not None and (death := process.death()) is not None:
+                if (why := process.hopeless()) is not None:
+                    raise EngineError(f"{server.url}: {why}; {death}")
                 if process.starts > launch.restarts:
                     raise EngineError(f"{server.url}: {death}\n(started {process.starts} times; engine.launch.restarts={launch.restarts})")
                 print(f"\n{server.url}: {death}\nstarting it again", flush=True)

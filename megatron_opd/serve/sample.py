@@ -3,46 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_opd.config import Recipe, SampleStage, require
+from megatron_opd.config import Recipe, RolloutStage, SampleStage, require
 from megatron_opd.cost import StageCost, provenance
+from megatron_opd.data.joining import join_store
 from megatron_opd.data.location import Location
 from megatron_opd.data.prompt_files import find_files
-from megatron_opd.data.prompts import read_prompts
+from megatron_opd.data.prompts import hash_prompts, read_prompts
 from megatron_opd.data.store import StoreReader
-from megatron_opd.data.writer import create_store, write_part
+from megatron_opd.data.writer import write_part
 from megatron_opd.errors import LineageError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, find_overlong, uses_template
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest, open_engine
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
-from megatron_opd.turns import check_prompt_format, describe_tokens, read_turns, with_override
+from megatron_opd.turns import Turns, check_prompt_format, describe_tokens, read_turns, with_override
 
 Stage = TypeVar("Stage", bound=SampleStage)
 
 
-def generate(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
+def generate(recipe: Recipe, shard: Shard = Shard(), *, extend: bool = False) -> StoreReader:
     """Teacher responses for SFT; the store names the teacher, so that consistency can be held from here on."""
     stage = cap_responses(require(recipe.generate, "generate"), recipe.sft.max_response_tokens, "generate")
-    return sample_into_store(stage, recipe.engine_for(stage.model), role="teacher", run_dir=recipe.run_dir, name="generate", shard=shard)
+    engine = recipe.engine_for(stage.model)
+    return sample_into_store(stage, engine, role="teacher", run_dir=recipe.run_dir, name="generate", shard=shard, extend=extend)
 
 
-def rollout(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
+def rollout(recipe: Recipe, shard: Shard = Shard(), *, extend: bool = False) -> StoreReader:
     """Student responses for distillation, with the lineage of the student."""
     stage = cap_responses(require(recipe.rollout, "rollout"), recipe.train.max_response_tokens, "rollout")
-    lineage = read_lineage(stage.model) or Lineage()
-    if stage.sft_teacher is not None:
-        declared = fingerprint_model(stage.sft_teacher)
-        if lineage.sft_teacher is not None and lineage.sft_teacher.weights_sha256 != declared.weights_sha256:
-            raise LineageError(
-                f"rollout.sft_teacher declares {declared.short()}, but {stage.model} records {lineage.sft_teacher.short()}; drop the declaration"
-            )
-        lineage = lineage.model_copy(update={"sft_teacher": declared, "sft_teacher_declared": lineage.sft_teacher is None})
+    require_made(recipe, stage.model)
     return sample_into_store(
         stage,
         recipe.engine_for(stage.model),
@@ -50,9 +46,23 @@ def rollout(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
         run_dir=recipe.run_dir,
         name="rollout",
         shard=shard,
-        lineage=lineage,
+        lineage=student_lineage(stage),
         allow_template_mismatch=stage.allow_template_mismatch,
+        extend=extend,
     )
+
+
+def student_lineage(stage: RolloutStage) -> Lineage:
+    """Lineage of the student that is sampled, with the SFT teacher that was declared for it. Raises LineageError."""
+    lineage = read_lineage(stage.model) or Lineage()
+    if stage.sft_teacher is None:
+        return lineage
+    declared = fingerprint_model(stage.sft_teacher)
+    if lineage.sft_teacher is not None and lineage.sft_teacher.weights_sha256 != declared.weights_sha256:
+        raise LineageError(
+            f"rollout.sft_teacher declares {declared.short()}, but {stage.model} records {lineage.sft_teacher.short()}; drop the declaration"
+        )
+    return lineage.model_copy(update={"sft_teacher": declared, "sft_teacher_declared": lineage.sft_teacher is None})
 
 
 def sample_into_store(
@@ -65,32 +75,19 @@ def sample_into_store(
     shard: Shard = Shard(),
     lineage: Lineage | None = None,
     allow_template_mismatch: bool = False,
+    extend: bool = False,
 ) -> StoreReader:
     """Fill the store's missing parts that belong to `shard`. Goes on where an earlier run stopped.
 
+    With `extend`, a store that has the first of these prompts, or fewer samples of each, gets parts for what is new.
     A model that was fine-tuned is asked as in its SFT store; another chat template is refused unless allowed, and then recorded in the
     lineage. Raises UserError.
     """
     prompt_file, prompts = read_prompts(stage.prompts, limit=stage.num_prompts, unique=stage.unique_prompts, answers=False)
     fingerprint, tokenizer, lineage = fingerprint_model(stage.model), load_tokenizer(stage.model), lineage or Lineage()
     templated = [uses_template(prompt, stage.encoding) for prompt in prompts]
-    turns = read_turns(
-        stage.model,
-        tokenizer,
-        stage.encoding,
-        templated=templated,
-        sft=lineage.sft,
-        stop_token_ids=stage.sampling.stop_token_ids,
-    )
-    if lineage.sft is not None:
-        problem = check_prompt_format(lineage.sft, turns, stage.model, tokenizer)
-        lineage = with_override(
-            lineage,
-            problem,
-            allowed=allow_template_mismatch,
-            remedy=f"the SFT answers' format is in {stage.model}/{LINEAGE_FILE}; write prompts so, or go on with {name.split()[0]}.allow_template_mismatch=true (recorded)",
-        )
-    manifest = StoreManifest(
+    turns, lineage = prompt_format(stage, tokenizer, templated, lineage, allow_mismatch=allow_template_mismatch, section=name.split()[0])
+    wanted = StoreManifest(
         sampler_role=role,
         sampler=fingerprint,
         lineage=lineage,
@@ -101,19 +98,26 @@ def sample_into_store(
         provenance=provenance(),
         **turns.manifest_fields(),
     )
-    sampling = stage.sampling.model_copy(update={"stop_token_ids": manifest.stop_ids})
+    sampling = stage.sampling.model_copy(update={"stop_token_ids": wanted.stop_ids})
     location = Location(stage.store)
-    before: StoreReader | None = None
-    if location.read_attributes("") is not None:  # other settings, and parts of other stores, are refused now, before a model is loaded
-        create_store(stage.store, manifest)
-        before = StoreReader(stage.store)
+
+    def hash_first(count: int) -> str:
+        return hash_prompts(prompts[:count])
+
+    # Other settings, and parts of other stores, are refused now, before a model is loaded.
+    manifest = join_store(stage.store, wanted, hash_first, extend=extend, write=False)
+    before = StoreReader(stage.store) if location.read_attributes("") is not None else None
     todo = [part for part in range(manifest.num_parts) if shard.owns(part) and (before is None or part not in before.parts)]
     if not todo:
-        print(f"{name}: {location.url} has all its parts")
-        return _account(before or StoreReader(stage.store), shard, stage, name, run_dir)
+        more = before.manifest.num_parts - manifest.num_parts if before is not None else 0
+        print(
+            f"{name}: {location.url} has all its parts"
+            + (f"; it was extended by {more} since, which this command does not make" if more else "")
+        )
+        return account(before or StoreReader(stage.store), shard, stage, name, run_dir)
     for line in (f"prompts of {find_files(stage.prompts).note}", *describe_encoding(tokenizer, prompts, stage.encoding)):
         print(f"{name}: {line}")
-    rows = [row for part in todo for row in manifest.prompt_range(part)]
+    rows = sorted({row for part in todo for row in manifest.prompt_range(part)})
     own = [prompts[row] for row in rows]
     own_ids = encode_prompts(tokenizer, own, turns.encoding)  # before an engine has cost something
     if stage.encoding.max_prompt_tokens is not None:
@@ -130,16 +134,14 @@ def sample_into_store(
             max_prompt = engine.context_length - 1
         skipped = {rows[position] for position in find_overlong(own_ids, own, stage.encoding, max_tokens=max_prompt)}
         print(f"{name}: responses end at {describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)}", flush=True)
-        create_store(stage.store, manifest)  # a new one only now: what is refused until here leaves nothing behind
+        # A new one, or an extension, only now: what is refused until here leaves nothing behind.
+        join_store(stage.store, wanted, hash_first, extend=extend, planned=manifest)
         settings = {"engine": engine.describe(), **provenance()}
-        samples = stage.sampling.samples_per_prompt
-        mine = [part for part in range(manifest.num_parts) if shard.owns(part)]
-        total = sum(len(manifest.prompt_range(part)) for part in mine) * samples
-        left = sum(len(manifest.prompt_range(part)) for part in todo) * samples
+        total = sum(manifest.num_pairs(part) for part in range(manifest.num_parts) if shard.owns(part))
+        left = sum(manifest.num_pairs(part) for part in todo)
 
         def requests_of(part: int) -> list[GenerateRequest]:
-            rows = (row for row in manifest.prompt_range(part) if row not in skipped)
-            return [GenerateRequest(encoded[row], row, sample) for row in rows for sample in range(samples)]
+            return [GenerateRequest(encoded[row], row, sample) for row, sample in manifest.pairs(part) if row not in skipped]
 
         with Bar(name, cost, total=total, initial=total - left, unit="rollout") as bar:
             outcomes = engine.generate_parts(map(requests_of, todo), sampling, lambda tokens: bar.update(1, tokens=tokens))
@@ -148,9 +150,8 @@ def sample_into_store(
                 rollouts, excluded = _sort_out(requests_of(part), generated)
                 excluded += [
                     Excluded(prompt_index=row, sample_index=sample, reason=f"prompt of {len(encoded[row])} tokens is too long")
-                    for row in manifest.prompt_range(part)
+                    for row, sample in manifest.pairs(part)
                     if row in skipped
-                    for sample in range(samples)
                 ]
                 guard.check()
                 quarantine(run_dir, name, stage.store, part, excluded)
@@ -158,11 +159,30 @@ def sample_into_store(
                 cost.tokens += sum(rollout.response_len for rollout in rollouts)
                 cost.keep()
     reader = StoreReader(stage.store)
-    _say_result(name, reader)
-    return _account(reader, shard, stage, name, run_dir)
+    say_result(name, reader)
+    return account(reader, shard, stage, name, run_dir)
 
 
-def _account(reader: StoreReader, shard: Shard, stage: SampleStage, name: str, run_dir: str) -> StoreReader:
+def prompt_format(
+    stage: SampleStage, tokenizer: Any, templated: Sequence[bool], lineage: Lineage, *, allow_mismatch: bool, section: str
+) -> tuple[Turns, Lineage]:
+    """How prompts are written (`templated` as in `read_turns`), which must be as those of the SFT answers were; allowed otherwise, it is recorded."""
+    turns = read_turns(
+        stage.model,
+        tokenizer,
+        stage.encoding,
+        templated=templated,
+        sft=lineage.sft,
+        stop_token_ids=stage.sampling.stop_token_ids,
+    )
+    if lineage.sft is None:
+        return turns, lineage
+    problem = check_prompt_format(lineage.sft, turns, stage.model, tokenizer)
+    remedy = f"the SFT answers' format is in {stage.model}/{LINEAGE_FILE}; write prompts so, or go on with {section}.allow_template_mismatch=true (recorded)"
+    return turns, with_override(lineage, problem, allowed=allow_mismatch, remedy=remedy)
+
+
+def account(reader: StoreReader, shard: Shard, stage: SampleStage, name: str, run_dir: str) -> StoreReader:
     """The reader; raises QuarantineError if too many rollouts of the shard were quarantined."""
     records = [record for part, record in reader.parts.items() if shard.owns(part)]
     excluded = [entry for record in records for entry in record.excluded]
@@ -209,7 +229,7 @@ def _to_rollout(request: GenerateRequest, generated: Generated) -> Rollout:
     )
 
 
-def _say_result(name: str, reader: StoreReader) -> None:
+def say_result(name: str, reader: StoreReader) -> None:
     missing = len(reader.missing_parts())
     excluded = sum(len(record.excluded) for record in reader.parts.values())
     length = (

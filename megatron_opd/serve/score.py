@@ -12,6 +12,7 @@ from megatron_opd.data.writer import write_scores
 from megatron_opd.errors import StoreError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import check_teacher, fingerprint_model, load_tokenizer, same_model
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
 from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, check_quarantined, closing_engine, engine_meter, quarantine
@@ -22,6 +23,7 @@ from megatron_opd.turns import check_stored_format, teacher_writes_otherwise
 def score(recipe: Recipe, shard: Shard = Shard()) -> StoreReader:
     """Score with the recipe's teacher; refuses a teacher that is not the student's SFT teacher. Raises UserError."""
     stage = recipe.score
+    require_made(recipe, stage.store)
     engine = recipe.engine_for(stage.model)
     return score_store(stage, engine, run_dir=recipe.run_dir, shard=shard, trains_on_candidates=recipe.train.loss.needs_topk)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opd.cost import GpuMeter, StageCost, append_jsonl, open_meter
+from megatron_opd.cost import GpuMeter, StageCost, append_jsonl, clock, open_meter
 from megatron_opd.errors import LineageError, QuarantineError, UserError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
@@ -19,6 +22,7 @@ from megatron_opd.redact import public_address
 from megatron_opd.serve.engine import Engine
 
 QUARANTINE_FILE = "quarantine.jsonl"
+LINE_SECONDS = 60.0  # between the lines of a stage that writes to a log
 
 
 @dataclass(frozen=True)
@@ -62,30 +66,56 @@ def closing_engine(engine: Engine) -> Iterator[Engine]:
 
 
 class Bar:
-    """Progress with rate and ETA, tokens/s and GPU hours so far; on a file (a Slurm log) a line now and then.
+    """Progress with rate and ETA, tokens/s and GPU hours so far: a bar on a terminal, elsewhere (a Slurm log) a line a minute.
 
     `unit` is what `total` counts. `update` may be called from another thread.
     """
 
-    def __init__(self, name: str, cost: StageCost, *, total: int, initial: int, unit: str):
-        self.cost, self.tokens = cost, 0
-        self.bar: tqdm[Any] = tqdm(total=total, initial=initial, desc=name, unit=unit, unit_scale=True, mininterval=0.5, dynamic_ncols=True)
+    def __init__(self, name: str, cost: StageCost, *, total: int, initial: int, unit: str, every: float = LINE_SECONDS):
+        self.name, self.cost, self.total, self.unit, self.every = name, cost, total, unit, every
+        self.initial = self.done = initial
+        self.tokens = 0
+        self._start = time.monotonic()
+        self._said: tuple[float, int] = (-math.inf, -1)  # when, and how much was done
+        self.bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=initial, desc=name, unit=unit, unit_scale=True, mininterval=0.5, dynamic_ncols=True)
 
     def update(self, count: int, *, tokens: int) -> None:
         """`count` more units are done, which took `tokens` tokens."""
+        self.done += count
         self.tokens += tokens
+        if self.bar is not None:
+            self.bar.set_postfix(self._facts(), refresh=False)
+            self.bar.update(count)
+        elif time.monotonic() - self._said[0] >= self.every:
+            self._say()
+
+    def _facts(self) -> dict[str, str]:
         seconds = self.cost.seconds()
-        facts = {} if self.bar.unit == "token" else {"tokens/s": f"{self.tokens / max(seconds, 1e-9):.0f}"}
+        facts = {} if self.unit == "token" else {"tokens/s": f"{self.tokens / max(seconds, 1e-9):.0f}"}
         if self.cost.num_gpus:
             facts["GPU hours"] = f"{seconds * self.cost.num_gpus / 3600:.2f}"
-        self.bar.set_postfix(facts, refresh=False)
-        self.bar.update(count)
+        return facts
+
+    def _say(self) -> None:
+        """The line of a log."""
+        rate = (self.done - self.initial) / max(time.monotonic() - self._start, 1e-9)
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}s ({self.done / max(self.total, 1):.1%})", f"{rate:,.3g} {self.unit}s/s"]
+        parts += [f"{value} {name}" for name, value in self._facts().items()]
+        if rate and self.done < self.total:
+            parts.append(f"{clock((self.total - self.done) / rate)} left")
+        print(f"{self.name}: {', '.join(parts)}", file=sys.stderr, flush=True)
+        self._said = (time.monotonic(), self.done)
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+        elif self._said[1] != self.done:
+            self._say()
 
 
 def quarantine(run_dir: str, stage: str, store: str, part: int, excluded: Sequence[Excluded]) -> None:

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from megatron_opd.config import TrainerConfig, TrainStage
 from megatron_opd.data.identity import content_of, rollouts_id, scores_id
+from megatron_opd.data.joined import show_stores
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import BRANCH, CheckpointError
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.objective import LossConfig
 from megatron_opd.records import ModelFingerprint
-from megatron_opd.redact import public_address
 from megatron_opd.saved import find_checkpoint, read_state
 
 # Settings that decide which rollouts are in which step, and the one that decides how the optimizer's state is laid out.
@@ -102,7 +102,7 @@ def plan_resume(
         raise CheckpointError(
             f"{checkpoint}: its state has no field {(wrong or ['fixed'])[0]!r} that can be read; write the name of another step folder into 'latest', or take another output"
         )
-    _check_fixed(checkpoint, state["fixed"], now, name, public_address(config.store))
+    _check_fixed(checkpoint, state["fixed"], now, name, show_stores(config.store))
     free = dict(state.get("settings", {}))
     loss = free.pop("loss", None)  # where older versions put it
     objective = state.get("objective", {} if loss is None else {"loss": loss})

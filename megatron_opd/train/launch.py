@@ -43,6 +43,14 @@ def default_ranks(model_parallel: int) -> int:
     return torch.cuda.device_count() or model_parallel
 
 
+def check_gpus(ranks: int) -> None:
+    """Raise ConfigError where this node has GPUs, but fewer than `ranks`."""
+    import torch
+
+    if torch.cuda.is_available() and ranks > (count := torch.cuda.device_count()):
+        raise ConfigError(f"--nproc {ranks}, but this node has {count} GPUs; start {count} ranks, or set CUDA_VISIBLE_DEVICES='' for CPUs")
+
+
 class _Ranks:
     """The children, and what signals to this process mean for them. SIGINT must be blocked while they are started: they inherit it."""
 

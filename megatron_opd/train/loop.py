@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 from megatron_opd.config import DriftConfig, Recipe, TrainerConfig, TrainStage
 from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.cost import StageCost, open_meter, provenance
+from megatron_opd.data.joined import open_training_stores
 from megatron_opd.data.order import num_steps
-from megatron_opd.data.store import StoreReader
 from megatron_opd.durable import write_file
 from megatron_opd.errors import Interrupted, UserError
 from megatron_opd.lineage import check_weights
@@ -32,8 +32,8 @@ from megatron_opd.train.identity import Resumption, plan_resume
 from megatron_opd.train.launch import tell_launcher
 from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
 from megatron_opd.train.metrics import MetricsLog, ResourceMeter, StepFacts, console_line, step_row
-from megatron_opd.train.optim import Trainee, make_trainee
-from megatron_opd.train.readiness import Readiness, check_stage
+from megatron_opd.train.optim import Trainee, make_trainee, optimizer_config
+from megatron_opd.train.readiness import Readiness, check_loggers, check_stage
 from megatron_opd.train.resume import OutputLock, write_history
 from megatron_opd.train.step import StepResult, train_step
 from megatron_opd.train.stop import StopRequest
@@ -77,13 +77,14 @@ def _run(
     teacher: str | None,
     topk: bool = False,
 ) -> Path | None:
+    check_loggers(config.loggers)
     if config.deterministic:
         parallel.make_deterministic()
     device = parallel.start(config.parallel, seed=config.seed, timeout_minutes=config.process_group_minutes)
     stop = StopRequest(Path(config.output))
     ready = on_first_rank(lambda: check_stage(recipe, name))
     source = BatchSource(
-        reader=StoreReader(config.store, teacher=teacher),
+        reader=open_training_stores(config.store, teacher),
         config=config,
         teacher=teacher,
         sequence_mean=sequence_mean,
@@ -275,6 +276,7 @@ def start_files(job: Job) -> None:
 def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device: torch.device) -> Trainee:
     """The student with the initial Hugging Face weights, wrapped for training."""
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    optimizer_config(config, bf16=name == "bfloat16")  # what this machine can't do is refused before weights are read
     model_config = transformer_config(
         ready.arch,
         parallel=config.parallel,
@@ -333,8 +335,9 @@ def report(job: Job, row: dict[str, Any], log: MetricsLog | None) -> None:
     if log is not None:
         log.write(row)
         step = row["step"]
+        log.pace.made(step, row["seconds"], time.monotonic())
         if step == 1 or step % job.config.log_every == 0 or step == job.steps or row["skipped"]:
-            print(console_line(row, total=job.steps, distils=job.name == "train"), flush=True)
+            print(console_line(row, total=job.steps, distils=job.name == "train", left=log.pace.left(job.steps)), flush=True)
 
 
 def too_many_skipped(job: Job, step: int, result: StepResult, progress: Progress) -> UserError:

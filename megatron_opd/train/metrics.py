@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import uuid
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import TrainerConfig
-from megatron_opd.cost import GpuMeter, append_jsonl, read_jsonl, write_jsonl
+from megatron_opd.cost import GpuMeter, append_jsonl, clock, read_jsonl, write_jsonl
 from megatron_opd.durable import sync, write_file
 from megatron_opd.errors import UserError
+from megatron_opd.gpus import GPUS
 from megatron_opd.redact import redact_override
+from megatron_opd.train.readiness import not_installed
 from megatron_opd.train.step import StepResult
 from megatron_opd.untrusted import read_bytes
-
-# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets; utilisation is reported only for these.
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def console_line(row: dict[str, Any], *, total: int, distils: bool) -> str:
-    """One line a step."""
-    head = f"step {row['step']:>5}/{total}"
+def console_line(row: dict[str, Any], *, total: int, distils: bool, left: float | None = None) -> str:
+    """One line a step; `left`: seconds until the last one."""
+    head = f"step {row['step']:>5}/{total}" + (f"  {clock(left)} left" if left else "")
     if row["skipped"]:
         return f"{head}  SKIPPED: loss {row['loss']}, gradient norm {row['grad_norm']}; weights and optimizer are as they were"
     losses = (
@@ -104,6 +104,24 @@ def console_line(row: dict[str, Any], *, total: int, distils: bool) -> str:
         f"{head}  loss {row['loss']:+.4f}  {losses}  entropy {row['entropy']:.3f}{overlap}{drift}  grad {row['grad_norm']:.3f}  "
         f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s{mfu}  {row['memory_gib']:.1f} GiB{power}"
     )
+
+
+class Pace:
+    """How long a step takes, saves and all that comes with it included: the mean of the last ones that this process made."""
+
+    def __init__(self, *, over: int = 20):
+        self._steps: deque[tuple[int, float]] = deque(maxlen=over + 1)
+        self._seconds = math.nan
+
+    def made(self, step: int, seconds: float, now: float) -> None:
+        """Step number `step` ended at `now` on a clock of seconds, and took `seconds` by itself."""
+        self._steps.append((step, now))
+        first, since = self._steps[0]
+        self._seconds = (now - since) / (step - first) if step > first else seconds
+
+    def left(self, total: int) -> float:
+        """Seconds until step `total` has ended, from the last one that was made."""
+        return self._seconds * (total - self._steps[-1][0])
 
 
 class ResourceMeter:
@@ -149,10 +167,11 @@ def memory_gib() -> float:
 
 
 def peak_flops() -> float | None:
+    """Dense bf16 peak of this GPU in FLOP/s; None for those whose data sheet is not known: utilisation is then not reported."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+    return next((gpu.bf16_flops for gpu in GPUS.values() if gpu.name in name), None)
 
 
 class MetricsLog:
@@ -163,6 +182,7 @@ class MetricsLog:
         self.path, self._cut_after = output / "metrics.jsonl", first_step
         self._is_cut = False
         self._unwritten: list[dict[str, Any]] = []
+        self.pace = Pace()
         self._sinks: list[Any] = []
         if "tensorboard" in config.loggers:
             self._sinks.append(_TensorBoard(output / "tensorboard", first_step))
@@ -205,7 +225,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
-            raise UserError("loggers has 'tensorboard', which is not installed; pip install tensorboard, or take it out") from None
+            raise not_installed("tensorboard") from None
         self._open = lambda: SummaryWriter(str(folder), purge_step=first_step + 1)
         self.writer: Any = None
 
@@ -227,7 +247,7 @@ class _WandB:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise UserError("loggers has 'wandb', which is not installed; pip install wandb, or take it out") from None
+            raise not_installed("wandb") from None
         identity = output / "wandb_run_id"
         write_file(identity, uuid.uuid4().hex[:8], exclusive=True)
         name = read_bytes(identity).decode(errors="replace").strip()

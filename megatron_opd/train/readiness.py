@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
 from megatron_opd.convert.source import open_source
 from megatron_opd.data.calibration import check_calibration
+from megatron_opd.data.joined import open_training_stores, show_stores, store_list
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import LineageError, StoreError, UserError
 from megatron_opd.lineage import check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
+from megatron_opd.pipeline.missing import require_made
 from megatron_opd.records import Lineage, ModelFingerprint, SftFacts
-from megatron_opd.redact import public_address
 from megatron_opd.tokenizer import check_rows, check_same_tokenizer
 from megatron_opd.train.batches import check_lengths
 from megatron_opd.train.endings import check_endings, sft_facts
@@ -35,7 +39,9 @@ class Readiness:
 
 
 def check_stage(recipe: Recipe, name: str) -> Readiness:
-    """`check_sft` or `check_train`, with the teacher that the recipe names. Raises UserError."""
+    """`check_sft` or `check_train`, with the teacher that the recipe names. Raises UserError, for what no stage has made yet with the commands."""
+    config: TrainerConfig = getattr(recipe, name)
+    require_made(recipe, config.init, *store_list(config.store), scored=name == "train")
     if name == "sft":
         return check_sft(recipe.sft, recipe.generate.model if recipe.generate else recipe.models.teacher)
     return check_train(recipe.train, recipe.score)
@@ -51,6 +57,19 @@ def check_start(recipe: Recipe, name: str, *, ranks: int | None = None, allow_ch
     return replace(ready, notes=[*ready.notes, *going.notes])
 
 
+def check_loggers(loggers: Sequence[str]) -> None:
+    """Raise UserError for a logger whose package is not in this Python."""
+    for name in loggers:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a mere folder, as W&B makes one of its own name
+                raise not_installed(name)
+
+
+def not_installed(logger: str) -> UserError:
+    return UserError(f"loggers has {logger!r}, which is not installed; pip install {logger}, or take it out")
+
+
 def check_sft(stage: SftStage, teacher_model: str | None = None) -> Readiness:
     """Raises UserError unless the base student can be fine-tuned on this store of teacher answers, by the model in `teacher_model`."""
     reader, arch, init = _check_common("sft", stage)
@@ -63,9 +82,11 @@ def check_sft(stage: SftStage, teacher_model: str | None = None) -> Readiness:
     overrides = list(earlier.overrides)
     if earlier.sft_teacher is not None and not same_model(earlier.sft_teacher, teacher):
         overrides.append(f"SFT on answers of {teacher.short()} after SFT on answers of {earlier.sft_teacher.short()}")
-    overrides += check_endings(reader, set(own_stop_ids(stage.init)), None, allow=stage.allow_stop_mismatch)
+    for store in reader.stores:
+        overrides += check_endings(store, set(own_stop_ids(stage.init)), None, allow=stage.allow_stop_mismatch)
     facts = sft_facts(reader)
-    lineage = Lineage(base=init, sft_teacher=teacher, sft=facts, overrides=overrides)
+    declared = reader.manifest.lineage.sft_teacher_declared  # answers that were imported
+    lineage = Lineage(base=init, sft_teacher=teacher, sft_teacher_declared=declared, sft=facts, overrides=overrides)
     notes = [*_notes(reader, overrides), *compared, _describe_endings(facts)]
     return Readiness(arch, init, lineage, run_identity(stage, reader, arch, init, teacher), notes)
 
@@ -84,10 +105,11 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
             f"{reader.location.url} holds rollouts of {manifest.sampler.short()}, but training starts from {init.short()} (train.init={stage.init}); "
             "train the student that was sampled, or collect rollouts of this one"
         )
-    check_stored_format(reader)
+    for store in reader.stores:
+        check_stored_format(store)
     lineage = manifest.lineage
     stop_ids = set(own_stop_ids(stage.init)) | set(lineage.sft.stop_ids if lineage.sft is not None else [])
-    endings = check_endings(reader, stop_ids, lineage.sft, allow=stage.allow_stop_mismatch)
+    endings = [text for store in reader.stores for text in check_endings(store, stop_ids, lineage.sft, allow=stage.allow_stop_mismatch)]
     reader.check_scored(stage.teacher)
     if stage.loss.needs_topk:
         _check_topk(reader, stage, arch)
@@ -101,15 +123,16 @@ def check_train(stage: TrainStage, scoring: ScoreStage | None = None) -> Readine
         )
     compared = _compare_scorer(stage, scoring, teacher)
     foreign = check_same_tokenizer(manifest.sampler, teacher)
-    Vocabulary(f"teacher {teacher.short()}", teacher.vocab_size, foreign).check_store(reader, reader.parts, known_rows=arch.vocab_size)
+    for store in reader.stores:
+        Vocabulary(f"teacher {teacher.short()}", teacher.vocab_size, foreign).check_store(store, store.parts, known_rows=arch.vocab_size)
     allowed = stage.allow_teacher_mismatch or any(record.allow_teacher_mismatch for record in records)
     override = check_teacher(lineage, teacher, allow_mismatch=allowed)
     if override is not None:
         overrides.append(override)
     lineage = lineage.model_copy(update={"opd_teacher": teacher, "overrides": overrides})
-    noise = check_calibration(reader.location, teacher.weights_sha256, stage.max_engine_gap)
+    noise = [check_calibration(store.location, teacher.weights_sha256, stage.max_engine_gap) for store in reader.stores]
     identity = run_identity(stage, reader, arch, init, teacher)
-    return Readiness(arch, init, lineage, identity, [*_notes(reader, overrides), *compared, noise])
+    return Readiness(arch, init, lineage, identity, [*_notes(reader, overrides), *compared, *noise])
 
 
 def _compare_scorer(stage: TrainStage, scoring: ScoreStage | None, teacher: ModelFingerprint) -> list[str]:
@@ -120,7 +143,7 @@ def _compare_scorer(stage: TrainStage, scoring: ScoreStage | None, teacher: Mode
         ]
     remedy = "name that one (score.model=DIR, or models.teacher=DIR), or score with this one under another name (score.teacher=NAME train.teacher=NAME)"
     return _compare_teacher(
-        scoring.model if scoring else None, teacher, f"{public_address(stage.store)}: teacher {stage.teacher!r} is", remedy
+        scoring.model if scoring else None, teacher, f"{show_stores(stage.store)}: teacher {stage.teacher!r} is", remedy
     )
 
 
@@ -177,7 +200,7 @@ def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -
     arch = read_architecture(stage.init)
     arch.check_stage(stage, name)
     open_source(stage.init, arch)
-    reader = StoreReader(stage.store, teacher=teacher)
+    reader = open_training_stores(stage.store, teacher)
     if not stage.allow_incomplete:
         reader.check_complete()
     if len(reader) == 0:
@@ -190,7 +213,8 @@ def _check_common(name: str, stage: TrainerConfig, teacher: str | None = None) -
     init, sampler = fingerprint_model(stage.init), reader.manifest.sampler
     foreign = check_same_tokenizer(init, sampler)
     check_rows(init)
-    Vocabulary(f"student {init.short()}", arch.vocab_size, foreign).check_store(reader, reader.parts, known_rows=sampler.vocab_size)
+    for store in reader.stores:
+        Vocabulary(f"student {init.short()}", arch.vocab_size, foreign).check_store(store, store.parts, known_rows=sampler.vocab_size)
     check_lengths(reader, stage)
     longest = int(cut_lengths(reader, stage).max())
     if longest > arch.max_positions:
@@ -204,9 +228,7 @@ def _notes(reader: StoreReader, overrides: list[str]) -> list[str]:
     notes = [*(f"WARNING: {override}" for override in overrides), *reader.notes]
     missing = reader.missing_parts()
     if missing:
-        notes.append(
-            f"WARNING: {len(missing)} of {reader.manifest.num_parts} parts are not sealed; training on the others (allow_incomplete)"
-        )
+        notes.append(f"WARNING: {len(missing)} of {reader.num_parts} parts are not sealed; training on the others (allow_incomplete)")
     excluded = sum(len(record.excluded) for record in reader.parts.values())
     if excluded:
         notes.append(f"{excluded} rollouts were excluded when the store was made; 'megatron-opd inspect' gives the reasons")

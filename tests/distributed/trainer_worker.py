@@ -16,7 +16,7 @@ from rounded import Rounded, dequantized, quantize_matrices_
 
 from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.errors import CheckpointError
-from megatron_opd.estimate import Layout, rank_parameters
+from megatron_opd.estimate.memory import Layout, rank_parameters
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.model.layers import RMSNorm
 from megatron_opd.records import Lineage

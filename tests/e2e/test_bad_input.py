@@ -267,7 +267,11 @@ def test_check_refuses(work: Workplace, change: str, message: str) -> None:
     ("stage", "changes", "message"),
     [
         ("rollout", ["rollout.prompts={none}"], "none: no such prompt file"),
-        ("rollout", ["rollout.model={none}"], "none/config.json: no such file; a Hugging Face model directory is expected"),
+        (
+            "rollout",
+            ["rollout.model={none}"],
+            "none is not there: run 'megatron-opd generate RECIPE', then 'megatron-opd sft RECIPE', then 'megatron-opd",
+        ),
         ("rollout", ["--sft-teacher={none}"], "none/config.json: no such file"),
         ("rollout", ["rollout.sampling.temperature=0.5"], "sampling is {temperature: 1.0} there, {temperature: 0.5} now"),
         ("rollout", ["rollout.model={other}"], "made with other settings: sampler is"),
@@ -281,6 +285,7 @@ def test_check_refuses(work: Workplace, change: str, message: str) -> None:
         ("rollout", ["--shard=half"], "--shard 'half': i/N is expected, for example 0/8"),
         ("score", ["score.model={none}"], "none/config.json: no such file"),
         ("score", ["score.store={none}"], "none: no store here"),
+        ("score", ["score.store={none}", "rollout.store={none}"], "none is not there: run 'megatron-opd rollout RECIPE' first"),
         ("score", ["--shard=-1/2"], "--shard '-1/2': i/N is expected"),
     ],
 )

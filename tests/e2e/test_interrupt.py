@@ -170,6 +170,7 @@ def test_ranks_start_from_any_folder(folder: Path, tmp_path: Path) -> None:
         (["train.store=/nowhere"], "/nowhere"),
         (["train.parallel.pp=2", "--nproc", "3"], "train.parallel: 3 ranks do not fit tp=1 pp=2 cp=1 ep=1; start 2 ranks, or a multiple"),
         (["--nproc", "8"], "train.global_batch = 4 is smaller than 8 data-parallel ranks"),
+        (["train.recompute=selective", 'train.recompute_modules=["moe"]'], "train.recompute_modules: a Qwen3ForCausalLM has no moe"),
     ],
 )
 def test_what_ranks_would_refuse_is_refused_before_there_are_any(

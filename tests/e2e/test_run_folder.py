@@ -9,11 +9,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from megatron_opd.train.saved import latest_checkpoint
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
+from megatron_opd.saved import latest_checkpoint
 
 BRANCH = "for a run of its own: megatron-opd recipe new NAME --like RECIPE"
 

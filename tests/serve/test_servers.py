@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -257,6 +258,22 @@ def test_a_launched_server_that_dies_at_once_says_why(model: Path, tmp_path: Pat
         launch(model, tmp_path, command=command, restarts=1)
     with pytest.raises(EngineError, match="no such program"):
         launch(model, tmp_path, command=["/no/such/program"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([sys.executable, "-m", "sglang.launch_server"], r"has no SGLang; install it there, or say with engine\.launch\.command"),
+        (["bash", "-c", "no-such-program-at-all"], r"engine\.launch\.command names a program that is not there"),
+        (["bash", "-c", "/dev/null"], r"engine\.launch\.command names a program that can't be run"),
+    ],
+)
+def test_a_server_that_can_t_ever_start_is_started_once(model: Path, tmp_path: Path, command: list[str], message: str) -> None:
+    assert importlib.util.find_spec("sglang") is None, "the environment of these tests has no SGLang"
+    with pytest.raises(EngineError, match=message):
+        launch(model, tmp_path, command=command, restarts=3)
+    (log,) = tmp_path.glob("sglang-*.log")
+    assert len(log.read_text().splitlines()) == 1, "one line a start"
 
 
 def test_a_request_that_ends_servers_ends_the_stage(model: Path, tmp_path: Path) -> None:

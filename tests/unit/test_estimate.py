@@ -14,7 +14,12 @@ from tiny_models import make_model
 
 from megatron_opd.cli import main
 from megatron_opd.config import TrainStage
-from megatron_opd.estimate import GIB, Layout, estimate_recipe, fullest_stage, predict_speed, rank_parameters
+from megatron_opd.estimate.allocation import Allocation
+from megatron_opd.estimate.compute import predict_speed
+from megatron_opd.estimate.memory import GIB, Layout, fullest_stage, rank_parameters
+from megatron_opd.estimate.ranges import Range, exactly
+from megatron_opd.estimate.recipe import estimate_recipe
+from megatron_opd.gpus import GPUS
 from megatron_opd.known_models import KNOWN, known_config
 from megatron_opd.model.architecture import Architecture, parse_architecture
 from megatron_opd.recipe_files import load_recipe
@@ -28,6 +33,7 @@ PUBLISHED = {
     "Qwen3-14B": 14.8,
     "Qwen3-32B": 32.8,
     "Qwen3-30B-A3B": 30.5,
+    "Qwen3-235B-A22B": 235.1,
 }
 
 
@@ -69,10 +75,14 @@ def test_what_takes_and_gives_memory(tp: int, pp: int, dp: int, tokens: int, rec
     # More stages hold fewer weights, and as many activations of more micro-batches in flight: less as long as those are recomputed.
     assert recompute == "none" or total(pp=2 * pp) < here
     config = TrainStage(init="", store="", output="", micro_batch_tokens=tokens, recompute=recompute, global_batch=batch)
-    speed = predict_speed(arch, config, Layout(tp * pp * dp, tp, pp, 1, 1, 1), mean_tokens=1900, steps=10)
-    assert speed.tokens_per_second[0] > speed.tokens_per_second[1] > 0
-    assert speed.gpu_hours[0] == pytest.approx(10 * speed.step_seconds[0] * tp * pp * dp / 3600)
-    assert speed.tokens_per_second[0] * speed.step_seconds[0] == pytest.approx(batch * 1900)
+    layout = Layout(tp * pp * dp, tp, pp, 1, 1, 1)
+    speed = predict_speed(arch, config, layout, tokens=exactly(1900), steps=10, gpu=GPUS["h100"])
+    assert 0 < speed.tokens_per_second.low < speed.tokens_per_second.high
+    assert speed.gpu_hours.low == pytest.approx(10 * speed.step_seconds.low * tp * pp * dp / 3600)
+    assert speed.tokens_per_second.high * speed.step_seconds.low == pytest.approx(batch * 1900)
+    longer = predict_speed(arch, config, layout, tokens=Range(1900, 2000), steps=10, gpu=GPUS["h100"])
+    assert longer.gpu_hours.low == speed.gpu_hours.low
+    assert longer.gpu_hours.high > speed.gpu_hours.high
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -85,16 +95,22 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = check(capsys, recipe, "--gpus", "8", "--gpu-memory", "80")
     assert code == 0
-    assert re.search(r"train: tp \d x pp 1 x cp 1 x dp \d on 8 GPUs", text)
-    assert text.count("GPU hours") == 2
+    assert re.search(r"^train +tp \d x pp 1 x cp 1 x dp \d ", text, re.MULTILINE)
+    assert "3,000 steps" in text
+    assert "150 steps" in text
+    assert re.search(r"^generate: 300,000 prompts", text, re.MULTILINE)
+    assert re.search(r"^total  ", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "6"], r"sft: 6 GPUs are not a multiple of tp \* pp \* cp = 4 \* 1 \* 1"),
         (
-            ["--gpus", "8", "train.parallel.tp=3"],
+            ["--gpus", "6"],
+            r"sft\.parallel\.tp = 4 would cut groups .* nodes of 6 GPUs; take one of 1, 2, 3, 6.*; sft\.parallel: 6 ranks do not fit",
+        ),
+        (
+            ["--gpus", "6", "sft.parallel.tp=2", "train.parallel.tp=3"],
             r"error: train: tp=3 does not divide the model's 32 attention heads.*tp may be 1, 2, 4, 8\); change train\.parallel$",
         ),
         (
@@ -102,7 +118,7 @@ def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureF
             r"error: train: fp8\.bf16_first_layers = 19, but a pipeline stage has 18 layers; change train\.parallel or train\.fp8$",
         ),
         (["--gpu-memory", "80"], r"--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N"),
-        (["--gpus", "8", "train.global_batch=1"], r"train: global_batch = 1 is smaller than 2 data-parallel ranks"),
+        (["--gpus", "8", "train.global_batch=1"], r"train\.global_batch = 1 is smaller than 2 data-parallel ranks"),
         (["--gpus", "8", "train.micro_batch_tokens=4000"], r"train: a rollout may have 4352 tokens .*over micro_batch_tokens = 4000"),
         (
             ["--gpus", "8", "train.parallel.tp=1", "train.recompute=none"],
@@ -113,7 +129,7 @@ def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureF
     ],
 )
 def test_what_can_t_be_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text = check(capsys, "opd_8b", *arguments)
+    code, text = check(capsys, "opd_8b", *arguments, "engine.launch=null")
     assert code == 2
     assert re.search(message, text, re.MULTILINE), text
 
@@ -146,8 +162,8 @@ def test_lengths_come_from_the_store_that_is_there(tmp_path: Path) -> None:
     recipe = load_recipe(
         "tiny", [f"train.init={str(tmp_path / 'student')!r}", f"train.store={str(tmp_path / 'store')!r}", "train.epochs=3"]
     )
-    lines = "\n".join(estimate_recipe(recipe, 2, 1.0 + 3.2 * 1.05))
-    assert f"{tmp_path / 'store'}: {reader.lengths.mean():.0f} tokens a rollout" in lines
-    assert re.search(r"s a step; 4 steps: ", lines), "20 rollouts, three times, 16 a step"
+    lines = "\n".join(estimate_recipe(recipe, Allocation(1, 2), GPUS["h100"]))
+    assert f"train: {exactly(reader.lengths.mean()).text()} tokens a rollout ({tmp_path / 'store'})" in lines
+    assert re.search(r"s a step; 4 steps", lines), "20 rollouts, three times, 16 a step"
     assert f"({tmp_path / 'student'}/config.json)" in lines
     assert GIB == 1 << 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -22,7 +23,8 @@ from megatron_opd.records import LossSums
 from megatron_opd.train import metrics
 from megatron_opd.train.batches import MicroBatch
 from megatron_opd.train.drift import DriftRule, Watch, Watched
-from megatron_opd.train.metrics import MetricsLog, StepFacts, console_line, step_row
+from megatron_opd.train.metrics import MetricsLog, Pace, StepFacts, console_line, step_row
+from megatron_opd.train.readiness import check_loggers
 from megatron_opd.train.step import StepResult
 
 
@@ -124,6 +126,20 @@ def test_a_skipped_step_has_no_nan_in_its_row() -> None:
     assert row["skipped"] is True
     json.loads(json.dumps(row, allow_nan=False))
     assert "SKIPPED" in console_line(row, total=10, distils=True)
+    assert console_line(row, total=10, distils=True, left=3725.4).partition("left")[0].endswith("/10  1:02:05 ")
+    assert "\n" not in console_line(row, total=10, distils=True, left=3725.4)
+
+
+def test_the_time_left_is_by_the_last_steps_of_this_process() -> None:
+    pace = Pace(over=3)
+    now, lefts = 1000.0, []
+    for step, seconds in ((101, 60.0), (102, 2.0), (103, 4.0), (104, 6.0), (105, 8.0)):  # a resumed run, whose first step is slow
+        now += seconds
+        pace.made(step, seconds, now)
+        lefts.append(pace.left(110))
+    assert lefts == [9 * 60.0, 8 * 2.0, 7 * 3.0, 6 * 4.0, 5 * 6.0], "of the first step its own time; then the mean since, over three"
+    pace.made(110, 1.0, now + 5)
+    assert pace.left(110) == 0
 
 
 def config_of(folder: Path, *loggers: str) -> TrainStage:
@@ -205,6 +221,20 @@ def test_wandb_that_does_not_start(error: Exception, tmp_path: Path, monkeypatch
         UserError, match=rf"could not start: {type(error).__name__}: {error}; log in with `wandb login` .*WANDB_MODE=offline"
     ):
         write(tmp_path, "wandb", first_step=0, steps=range(1, 2))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_loggers_are_looked_for_before_ranks_are_started(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where W&B's own folder of runs lies, which Python would import."""
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(UserError, match=f"'{name}', which is not installed"):
+        check_loggers([name])
+    (tmp_path / name / "__init__.py").touch()
+    importlib.invalidate_caches()
+    check_loggers([name])
 
 
 def test_tensorboard(tmp_path: Path) -> None:

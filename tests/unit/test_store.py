@@ -289,8 +289,8 @@ def test_no_store_there(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     manifest = make_manifest()
-    Location(str(tmp_path)).write_attributes("", manifest.model_dump() | {"format_version": 2})
-    with pytest.raises(StoreError, match="store format 2, this program reads 1"):
+    Location(str(tmp_path)).write_attributes("", manifest.model_dump() | {"format_version": 3})
+    with pytest.raises(StoreError, match="store format 3, this program reads 1 and 2"):
         StoreReader(str(tmp_path))
 
 

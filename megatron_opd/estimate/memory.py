@@ -1,4 +1,4 @@
-"""Memory per GPU, speed and GPU hours of a training stage before it runs, from a model of the arithmetic: docs/training.md has it.
+"""Memory per GPU of a training stage before it runs, from a model of the arithmetic: docs/training.md has it.
 
 Legend: H hidden size, F feed-forward size (an expert's, of a mixture), V padded vocabulary, L layers of a pipeline stage, S tokens of
 a micro-batch on one rank. Sizes are bytes unless the name says otherwise.
@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_opd.config import Recipe, SampleStage, TrainerConfig
-from megatron_opd.data.location import Location
-from megatron_opd.data.order import cut_lengths, num_steps
-from megatron_opd.data.store import StoreReader
+from megatron_opd.config import TrainerConfig
 from megatron_opd.errors import UserError
-from megatron_opd.known_models import KNOWN, known_config
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
@@ -25,14 +20,7 @@ GIB = 2**30
 # CUDA context, cuBLAS and NCCL buffers; and what the caching allocator can't use. Assumptions.
 FIXED_BYTES = 3 * GIB
 FRAGMENTATION = 0.05
-# Share of the bf16 peak that a step reaches, low and high. Assumptions; a mixture's small products reach less.
-UTILISATION = {"dense": (0.25, 0.45), "mixture": (0.10, 0.25)}
-FP8_SPEEDUP = 1.4  # at most, of a whole step; assumption
-H100_BF16_FLOPS = 989e12
-# Where there is no store to look into: a prompt, and the mean response as a share of the longest. Assumptions.
-PROMPT_TOKENS = 256
-RESPONSE_SHARE = 0.4
-_MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -67,17 +55,6 @@ class Memory:
     @property
     def total(self) -> float:
         return sum(self.parts.values()) * (1 + FRAGMENTATION) + FIXED_BYTES
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens (prompt and response) a second of all GPUs, seconds a step and GPU hours of the run; each from the best to the worst case."""
-
-    tokens_per_second: tuple[float, float]
-    step_seconds: tuple[float, float]
-    gpu_hours: tuple[float, float]
-    tokens_per_step: float
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -167,7 +144,7 @@ def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stag
     parameters = rank_parameters(arch, layout, stage)
     fp8 = config.fp8
     gradient = 2 if config.main_grads_dtype == "bfloat16" else 4
-    moment = _MOMENT_BYTES[config.moments_dtype]
+    moment = MOMENT_BYTES[config.moments_dtype]
     state = 4 + 2 * moment  # main weights and Adam's two moments
     shards = (layout.dp * layout.cp, layout.expert_dp) if config.distributed_optimizer else (1, 1)
     optimizer = state * (parameters.dense / shards[0] + parameters.expert / shards[1])
@@ -203,23 +180,6 @@ def fullest_stage(arch: Architecture, config: TrainerConfig, layout: Layout, *, 
     micro_batches = max(1, round(config.global_batch * mean_tokens / layout.dp / config.micro_batch_tokens))
     stages = [stage_memory(arch, config, layout, stage, micro_batches=micro_batches) for stage in range(layout.pp)]
     return max(stages, key=lambda memory: memory.total)
-
-
-def predict_speed(
-    arch: Architecture, config: TrainerConfig, layout: Layout, *, mean_tokens: float, steps: int, peak_flops: float = H100_BF16_FLOPS
-) -> Speed:
-    """Speed from the model's arithmetic. `mean_tokens`: of a rollout, prompt and response."""
-    tokens = config.global_batch * mean_tokens
-    flops = arch.train_flops(round(tokens), round(config.global_batch * mean_tokens**2))
-    micro_batches = max(1.0, tokens / layout.dp / config.micro_batch_tokens)
-    bubble = 1 + (layout.pp - 1) / (micro_batches * layout.vpp)
-    recompute = 4 / 3 if config.recompute == "full" else 1.0  # one more forward pass, a third of forward and backward
-    low, high = UTILISATION["mixture" if arch.num_experts else "dense"]
-    if config.fp8:
-        high *= FP8_SPEEDUP
-    best, worst = (flops * recompute * bubble / (layout.gpus * peak_flops * share) for share in (high, low))
-    hours = (steps * best * layout.gpus / 3600, steps * worst * layout.gpus / 3600)
-    return Speed((tokens / best, tokens / worst), (best, worst), hours, tokens, steps)
 
 
 def check_fits(arch: Architecture, name: str, config: TrainerConfig, gpus: int, gpu_gib: float, *, mean_tokens: float) -> Memory:
@@ -271,72 +231,3 @@ def describe(memory: Memory) -> str:
     """The parts in GiB, on one line."""
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in memory.parts.items())
     return f"{parts}, fixed {FIXED_BYTES / GIB:.0f}, fragmentation {FRAGMENTATION:.0%}"
-
-
-def estimate_recipe(recipe: Recipe, gpus: int, gpu_gib: float) -> list[str]:
-    """Lines that say what sft and train would need on these GPUs. Raises UserError for what can't fit or does not divide."""
-    arch, source = _student(recipe)
-    lines = [f"student: {arch.num_parameters / 1e9:.2f} billion parameters ({source})"]
-    for name, config, sampler in (("sft", recipe.sft, recipe.generate), ("train", recipe.train, recipe.rollout)):
-        if sampler is None:
-            lines.append(f"{name}: the recipe has no [{'generate' if name == 'sft' else 'rollout'}] section, so no data to estimate it by")
-            continue
-        data = _data(config, sampler)
-        if data.longest > config.micro_batch_tokens and config.overlong == "refuse":
-            raise UserError(
-                f"{name}: a rollout may have {data.longest} tokens ({data.source}), over micro_batch_tokens = {config.micro_batch_tokens}; "
-                f"raise it, or cut with {name}.max_response_tokens or {name}.overlong = 'cut'"
-            )
-        memory = check_fits(arch, name, config, gpus, gpu_gib, mean_tokens=data.mean)
-        layout = Layout.of(config, gpus)
-        sizes = " x ".join(f"{key} {getattr(layout, key)}" for key in ("tp", "pp", "cp", "dp")) + (
-            f", ep {layout.ep}" if layout.ep > 1 else ""
-        )
-        lines.append(f"{name}: {sizes} on {gpus} GPUs; {data.source}: {data.mean:.0f} tokens a rollout")
-        lines.append(f"  memory: {memory.total / GIB:.1f} of {gpu_gib:g} GiB on the fullest GPU ({describe(memory)})")
-        if memory.host:
-            lines.append(f"  host memory for the optimizer: about {memory.host * gpus / GIB:.0f} GiB on all nodes together")
-        steps = config.steps or data.steps(config)
-        speed = predict_speed(arch, config, layout, mean_tokens=data.mean, steps=steps or 1)
-        (fast, slow), (best, worst) = speed.tokens_per_second, speed.step_seconds
-        run = f"; {steps} steps: {speed.gpu_hours[0]:.1f} to {speed.gpu_hours[1]:.1f} GPU hours" if steps else ""
-        lines.append(f"  speed on H100s: {slow:,.0f} to {fast:,.0f} tokens/s, {best:.1f} to {worst:.1f} s a step{run}")
-    lines.append("estimates by the model in docs/training.md, which has not been compared with a run on GPUs yet")
-    return lines
-
-
-@dataclass(frozen=True)
-class _Data:
-    source: str
-    mean: float  # tokens of a rollout, prompt and response
-    longest: int
-    num_rollouts: int | None
-
-    def steps(self, config: TrainerConfig) -> int | None:
-        return None if self.num_rollouts is None else num_steps(self.num_rollouts, global_batch=config.global_batch, epochs=config.epochs)
-
-
-def _data(config: TrainerConfig, sampler: SampleStage) -> _Data:
-    """Lengths from the store where it is there, otherwise guessed from the longest response."""
-    location = Location(config.store)
-    if location.read_attributes("") is not None:
-        reader = StoreReader(config.store)
-        if len(reader):
-            lengths = cut_lengths(reader, config)
-            return _Data(location.url, float(lengths.mean()), int(lengths.max()), len(reader))
-    response = min(sampler.sampling.max_new_tokens, config.max_response_tokens or sampler.sampling.max_new_tokens)
-    return _Data("no store yet, guessed", PROMPT_TOKENS + RESPONSE_SHARE * response, PROMPT_TOKENS + response, None)
-
-
-def _student(recipe: Recipe) -> tuple[Architecture, str]:
-    """Architecture of the student, and where it is from. Raises UserError."""
-    from megatron_opd.model.architecture import parse_architecture, read_architecture
-
-    for directory in (recipe.train.init, recipe.sft.init, recipe.models.student):
-        if (Path(directory) / "config.json").exists():
-            return read_architecture(directory), f"{directory}/config.json"
-    if (config := known_config(recipe.models.student)) is not None:
-        return parse_architecture(config, recipe.models.student), f"the published sizes; {recipe.models.student} is not there"
-    raise UserError(
-        f"{recipe.models.student}: no config.json, and no model whose sizes are known ({', '.join(KNOWN)}); put the model there"
-    )

@@ -1,0 +1,317 @@
+"""What a whole recipe would cost: a line for every stage, their sum, and what would not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig
+from megatron_opd.data.order import num_steps
+from megatron_opd.errors import UserError
+from megatron_opd.estimate.allocation import Allocation, Role, check_allocation, plan_serving
+from megatron_opd.estimate.compute import START_SECONDS, Sampling, Serving, predict_speed, sampling_hours, scoring_hours
+from megatron_opd.estimate.memory import GIB, Layout, Memory, check_fits, describe
+from megatron_opd.estimate.ranges import NOTHING, Range, exactly
+from megatron_opd.estimate.storage import (
+    candidate_bytes,
+    checkpoint_bytes,
+    conversion_memory,
+    model_bytes,
+    num_checkpoints,
+    save_memory,
+    store_bytes,
+)
+from megatron_opd.estimate.workload import (
+    Lengths,
+    Model,
+    count_prompts,
+    find_teacher,
+    longest_response,
+    sampled_lengths,
+    student_of,
+    trained_lengths,
+)
+from megatron_opd.gpus import Gpu
+from megatron_opd.pipeline.stages import list_stages
+
+if TYPE_CHECKING:
+    from megatron_opd.model.architecture import Architecture
+
+PER = 1000  # prompts, where nobody knows how many there are
+HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a stage takes in all its runs; `per`: of so many prompts, as their number is not known."""
+
+    stage: str
+    what: str
+    tokens: Range = NOTHING
+    gpu_hours: Range | None = NOTHING  # None: not known
+    disk: Range = NOTHING
+    runs: int = 1
+    per: int | None = None
+    gpus: int | None = None  # where not all are used
+
+    def times(self, runs: int) -> Row:
+        hours = None if self.gpu_hours is None else self.gpu_hours * runs
+        return replace(self, tokens=self.tokens * runs, gpu_hours=hours, disk=self.disk * runs, runs=runs)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`rows` in the order of the run; `lines` say what they rest on."""
+
+    rows: list[Row]
+    lines: list[str]
+    notes: list[str]
+    gpus: int
+
+    @property
+    def gpu_hours(self) -> Range:
+        """Of all stages whose amount of work is known."""
+        return sum((row.gpu_hours for row in self.rows if row.gpu_hours is not None and row.per is None), NOTHING)
+
+    @property
+    def disk(self) -> Range:
+        """Bytes, of the same stages."""
+        return sum((row.disk for row in self.rows if row.per is None), NOTHING)
+
+
+class Estimator:
+    """The stages of one recipe on one allocation. Raises UserError for what can't fit or does not divide."""
+
+    def __init__(self, recipe: Recipe, allocation: Allocation, gpu: Gpu):
+        self.recipe, self.allocation, self.gpu = recipe, allocation, gpu
+        self.notes = check_allocation(recipe, allocation)
+        self.student = student_of(recipe)
+        assert self.student.arch is not None
+        self.arch: Architecture = self.student.arch
+        self.teachers: dict[str, Model] = {}
+        self.lines: list[str] = []
+
+    def estimate(self) -> Estimate:
+        runs: dict[str, int] = {}
+        for stage in list_stages(self.recipe):
+            runs[stage.name] = runs.get(stage.name, 0) + 1
+        teacher = self._teacher(self.recipe.models.teacher)
+        rows = [self._models(teacher), *(self._row(name).times(count) for name, count in runs.items())]
+        head = [self.student.describe("student"), *(model.describe("teacher") for model in self.teachers.values())]
+        gpu = self.gpu
+        head.append(
+            f"{self.allocation}: {gpu.name} of {gpu.memory_gib:g} GiB, {gpu.bf16_flops / 1e12:.0f} TFLOP/s in bf16, {gpu.bytes_per_second / 1e12:.2f} TB/s"
+        )
+        return Estimate(rows, head + self.lines, self.notes, self.allocation.gpus)
+
+    def _row(self, name: str) -> Row:
+        recipe = self.recipe
+        if name == "generate" and recipe.generate is not None:
+            return self._sample(name, recipe.generate, recipe.sft, self._teacher(recipe.generate.model), "teacher", rounds=1)
+        if name == "rollout" and recipe.rollout is not None:
+            rounds = recipe.rounds.count if recipe.rounds.prompts == "slice" else 1
+            return self._sample(name, recipe.rollout, recipe.train, self.student, "student", rounds=rounds)
+        if name == "score" and recipe.rollout is not None:
+            return self._score(recipe.rollout)
+        if name in ("sft", "train"):
+            return self._train(name)
+        if name in ("sft-hf", "opd-hf"):
+            return Row(name, "CPU: one process", disk=exactly(2 * self.arch.num_parameters))
+        if name == "engines":
+            return self._engines()
+        if name.startswith("eval-") and recipe.eval is not None:
+            return self._evaluate(name, recipe.eval)
+        return Row(name, "CPU: one process")
+
+    def _models(self, teacher: Model) -> Row:
+        sizes = [model_bytes(model) for model in (teacher, self.student)]
+        unknown = "" if None not in sizes else "; the teacher's size is not known"
+        return Row("models", f"teacher and student{unknown}", disk=exactly(sum(size or 0 for size in sizes)))
+
+    def _teacher(self, directory: str) -> Model:
+        if directory not in self.teachers:
+            self.teachers[directory] = find_teacher(directory)
+        return self.teachers[directory]
+
+    def _serving(self, name: str, model: Model, role: Role, longest: int) -> tuple[Architecture, Serving, str] | None:
+        """None where the model's sizes are not known."""
+        if model.arch is None:
+            return None
+        serving = plan_serving(self.recipe.engine, role, model.arch, self.allocation, self.gpu, tokens=longest, stage=name)
+        idle = serving.gpus - serving.copies * serving.tp
+        words = f"{role}: {serving.copies} x tp {serving.tp}" + (f" ({idle} GPUs idle)" if idle else "")
+        return model.arch, serving, words
+
+    def _sample(self, name: str, stage: SampleStage, trainer: TrainerConfig, model: Model, role: Role, *, rounds: int) -> Row:
+        lengths = sampled_lengths(stage.store, longest_response(stage, trainer))
+        work, per = self._work(name, stage, lengths, longest_response(stage, trainer), rounds)
+        tokens = lengths.tokens * (work.prompts * work.samples)
+        disk = store_bytes(tokens, 2)
+        planned = self._serving(name, model, role, lengths.longest)
+        if planned is None:
+            return Row(name, f"{role}: sizes unknown", tokens, None, disk, per=per)
+        arch, serving, words = planned
+        hours = sampling_hours(arch, self.gpu, serving, work) + _start(serving.gpus)
+        return Row(name, words, tokens, hours, disk, per=per)
+
+    def _work(
+        self, name: str, stage: SampleStage | EvalStage, lengths: Lengths, longest: int, rounds: int = 1
+    ) -> tuple[Sampling, int | None]:
+        """What is sampled, and for how many prompts where their number is not known."""
+        count = count_prompts(stage)
+        known = PER if count.prompts is None else -(-count.prompts // rounds)
+        how = f"for each {PER:,} prompts, as {count.source}" if count.prompts is None else f"{count.prompts:,} prompts ({count.source})"
+        samples = stage.sampling.samples_per_prompt
+        self._say(
+            f"{name.partition('-')[0]}: {how}, {samples} response(s) each of {lengths.response.text()} tokens, prompts of {lengths.prompt:.0f} ({lengths.source})"
+        )
+        return Sampling(known, samples, lengths.prompt, lengths.response, longest), None if count.prompts is not None else PER
+
+    def _say(self, line: str) -> None:
+        if line not in self.lines:  # the same for all models that are evaluated
+            self.lines.append(line)
+
+    def _score(self, rollout: SampleStage) -> Row:
+        """What `rollout` samples, by the teacher."""
+        recipe = self.recipe
+        lengths = sampled_lengths(rollout.store, longest_response(rollout, recipe.train))
+        count = count_prompts(rollout).prompts
+        rounds = recipe.rounds.count if recipe.rounds.prompts == "slice" else 1
+        rollouts = (PER if count is None else -(-count // rounds)) * rollout.sampling.samples_per_prompt
+        tokens = lengths.tokens * rollouts
+        disk = store_bytes(tokens, 1) + candidate_bytes(recipe.score, lengths.response * rollouts)
+        per = PER if count is None else None
+        planned = self._serving("score", self._teacher(recipe.score.model), "teacher", lengths.longest)
+        if planned is None:
+            return Row("score", "teacher: sizes unknown", tokens, None, disk, per=per)
+        arch, serving, words = planned
+        hours = scoring_hours(arch, self.gpu, serving, rollouts=rollouts, tokens=lengths.tokens) + _start(serving.gpus)
+        return Row("score", words, tokens, hours, disk, per=per)
+
+    def _evaluate(self, name: str, stage: EvalStage) -> Row:
+        """Samples of one model, scored by the teacher if the recipe wants the reverse KL."""
+        longest = longest_response(stage, None)
+        lengths = sampled_lengths(f"{stage.output}/{name.removeprefix('eval-')}.opd.zarr", longest)
+        work, per = self._work(name, stage, lengths, longest)
+        role: Role = "teacher" if name == "eval-teacher" else "student"
+        sampled = self._serving(
+            name, self._teacher(self.recipe.models.teacher) if role == "teacher" else self.student, role, lengths.longest
+        )
+        scored = None if stage.teacher is None else self._serving(name, self._teacher(stage.teacher), "teacher", lengths.longest)
+        rollouts = work.prompts * work.samples
+        tokens = lengths.tokens * rollouts
+        disk = store_bytes(tokens, 2 if stage.teacher is None else 3)
+        if sampled is None or (scored is None and stage.teacher is not None):
+            return Row(name, "teacher: sizes unknown", tokens, None, disk, per=per)
+        arch, serving, words = sampled
+        hours = sampling_hours(arch, self.gpu, serving, work) + _start(serving.gpus)
+        if scored is not None:
+            teacher, serving, scoring = scored
+            hours += scoring_hours(teacher, self.gpu, serving, rollouts=rollouts, tokens=lengths.tokens) + _start(serving.gpus)
+            words += f", then {scoring}" if scoring != words else ", also to score"
+        return Row(name, words, tokens, hours, disk, per=per)
+
+    def _engines(self) -> Row:
+        """A few rollouts through both engines: little more than their start."""
+        planned = self._serving("engines", self.student, "student", 1)
+        assert planned is not None
+        tp = planned[1].tp
+        return Row("engines", f"both engines on {tp} GPU(s)", gpu_hours=_start(tp) * 2, gpus=tp)
+
+    def _train(self, name: str) -> Row:
+        config = self.recipe.sft if name == "sft" else self.recipe.train
+        sampler = self.recipe.generate if name == "sft" else self.recipe.rollout
+        if sampler is None:
+            section = "generate" if name == "sft" else "rollout"
+            self.lines.append(f"{name}: the recipe has no [{section}] section, so no data to estimate it by")
+            return Row(name, "not known", gpu_hours=None)
+        lengths = trained_lengths(config, sampler)
+        if lengths.longest > config.micro_batch_tokens and config.overlong == "refuse":
+            raise UserError(
+                f"{name}: a rollout may have {lengths.longest} tokens ({lengths.source}), over micro_batch_tokens = {config.micro_batch_tokens}; "
+                f"raise it, or cut with {name}.max_response_tokens or {name}.overlong = 'cut'"
+            )
+        gpus, arch = self.allocation.gpus, self.arch
+        memory = check_fits(arch, name, config, gpus, self.gpu.memory_gib, mean_tokens=lengths.tokens.high)
+        layout = Layout.of(config, gpus)
+        steps, per = self._steps(name, config, sampler, lengths)
+        speed = predict_speed(arch, config, layout, tokens=lengths.tokens, steps=steps, gpu=self.gpu)
+        self.lines += list(_training_lines(name, config, layout, lengths, memory, self.gpu, arch))
+        self.lines.append(
+            f"  speed: {speed.tokens_per_second.text()} tokens/s, {speed.step_seconds.text()} s a step; {steps:,} steps"
+            + (f" for each {PER:,} prompts" if per else "")
+        )
+        saved = num_checkpoints(config, steps)
+        words = " x ".join(f"{key} {getattr(layout, key)}" for key in ("tp", "pp", "cp", "dp")) + (
+            f", ep {layout.ep}" if layout.ep > 1 else ""
+        )
+        disk = exactly(saved * checkpoint_bytes(arch, config))
+        tokens = lengths.tokens * (steps * config.global_batch)
+        return Row(name, words, tokens, speed.gpu_hours + _start(gpus), disk, per=per)
+
+    def _steps(self, name: str, config: TrainerConfig, sampler: SampleStage, lengths: Lengths) -> tuple[int, int | None]:
+        """Optimizer steps of one run of the stage, and for how many prompts where their number is not known."""
+        rounds = self.recipe.rounds.count if name == "train" else 1
+        if name == "train" and rounds > 1 and self.recipe.rounds.steps is not None:
+            return self.recipe.rounds.steps, None
+        if config.steps is not None:
+            return -(-config.steps // rounds), None
+        count = count_prompts(sampler).prompts
+        prompts = PER if count is None else count
+        share = rounds if self.recipe.rounds.prompts == "slice" else 1
+        rollouts = lengths.rollouts or -(-prompts // share) * sampler.sampling.samples_per_prompt
+        steps = num_steps(rollouts, global_batch=config.global_batch, epochs=config.epochs)
+        return steps, None if count is not None or lengths.rollouts else PER
+
+
+def _training_lines(
+    name: str, config: TrainerConfig, layout: Layout, lengths: Lengths, memory: Memory, gpu: Gpu, arch: Architecture
+) -> Iterator[str]:
+    yield f"{name}: {lengths.tokens.text()} tokens a rollout ({lengths.source})"
+    yield f"  memory: {memory.total / GIB:.1f} of {gpu.memory_gib:g} GiB on the fullest GPU ({describe(memory)})"
+    if memory.host:
+        yield f"  memory of all nodes together, for the optimizer: about {memory.host * layout.gpus / GIB:.0f} GiB"
+    save, convert = save_memory(arch, config), conversion_memory(arch)
+    yield (
+        f"  memory of all nodes together, while a checkpoint is saved or loaded: {save.text(GIB)} GiB more; of one process that converts it: {convert.text(GIB)} GiB"
+    )
+    yield f"  one checkpoint: {checkpoint_bytes(arch, config) / 1e9:.3g} GB"
+
+
+def _start(gpus: int) -> Range:
+    """GPU hours until a model is loaded."""
+    return START_SECONDS * (gpus / HOUR)
+
+
+def estimate_recipe(recipe: Recipe, allocation: Allocation, gpu: Gpu) -> list[str]:
+    """Lines that say what every stage would need on these GPUs. Raises UserError for what can't fit or does not divide."""
+    found = Estimator(recipe, allocation, gpu).estimate()
+    return [*found.notes, *found.lines, "", *table(found), "", *_remarks(found)]
+
+
+def table(estimate: Estimate) -> list[str]:
+    """A line a stage, and their sum."""
+    heads = ("stage", "runs on", "tokens, M", "GPU hours", "hours", "disk, GB")
+    lines: list[tuple[str, ...]] = [heads]
+    for row in estimate.rows:
+        name = row.stage + (f" x {row.runs}" if row.runs > 1 else "") + (" *" if row.per else "")
+        hours = "unknown" if row.gpu_hours is None else _shown(row.gpu_hours)
+        wall = "unknown" if row.gpu_hours is None else _shown(row.gpu_hours * (1 / (row.gpus or estimate.gpus)))
+        lines.append((name, row.what, _shown(row.tokens, 1e6), hours, wall, _shown(row.disk, 1e9)))
+    total = estimate.gpu_hours
+    lines.append(("total", "", "", total.text(), _shown(total * (1 / estimate.gpus)), estimate.disk.text(1e9)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _shown(figure: Range, scale: float = 1.0) -> str:
+    return "" if figure == NOTHING else figure.text(scale)
+
+
+def _remarks(estimate: Estimate) -> Iterator[str]:
+    if any(row.per for row in estimate.rows):
+        yield f"* for each {PER:,} prompts, as nobody knows how many there are: not in the total; give num_prompts, or put the file there"
+    if unknown := [row.stage for row in estimate.rows if row.gpu_hours is None]:
+        yield f"not in the total of GPU hours: {', '.join(unknown)}"
+    yield "estimates by the model in docs/training.md, which has not been compared with a run on GPUs yet; GPU hours count every GPU while a stage runs"

@@ -1,0 +1,67 @@
+"""What a run takes on disk, and of the nodes' memory beside the GPUs'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_opd.config import ScoreStage, TrainerConfig
+from megatron_opd.estimate.compute import BF16
+from megatron_opd.estimate.memory import GIB, MOMENT_BYTES
+from megatron_opd.estimate.ranges import Range, exactly
+from megatron_opd.estimate.workload import Model
+
+if TYPE_CHECKING:
+    from megatron_opd.model.architecture import Architecture
+
+# Measured (docs/results/bench_store.json): bytes a token of a scored store, of 12 before compression: id, sampler's and teacher's log-prob.
+STORE_BYTES = 7.689
+RAW_BYTES = 12
+SHARD_BYTES = 5 * GIB  # of a converted model's files, at most
+
+
+def store_bytes(tokens: Range, arrays: int) -> Range:
+    """Of a store, or of what scoring adds: `arrays` numbers of 4 bytes a token, which compress as the measured ones do together."""
+    return tokens * (STORE_BYTES * 4 * arrays / RAW_BYTES)
+
+
+def candidate_bytes(stage: ScoreStage, response_tokens: Range) -> Range:
+    """Of the teacher's top-k: from as compressible as the rest of a store to not at all."""
+    raw = response_tokens * (stage.top_k * (4 + (2 if stage.topk_dtype == "float16" else 4)))
+    return Range(raw.low * STORE_BYTES / RAW_BYTES, raw.high)
+
+
+def model_bytes(model: Model) -> float | None:
+    """Of a Hugging Face directory: its weight files where it is there, else bf16; None where its size is not known."""
+    files = list(Path(model.directory).glob("*.safetensors"))
+    if files:
+        return float(sum(file.stat().st_size for file in files))
+    return None if model.arch is None else float(BF16 * model.arch.num_parameters)
+
+
+def checkpoint_bytes(arch: Architecture, config: TrainerConfig) -> float:
+    """Of one checkpoint: weights, main weights and Adam's two moments."""
+    weights = 4 if config.dtype == "float32" else 2
+    return float(arch.num_parameters * (weights + 4 + 2 * MOMENT_BYTES[config.moments_dtype]))
+
+
+def num_checkpoints(config: TrainerConfig, steps: int) -> int:
+    """As many as may lie there at once: the newest, one that is being written, and those kept for good."""
+    saves = -(-steps // config.save_every)
+    kept = 0 if config.keep_every is None else steps // config.keep_every
+    return min(saves, config.keep_last + 1 + kept)
+
+
+def save_memory(arch: Architecture, config: TrainerConfig) -> Range:
+    """Bytes of the nodes' memory that a save takes, all together: the first data-parallel ranks gather what is written. A writer may copy it once."""
+    size = checkpoint_bytes(arch, config)
+    return Range(size, 2 * size)
+
+
+def conversion_memory(arch: Architecture) -> Range:
+    """Bytes that `convert` holds: a file of the result and a layer, and at most both twice (as read, and as written)."""
+    experts = max(1, arch.num_experts)
+    layer = 3 * arch.hidden_size * arch.ffn_size * experts + 2 * arch.hidden_size * arch.head_dim * (arch.num_heads + arch.num_kv_heads)
+    file = min(SHARD_BYTES, BF16 * arch.num_parameters)
+    held = file + BF16 * max(layer, arch.vocab_size * arch.hidden_size)
+    return exactly(held) + Range(0, held)
