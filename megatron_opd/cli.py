@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_opd import __version__
-from megatron_opd.commands import convert, data, others, recipe, rounds, run, stages
-from megatron_opd.errors import INTERRUPTED, Interrupted, QuarantineError, UserError
+from megatron_opd.commands import convert, data, others, recipe, rounds, run, slurm, stages
+from megatron_opd.errors import INTERRUPTED, Interrupted, QuarantineError, ServersLost, UserError
 from megatron_opd.redact import redact_override, redact_words
 from megatron_opd.untrusted import Console, check_characters, printable, shortened
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for what the user can mend, 3 for too many quarantined rollouts, 1 for our own faults."""
+    """Entry point; returns the exit code: 0, 2 for what the user can mend, 3 for too many quarantined rollouts,
+    4 for servers that were lost, 1 for our own faults."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with contextlib.redirect_stdout(Console(sys.stdout)):  # names and texts of others are printed everywhere
         return _run(arguments)
@@ -50,6 +51,8 @@ def _run(arguments: list[str]) -> int:
         return int(args.run(args, arguments) or 0)
     except QuarantineError as error:
         return _fail(str(error), code=3)
+    except ServersLost as error:
+        return _fail(str(error), code=4)
     except UserError as error:
         return _fail(str(error), rank=error.rank)
     except BrokenPipeError:  # who read our output has read enough
@@ -109,4 +112,5 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_to(commands)
     recipe.add_to(commands)
     others.add_to(commands)
+    slurm.add_to(commands)
     return parser

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
+from megatron_opd.cluster import SlurmConfig
 from megatron_opd.errors import ConfigError
 from megatron_opd.inference import EncodingConfig, EngineConfig
 from megatron_opd.layout import MOST, Count, Fp8Config, ParallelConfig
@@ -23,8 +24,8 @@ from megatron_opd.records import SamplingParams
 from megatron_opd.redact import holds_secret, redact, redact_address
 
 STAGES = ("generate", "sft", "rollout", "score", "train", "eval")  # sections of a recipe, in the order of a run
-# Text for the model may hold braces of its own.
-FREE_TEXT = {"system"}
+# Text for the model, and for the shell, may hold braces of its own.
+FREE_TEXT = {"system", "prologue", "gpus"}
 # Adam divides the rate by 1 - beta1 at its first step, and the result must be a float32 number.
 _LARGEST_RATE = 1e30
 _FILLED_IN = {"name", "run_dir", "models"}  # what placeholders of other fields stand for
@@ -177,6 +178,9 @@ class TrainerConfig(_Section):
         default=4096, description="response tokens whose logits are held at once; 'all' of a micro-batch"
     )
     parallel: ParallelConfig = ParallelConfig()
+    process_group_minutes: int = Field(
+        default=30, gt=0, le=100_000, description="how long a rank may wait for the others in a collective before the run ends"
+    )
 
     @model_validator(mode="after")
     def _check_steps(self) -> TrainerConfig:
@@ -218,6 +222,18 @@ class TrainerConfig(_Section):
                 "fp8.parameters needs distributed_optimizer = true, whose shards are the exact weights, and no optimizer_offload"
             )
         return self
+
+    def check_ranks(self, name: str, ranks: int) -> None:
+        """Raise ConfigError unless `ranks` processes can make the groups of stage `name`, each data-parallel one with a rollout a step."""
+        p = self.parallel
+        try:
+            p.check_ranks(ranks)
+        except ConfigError as error:
+            raise ConfigError(f"{name}.parallel: {error}") from None
+        if self.global_batch < (dp := ranks // (p.tp * p.pp * p.cp)):
+            raise ConfigError(
+                f"{name}.global_batch = {self.global_batch} is smaller than {dp} data-parallel ranks; raise it, or start fewer ranks"
+            )
 
     @property
     def token_multiple(self) -> int:
@@ -305,6 +321,7 @@ class Recipe(_Section):
     train: TrainStage = TrainStage()
     rounds: RoundsConfig = RoundsConfig()
     eval: EvalStage | None = None
+    slurm: SlurmConfig = SlurmConfig()
     _written: Recipe | None = PrivateAttr(default=None)  # with {placeholders}, ~ and $VARIABLES; None: as it is here
 
     @model_validator(mode="after")
@@ -315,7 +332,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check_addresses(self) -> Recipe:
-        for where, text in _texts(self.model_dump(exclude={"engine"})):
+        for where, text in _texts(self.model_dump(exclude={"engine": True, "slurm": {"environment"}})):
             if holds_secret(text):
                 raise ValueError(
                     f"{where}: the address {redact_address(text)!r} holds a password or key, which would end up in files and logs; give it without, "

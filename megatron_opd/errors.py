@@ -33,6 +33,10 @@ class EngineError(UserError):
     """An inference engine can't do what was asked, or answered wrongly."""
 
 
+class ServersLost(EngineError):
+    """Servers that had answered are gone and did not come back: the fault of their node, perhaps. The command line exits with 4."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, unfinished, or was made by a different run."""
 

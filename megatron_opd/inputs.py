@@ -51,10 +51,8 @@ def check_inputs(recipe: Recipe, *, ranks: int | None = None) -> Findings:
     """Look at both models (their weights are hashed, which later stages remember) and the prompt files; `ranks` processes will train."""
     found = Findings()
     if ranks is not None:
-        from megatron_opd.train.readiness import check_ranks  # brings torch
-
         for name, stage in (("sft", recipe.sft), ("train", recipe.train)):
-            found.attempt(check_ranks, stage, name, ranks)
+            found.attempt(stage.check_ranks, name, ranks)
     _check_models(recipe, found)
     _check_turns(recipe, found)
     _check_prompts(recipe, found)

@@ -27,12 +27,19 @@ _SECRET_PARTS = {
     "signature",
 }
 _MODELS = ("teacher", "student")  # sections of engine.launch
-_REDACTED = ("engine.launch.environment", "engine.launch.command", *(f"engine.launch.{of}options" for of in ("", "teacher.", "student.")))
-_SECTIONS = ("engine", "engine.launch", *(f"engine.launch.{model}" for model in _MODELS))
+_REDACTED = (
+    "engine.launch.environment",
+    "engine.launch.command",
+    *(f"engine.launch.{of}options" for of in ("", "teacher.", "student.")),
+    "slurm.environment",
+    "slurm.prologue",
+)
+_SECTIONS = ("engine", "slurm", "engine.launch", *(f"engine.launch.{model}" for model in _MODELS))
 # What stands between :// and a host: a user, or a user and a password, which may hold a slash. And what stands behind the path.
 # A colon before digits and a slash is of a host's port: what comes then is a path, in which an @ says nothing.
 _USER = re.compile(r"(?<=://)(?![^/@:]*:\d+/)((?:[^/@]*:.*|[^/@]*))@", re.DOTALL)
 _BEHIND = re.compile(r"[?#].*", re.DOTALL)
+_ASSIGNMENT = re.compile(r"(-*[A-Za-z_][\w-]*)=(\"[^\"]*\"|'[^']*'|[^\s;]+)")
 _REFERENCE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
@@ -123,9 +130,19 @@ def _holds_secret(address: str) -> bool:
 
 def redact(tree: dict[str, Any]) -> dict[str, Any]:
     """A recipe, as a tree, for a record."""
-    launch = (tree.get("engine") or {}).get("launch")
-    if not launch:
-        return tree
+    kept = dict(tree)
+    if launch := (tree.get("engine") or {}).get("launch"):
+        kept["engine"] = {**tree["engine"], "launch": _redact_launch(launch)}
+    if cluster := tree.get("slurm"):
+        kept["slurm"] = {
+            **cluster,
+            "environment": redact_settings(cluster["environment"]),
+            "prologue": [redact_line(line) for line in cluster["prologue"]],
+        }
+    return kept
+
+
+def _redact_launch(launch: dict[str, Any]) -> dict[str, Any]:
     kept = {
         **launch,
         "environment": redact_variables(launch["environment"]),
@@ -135,4 +152,22 @@ def redact(tree: dict[str, Any]) -> dict[str, Any]:
     for model in _MODELS:
         if (launch.get(model) or {}).get("options"):
             kept[model] = {**launch[model], "options": redact_words(launch[model]["options"])}
-    return {**tree, "engine": {**tree["engine"], "launch": kept}}
+    return kept
+
+
+def redact_settings(variables: dict[str, str]) -> dict[str, str]:
+    """Environment variables of a job for a record: settings stay, values of those whose names say that they are secret do not."""
+    return {
+        name: NOT_KEPT if value and referenced(value) is None and (is_secret_name(name) or holds_secret(value)) else value
+        for name, value in variables.items()
+    }
+
+
+def redact_line(line: str) -> str:
+    """A line of shell for a record: export HF_TOKEN=abc -> export HF_TOKEN=(not kept)."""
+
+    def shown(match: re.Match[str]) -> str:
+        secret = is_secret_name(match[1]) and referenced(match[2].strip("\"'")) is None
+        return f"{match[1]}={NOT_KEPT}" if secret else match[0]
+
+    return _ASSIGNMENT.sub(shown, line)

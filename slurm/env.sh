@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # What a site changes; every job reads it. To keep your own beside this one: export OPD_ENV=/path/to/my-env.sh
+# What a recipe says in its [slurm] section, or an override such as slurm.partition=debug, goes before what stands here.
 
 # Account, partition and QOS are read by sbatch itself: `source slurm/env.sh` before it (pipeline.sh does that for you).
 #export SBATCH_ACCOUNT=my_project
@@ -7,21 +8,27 @@
 #export SBATCH_QOS=normal
 # pipeline.sh: jobs without a GPU (checks, conversion) may go to a partition of their own.
 CPU_PARTITION=
+# pipeline.sh: how {n} GPUs of a node are asked for, for example --gres=gpu:h100:{n}
+GPUS='--gpus-per-node={n}'
 
 # The software of training (train, sft, check, convert) and of inference (generate, rollout, score, eval). Either images for Pyxis
-# (a .sqsh file, or registry#name:tag; docs/containers.md), or, where an image is empty, virtual environments.
+# (a .sqsh file, or registry#name:tag; docs/containers.md), images for Apptainer (.sif), or, where an image is empty, virtual environments.
 IMAGE_TRAIN=
 IMAGE_SERVE=
+# An image with both, for the job that compares the two; without one the training image is taken, which must then find servers (engine.urls).
+IMAGE_ENGINES=
 VENV_TRAIN=.venv
 VENV_SERVE=.venv-serve
 # What a container sees: the directory that you submit from always, and these (SOURCE:TARGET, with commas between).
 MOUNTS=
 
-# SGLang: yes starts servers on each node of an inference job, as the script says; no leaves it to the recipe (engine.urls).
-LAUNCH=yes
-
 # A job that was stopped (time limit, preemption) puts itself back into the queue; so often at most.
 MAX_RESTARTS=20
+# One that failed, and not by what you must mend, is tried again without the node that failed; so often at most.
+RETRIES=2
+
+# Where Triton, torch and CUDA keep what they compile, on each node's own disk; empty: ${SLURM_TMPDIR:-/tmp}/megatron-opd-$UID.
+CACHE_DIR=
 
 # Ranks on each node; empty: one a GPU.
 RANKS_PER_NODE=

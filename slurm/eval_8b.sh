@@ -14,5 +14,4 @@
 #SBATCH --output=logs/%x-%j.out
 source "$SLURM_SUBMIT_DIR/slurm/lib.sh" || exit 2
 
-servers="tp=2 dp=4" # for the student, then for Qwen3-32B
 serve_job eval opd_8b "$@"

@@ -15,5 +15,4 @@
 #SBATCH --output=logs/%x-%A_%a.out
 source "$SLURM_SUBMIT_DIR/slurm/lib.sh" || exit 2
 
-servers="tp=2 dp=4" # Qwen3-32B: two GPUs a copy
 serve_job generate opd_8b "$@"

@@ -1,19 +1,25 @@
 # shellcheck shell=bash
-# Common code of the jobs; each sources it on its first node and calls train_job, serve_job or cpu_job.
+# Common code of the jobs; each sources it on its first node and calls train_job, serve_job, cpu_job or, from pipeline.sh, stage_job.
 #
 # Stop and go on: Slurm sends USR1 to this shell before the time limit, and at preemption where the site says so (#SBATCH
 # --signal=B:USR1@SECONDS). Training is told to save; the job then puts itself back into the queue under the same id, and goes on from
-# what is on disk. After a node failure Slurm does that by itself (#SBATCH --requeue).
+# what is on disk. After a node failure Slurm does that by itself (#SBATCH --requeue). A job that failed for another reason than one that
+# the user must mend goes back as well, without the node that failed, at most RETRIES times.
 set -uo pipefail
 # shellcheck source=slurm/env.sh
 source "${OPD_ENV:-slurm/env.sh}" || exit 2
+for name in $(compgen -e OPD_SET_); do export "${name#OPD_SET_}=${!name}"; done # the recipe's goes before the site's
 
 # A task of an array by its own name: the id of its last task is also the id of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
+records=${OPD_RUN_DIR:-logs}/slurm_jobs.jsonl
 told=no  # yes: Slurm asked us to stop
 saves=no # yes: a step wants to hear of it, and ends when it has saved
+# How ranks ended that failed, a row each: megatron_opd/train/node.py writes it.
+export OPD_ENDINGS=$PWD/logs/endings-$job
+rm -f "$OPD_ENDINGS"
 trap 'told=yes; say "USR1: the time limit or a preemption is near"' USR1
 
 say() { echo "[$(date '+%F %T')] job $job on $SLURMD_NODENAME: $*"; }
@@ -22,20 +28,50 @@ fail() {
     exit 2
 }
 
-# use train|serve: where the steps run, in a container image or a virtual environment. Sets the array `srun`.
+# record EVENT [KEY VALUE ...]: a row in the run folder (of jobs that pipeline.sh has not submitted in logs/), on disk when this returns.
+record() {
+    local row
+    row="{\"event\": \"$1\", \"job\": \"$job\", \"time\": \"$(date -u '+%FT%TZ')\""
+    shift
+    while (($#)); do
+        row+=", \"$1\": \"$(tr -cd '[:alnum:] _.,:;()[]/=+-' <<<"$2")\""
+        shift 2
+    done
+    mkdir -p "$(dirname "$records")"
+    echo "$row}" >>"$records" || say "can't write to $records"
+    sync "$records"
+}
+
+# use train|serve|engines: where the steps run, in a container image or a virtual environment. Sets the arrays `srun`, `inside`.
 use() {
-    local image=$IMAGE_TRAIN venv=$VENV_TRAIN
-    [[ $1 == train ]] || image=$IMAGE_SERVE venv=$VENV_SERVE
+    local image=$IMAGE_TRAIN venv=$VENV_TRAIN container=()
+    case $1 in
+    serve) image=$IMAGE_SERVE venv=$VENV_SERVE ;;
+    engines) image=${IMAGE_ENGINES:-$IMAGE_TRAIN} ;;
+    esac
     # A step gets one CPU a task unless told otherwise, also where the job has the whole node.
     srun=(srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --kill-on-bad-exit=1)
+    export -n OPD_BINDS
     if [[ -n $image ]]; then
         [[ $image != /* && $image != ./* || -e $image ]] || fail "no image $image; see docs/containers.md, or change slurm/env.sh"
-        # Pyxis wants its options on every step.
-        srun+=(--container-image="$image" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD")
     else
         [[ -x $venv/bin/megatron-opd ]] || fail "no $venv/bin/megatron-opd; make the environment, or change slurm/env.sh"
         PATH=$(cd "$venv/bin" && pwd):$PATH
     fi
+    if [[ $image == *.sif ]]; then
+        local program=apptainer
+        command -v apptainer >/dev/null || program=singularity
+        command -v "$program" >/dev/null || fail "$image needs apptainer (or singularity), and there is none on $SLURMD_NODENAME; load its module: slurm.prologue, or slurm/env.sh"
+        container=("$program" exec --pwd "$PWD")
+        [[ -z ${SLURM_JOB_GPUS:-${SLURM_GPUS_ON_NODE:-}} ]] || container+=(--nv)
+        container+=("$image")
+        export OPD_BINDS=$PWD:$PWD${MOUNTS:+,$MOUNTS}
+    elif [[ -n $image ]]; then
+        # Pyxis wants its options on every step.
+        srun+=(--container-image="$image" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD")
+    fi
+    srun+=(bash slurm/task.sh)
+    inside=("${container[@]}")
 }
 
 # with_recipe RECIPE [ARGUMENT...]: sets the array `arguments`; a first argument that is no FIELD=VALUE is another recipe.
@@ -60,15 +96,30 @@ run() {
 }
 
 # opd SUBCOMMAND [ARGUMENT...]: one process on this node.
-opd() { run "${srun[@]}" --nodes=1 --ntasks=1 megatron-opd "$@"; }
+opd() { run step_of_one megatron-opd "$@"; }
+step_of_one() { "${srun[@]:0:1}" --nodes=1 --ntasks=1 "${srun[@]:1}" "${inside[@]}" "$@"; }
 
-# Back into the queue under the same id; does not return.
+# again [NODE]: back into the queue under the same id, from now on without that node; does not return.
 again() {
     ((restarts < MAX_RESTARTS)) || fail "stopped after $restarts restarts (MAX_RESTARTS in slurm/env.sh); submit it again to go on"
     say "back into the queue, restart $((restarts + 1)) of at most $MAX_RESTARTS"
+    trap '' TERM # the requeue ends this shell, and what comes next must be done
     scontrol requeue "$job" || fail "can't be put back into the queue; submit it again to go on"
-    sleep 300 # the requeue ends this shell
+    [[ -z ${1:-} ]] || exclude "$1"
+    sleep 300
     exit 1
+}
+
+# exclude NODE: of this job, which is waiting in the queue.
+exclude() {
+    local try nodes
+    nodes=$(scontrol -o show job "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    [[ -n $nodes && $nodes != "(null)" ]] && nodes=$nodes,$1 || nodes=$1
+    for try in {1..20}; do
+        scontrol update JobId="$job" ExcNodeList="$nodes" 2>/dev/null && say "excluded from now on: $nodes" && return
+        sleep 0.5
+    done
+    say "could not exclude $1 after $try tries; it may be chosen again"
 }
 
 # asked_to_stop: by the signal, or by a preemption that told the steps alone.
@@ -76,44 +127,105 @@ asked_to_stop() { [[ $told == yes ]] || scontrol show job "$job" | grep -q ' Pre
 
 # finish CODE: the end of the job.
 finish() {
-    [[ $1 != 0 ]] || exit 0
+    [[ $1 != 0 ]] || { rm -f "$OPD_ENDINGS" && exit 0; }
     asked_to_stop && again
+    retry "$1"
     fail "exit code $1; the reason is above; submit it again to go on"
+}
+
+# retry CODE: back into the queue if another node could help; returns if not.
+retry() {
+    local code=$1 kind node rank words count
+    judge
+    case $code in 2 | 3 | 130) return ;; esac # what the user must mend, and Ctrl-C
+    count=$(grep -cF "{\"event\": \"retried\", \"job\": \"$job\"," "$records" 2>/dev/null)
+    if ((${count:-0} >= RETRIES)); then
+        say "failed (exit code $code) and was tried again ${count:-0} times already (RETRIES=$RETRIES)"
+        return
+    fi
+    say "failed on ${node:-a node that is not known}: ${rank:+rank $rank, }exit code $code${words:+, $words}; try $((${count:-0} + 1)) of $RETRIES again"
+    if [[ -n $node ]] && ! spare_without "$node"; then
+        say "$node is not excluded: without it there are too few nodes"
+        node=
+    fi
+    record retried label "${OPD_LABEL:-}" excluded "$node" code "$code" reason "$words" nodes "$SLURM_JOB_NODELIST"
+    again "$node"
+}
+
+# judge: sets code, node, rank, words to what ended the job. Of ranks the first row counts: a refusal, then who was killed, then who
+# failed by itself. Where every rank only lost others, it was the one node that has no row, whose ranks could not say anything.
+judge() {
+    local silent
+    node='' rank='' words=''
+    ((SLURM_NNODES > 1)) || node=$SLURM_JOB_NODELIST
+    [[ -s $OPD_ENDINGS ]] || return
+    read -r kind _ node rank code words < <(sort -n -k1,1 -k2,2 "$OPD_ENDINGS")
+    [[ $kind == 3 ]] || return
+    silent=$(comm -23 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(awk '{print $3}' "$OPD_ENDINGS" | sort -u))
+    rank='' node=$silent
+    [[ $silent != *[[:space:]]* ]] || node=''
+}
+
+# spare_without NODE: whether the partition has nodes enough without it and those that are excluded already.
+spare_without() {
+    local excluded
+    excluded=$(scontrol -o show job "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    excluded=$({
+        echo "$1"
+        [[ $excluded == "(null)" ]] || scontrol show hostnames "$excluded"
+    } | sort -u)
+    (($(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N | sort -u | comm -23 - <(echo "$excluded") | wc -l) >= SLURM_NNODES))
+}
+
+# prologue: the recipe's own lines of shell, once for the job; its steps inherit what they set.
+prologue() {
+    [[ -n ${OPD_PROLOGUE:-} ]] || return 0
+    set +u # `module` is not written for it
+    eval "$OPD_PROLOGUE" || fail "slurm.prologue ended with exit code $?"
+    set -u
 }
 
 # train_job sft|train RECIPE [ARGUMENT...]: on all nodes of the job.
 train_job() {
-    local stage=$1 leader word settings=() per_node=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
+    local stage=$1 leader per_node=${RANKS_PER_NODE:-$SLURM_GPUS_ON_NODE}
     use train
     with_recipe "${@:2}"
-    for word in "${arguments[@]}"; do [[ $word == --* ]] || settings+=("$word"); done # without flags that are for training alone
     say "$stage ${arguments[*]} (restart $restarts)"
     if [[ $restarts == 0 && -z ${OPD_CHECKED:-} ]]; then
         opd check "${arguments[@]}" --stage "$stage" --ranks $((SLURM_NNODES * per_node)) || finish $?
     fi
+    ! finished "$stage" || nothing_left
     # The first node of the list leads: localhost would be another machine on each node.
     leader=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     saves=yes
     # torchrun and its workers start deaf to USR1 and TERM; the trainer listens as soon as it can save.
     export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT PET_SIGNALS_TO_HANDLE=SIGINT # older and newer torchrun
-    # shellcheck disable=SC2016  # SLURM_NODEID is a node's own
-    run "${srun[@]}" bash -c 'trap "" USR1 TERM; exec torchrun --node-rank="$SLURM_NODEID" "$@"' ranks \
-        --nnodes="$SLURM_NNODES" --nproc-per-node="$per_node" --max-restarts=0 \
-        --master-addr="$leader" --master-port=$((15000 + SLURM_JOB_ID % 10000)) -m megatron_opd "$stage" "${arguments[@]}" || finish $?
-    "${srun[@]}" --nodes=1 --ntasks=1 megatron-opd progress "${settings[@]}" --stage "$stage" && finish 0
+    run "${srun[@]}" --deaf "${inside[@]}" megatron-opd slurm-ranks --per-node "$per_node" --leader "$leader" \
+        --port $((15000 + SLURM_JOB_ID % 10000)) "$stage" "${arguments[@]}" || finish $?
+    finished "$stage" && finish 0
     asked_to_stop && again
     fail "stopped before the last step, and not by Slurm; submit it again to go on"
 }
 
+# finished STAGE: prints how far the stage of $arguments is. Exit code 3, "no", is no error that srun need tell of.
+finished() {
+    local word settings=()
+    for word in "${arguments[@]}"; do # recipe and overrides, without flags and the number behind --round
+        [[ $word == --* || ($word != *=* && ${#settings[@]} != 0) ]] || settings+=("$word")
+    done
+    step_of_one megatron-opd progress "${settings[@]}" --stage "${OPD_LABEL:-$1}" 2> >(grep -v '^srun: .*\(exit code 3$\|Terminating StepId\)' >&2)
+}
+
+nothing_left() {
+    say "nothing is left to do"
+    finish 0
+}
+
 # serve_job generate|rollout|score|eval RECIPE [ARGUMENT...]: on one node, or as one task of an array; parts that are done stay done.
-# $servers: the SGLang servers of a node, "tp=N dp=M".
 serve_job() {
-    local word options=()
+    local options=()
     use serve
     with_recipe "${@:2}"
-    if [[ $LAUNCH == yes ]]; then
-        for word in ${servers:?}; do options+=("engine.launch.$word"); done
-    fi
     if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
         # shellcheck disable=SC2153
         if [[ -z ${SHARDS:-} && ($SLURM_ARRAY_TASK_MIN != 0 || $SLURM_ARRAY_TASK_COUNT != $((SLURM_ARRAY_TASK_MAX + 1))) ]]; then
@@ -132,4 +244,29 @@ cpu_job() {
     say "$* (restart $restarts)"
     opd "$@"
     finish $?
+}
+
+# stage_job cpu|serve|train|one LABEL SUBCOMMAND [ARGUMENT...]: what pipeline.sh submits.
+stage_job() {
+    local kind=$1
+    export OPD_LABEL=$2
+    shift 2
+    prologue
+    record started label "$OPD_LABEL" nodes "$SLURM_JOB_NODELIST" restart "$restarts"
+    case $kind in
+    train | serve) "${kind}_job" "$@" ;;
+    one)
+        use engines
+        say "$* (restart $restarts)"
+        arguments=("${@:2}")
+        ! finished "$OPD_LABEL" || nothing_left
+        opd "$@"
+        finish $?
+        ;;
+    cpu)
+        # Found without GPUs: is there what the jobs with GPUs will start?
+        [[ $OPD_LABEL != inputs ]] || (use serve) || exit 2
+        cpu_job "$@"
+        ;;
+    esac
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submit the whole chain, each job to start when the one before has succeeded, and print the job ids:
-#   slurm/pipeline.sh [--from STAGE] [RECIPE] [FIELD=VALUE ...]
-#   slurm/pipeline.sh                                      opd_8b, from the teacher's answers to the evaluation
+# Submit a recipe, each job to start when those before have succeeded, and print the job ids:
+#   slurm/pipeline.sh [--from STAGE] [--until STAGE] [--dry-run] [RECIPE] [FIELD=VALUE ...]
+#   slurm/pipeline.sh opd_8b                               all of it
 #   slurm/pipeline.sh --from score opd_8b train.lr=1e-6    after a failure, or to do a part again
-# STAGE: generate, sft, rollout, score, train or eval. SHARDS=16: nodes of each array job. NODES=2: nodes of sft and train; else as many as
-# the script of the recipe's name asks for (slurm/opd_32b_4nodes.sh: 4), for a recipe without one opd_8b.sh. Jobs without a GPU check what a
-# stage needs, its layout and number of ranks too, before the job with GPUs starts; when a job fails, those that wait for it are cancelled.
+#   slurm/pipeline.sh --dry-run mine.toml slurm.nodes=2    what would be submitted
+# NODES=2 and SHARDS=16 before it stand for slurm.nodes=2 and for as many nodes in generate, rollout and score.
+# What the jobs ask for stands in the recipe's [slurm] section, what the site is like in slurm/env.sh. `megatron-opd slurm` makes the list.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=slurm/env.sh
@@ -16,64 +16,69 @@ fail() {
     exit 2
 }
 
-from=generate
-if [[ ${1:-} == --from ]]; then
-    from=${2:-}
-    shift 2
+# The Python that makes the list: of the virtual environment, of PATH, or of the training image.
+opd=()
+if [[ -x ${VENV_TRAIN:-}/bin/megatron-opd ]]; then
+    opd=("$VENV_TRAIN/bin/megatron-opd")
+elif command -v megatron-opd >/dev/null; then
+    opd=(megatron-opd)
+elif [[ ${IMAGE_TRAIN:-} == *.sif && -e $IMAGE_TRAIN ]] && program=$(command -v apptainer || command -v singularity); then
+    opd=("$program" exec --pwd "$PWD" --bind "$PWD:$PWD${MOUNTS:+,$MOUNTS}" "$IMAGE_TRAIN" megatron-opd)
+elif [[ ${IMAGE_TRAIN:-} == *.sqsh && -e $IMAGE_TRAIN ]] && program=$(command -v enroot); then
+    # shellcheck disable=SC2016  # for the shell in the container
+    opd=("$program" start --mount "$PWD:$PWD" "$IMAGE_TRAIN" bash -c 'cd "$0" && exec megatron-opd "$@"' "$PWD")
+else
+    fail "no megatron-opd to make the list of jobs: neither ${VENV_TRAIN:-VENV_TRAIN}/bin/megatron-opd, nor on PATH, nor a training image" \
+        "(IMAGE_TRAIN=${IMAGE_TRAIN:-}) with apptainer or enroot on this machine; make one (docs/cluster.md), or change slurm/env.sh"
 fi
-recipe=opd_8b
-if [[ $# != 0 && $1 != *=* ]]; then
-    recipe=$1
-    shift
-fi
-stages="generate sft rollout score train eval"
-[[ " $stages " == *" $from "* ]] || fail "no stage '$from'; there are: $stages"
-for image in "$IMAGE_TRAIN" "$IMAGE_SERVE"; do
-    [[ $image != /* && $image != ./* || -e $image ]] || fail "no image $image; see docs/containers.md, or change slurm/env.sh"
+
+settings=() # as slurm/env.sh has them
+for name in SBATCH_ACCOUNT SBATCH_PARTITION SBATCH_QOS CPU_PARTITION GPUS RANKS_PER_NODE IMAGE_TRAIN IMAGE_SERVE IMAGE_ENGINES \
+    VENV_TRAIN VENV_SERVE MOUNTS CACHE_DIR RETRIES MAX_RESTARTS; do
+    [[ -z ${!name:-} ]] || settings+=(--site "$name=${!name}")
 done
-train=slurm/$(basename "$recipe" .toml).sh # the script of that size, if there is one
-[[ -e $train ]] || train=slurm/opd_8b.sh
-asks() { sed -n "s/^#SBATCH --$1=\([0-9]*\)\$/\1/p" "$train"; }
-nodes=${NODES:-$(asks nodes)}
-ranks=$((nodes * ${RANKS_PER_NODE:-$(asks gpus-per-node)}))
-cpu=(${CPU_PARTITION:+--partition="$CPU_PARTITION"} slurm/cpu.sh)
-array=(${SHARDS:+--array=0-$((SHARDS - 1))})
-export OPD_CHECKED=yes # the training jobs need not check again
+# Shorter words for overrides.
+set -- "$@" ${NODES:+slurm.nodes="$NODES"} ${SHARDS:+slurm.shards.generate="$SHARDS" slurm.shards.rollout="$SHARDS" slurm.shards.score="$SHARDS"}
+for word in "$@"; do
+    [[ $word != --dry-run && $word != --help && $word != -h ]] || exec "${opd[@]}" slurm "${settings[@]}" "$@"
+done
+plan=$("${opd[@]}" slurm --plan "${settings[@]}" "$@") || fail "nothing was submitted"
+[[ $plan == *"# jobs"* ]] || fail "megatron-opd slurm --plan printed no list of jobs"
+plan=${plan#*"# jobs"} # an image may print a greeting
 
 submitted=()
-trap '[[ $? == 0 ]] || { scancel "${submitted[@]}" 2>/dev/null; echo "pipeline: not submitted" >&2; }' EXIT
+declare -A ids
+records=
+undo() {
+    local id
+    scancel "${submitted[@]}" 2>/dev/null
+    for id in "${submitted[@]}"; do echo "{\"event\": \"cancelled\", \"job\": \"$id\", \"time\": \"$(date -u '+%FT%TZ')\"}"; done >>"$records"
+    echo "pipeline: not submitted" >&2
+}
+trap '[[ $? == 0 || ${#submitted[@]} == 0 ]] || undo' EXIT
 
-# submit NAME [SBATCH OPTION ...] SCRIPT [ARGUMENT ...]: after the job before.
+# The plan is made of these four.
+record_in() {
+    mkdir -p "$1" logs
+    records=$1/slurm_jobs.jsonl
+}
+variable() { export "$1=$2"; } # sbatch hands its environment to the job
+image() { [[ $1 != /* && $1 != ./* || -e $1 ]] || fail "no image $1; see docs/containers.md, or change slurm/env.sh"; }
+# submit LABEL "LABEL ..." RECORD WORD ...: sbatch WORDS, to start after the jobs of those labels.
 submit() {
-    local after=${submitted[*]: -1} id
-    id=$(sbatch --parsable --job-name="$1" ${after:+--dependency="afterok:$after" --kill-on-invalid-dep=yes} "${@:2}")
-    submitted+=("${id%%;*}") # without the cluster's name
-    printf '%-10s %s%s\n' "$1" "${submitted[*]: -1}" "${after:+   after $after}"
+    local label id after='' quoted=''
+    for label in $2; do
+        after+=:${ids[$label]}
+        quoted+=${quoted:+, }\"${ids[$label]}\"
+    done
+    id=$(sbatch --parsable --export=ALL ${after:+--dependency="afterok$after" --kill-on-invalid-dep=yes} "${@:4}") || fail "sbatch refused $1"
+    id=${id%%;*} # without the cluster's name
+    submitted+=("$id")
+    ids[$1]=$id
+    echo "{\"event\": \"submitted\", \"job\": \"$id\", \"time\": \"$(date -u '+%FT%TZ')\", \"after\": [$quoted], $3" >>"$records"
+    sync "$records"
+    printf '%-12s %s%s\n' "$1" "$id" "${after:+   after ${after#:}}"
 }
 
-case $from in # each stage goes on to the next
-generate)
-    submit inputs "${cpu[@]}" check "$recipe" "$@" --stage inputs --ranks "$ranks"
-    submit generate "${array[@]}" slurm/generate_8b.sh "$recipe" "$@"
-    ;;&
-generate | sft)
-    submit check-sft "${cpu[@]}" check "$recipe" "$@" --stage sft --ranks "$ranks"
-    submit sft --nodes="$nodes" slurm/sft_8b.sh "$recipe" "$@"
-    submit sft-hf "${cpu[@]}" convert trained "$recipe" "$@" --stage sft
-    ;;&
-generate | sft | rollout)
-    submit rollout "${array[@]}" slurm/rollout_8b.sh "$recipe" "$@"
-    ;;&
-generate | sft | rollout | score)
-    submit score "${array[@]}" slurm/score_8b.sh "$recipe" "$@"
-    ;;&
-generate | sft | rollout | score | train)
-    submit check "${cpu[@]}" check "$recipe" "$@" --ranks "$ranks"
-    submit train --nodes="$nodes" "$train" "$recipe" "$@"
-    submit opd-hf "${cpu[@]}" convert trained "$recipe" "$@"
-    ;;&
-*)
-    submit eval slurm/eval_8b.sh "$recipe" "$@"
-    ;;
-esac
-echo "logs: $PWD/logs; to cancel all: scancel ${submitted[*]}"
+eval "$plan"
+echo "logs: $PWD/logs; records: $records; to cancel all: scancel ${submitted[*]}"

@@ -15,5 +15,4 @@
 #SBATCH --output=logs/%x-%A_%a.out
 source "$SLURM_SUBMIT_DIR/slurm/lib.sh" || exit 2
 
-servers="tp=1 dp=8" # Qwen3-8B: a copy on each GPU
 serve_job rollout opd_8b "$@"

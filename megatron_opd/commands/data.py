@@ -62,7 +62,7 @@ def _import(args: argparse.Namespace, arguments: list[str]) -> None:
     keep_hashes_in(recipe.run_dir)
     import_responses(
         stage,
-        recipe.engine,
+        recipe.engine_for(args.model),
         role=args.role,
         run_dir=recipe.run_dir,
         shard=Shard.parse(args.shard),

@@ -127,14 +127,13 @@ def _run_ranks(run: Callable[..., object], recipe: Recipe, name: str, args: argp
 def _run_rounds(run: Callable[..., object], recipe: Recipe, args: argparse.Namespace, arguments: list[str]) -> object:
     """As `_run_ranks`; what the ranks will train on is not there yet."""
     from megatron_opd.train import launch
-    from megatron_opd.train.readiness import check_ranks
 
     if launch.is_rank():
         launch.end_with_launcher()
         return run(recipe, args)
     check_keep_alive(recipe)
     ranks = args.nproc or launch.default_ranks(recipe.train.parallel.min_ranks)
-    check_ranks(recipe.train, "train", ranks)
+    recipe.train.check_ranks("train", ranks)
     return run(recipe, args) if ranks == 1 else launch.launch(arguments, ranks, recipe.train.output)
 
 

@@ -19,7 +19,7 @@ from megatron_opd.errors import ConfigError
 from megatron_opd.processes import LISTENER
 
 
-def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -> torch.device:
+def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: int = 30) -> torch.device:
     """Join the world that torchrun (or our launcher) describes, or a world of one, and make the groups. Returns the device.
 
     Raises ConfigError if the world's size is not a multiple of what the groups need.
@@ -50,6 +50,7 @@ def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -
             context_parallel_size=parallel.cp,
             expert_model_parallel_size=parallel.ep,
             expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=timeout_minutes,
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)

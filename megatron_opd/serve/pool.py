@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.errors import EngineError, LineageError, UserError
+from megatron_opd.errors import EngineError, LineageError, ServersLost, UserError
 from megatron_opd.hf_config import read_config
 from megatron_opd.inference import EngineConfig
 from megatron_opd.serve.engine import ScoreRequest
@@ -239,7 +239,7 @@ class Pool:
         except EngineError as error:
             server.gone = str(error)
             if all(other.gone is not None for other in self.servers):
-                raise
+                raise ServersLost(str(error)) from None
             print(f"\nWARNING: going on without {error}", flush=True)
             return
         self._check_alike()

@@ -118,7 +118,7 @@ def open_session(recipe: Recipe, name: str, number: int | None, *, allow_changes
     check_loggers(config.loggers)
     if config.deterministic:
         parallel.make_deterministic()
-    device = parallel.start(config.parallel, seed=config.seed)
+    device = parallel.start(config.parallel, seed=config.seed, timeout_minutes=config.process_group_minutes)
     return Session(recipe, name, Path(config.output), device, StopRequest(Path(config.output)), allow_changes)
 
 

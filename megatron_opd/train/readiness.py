@@ -16,7 +16,7 @@ from megatron_opd.data.joined import open_training_stores, show_stores, store_li
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.vocabulary import Vocabulary
-from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
+from megatron_opd.errors import LineageError, StoreError, UserError
 from megatron_opd.lineage import check_teacher, fingerprint_model, read_lineage, same_model
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.objective import RoundsConfig
@@ -60,7 +60,7 @@ def check_start(
     """All that `ranks` processes would refuse of stage `name` once they are up, a run in its output folder included. Raises UserError."""
     config: TrainerConfig = getattr(round_recipe(recipe, number), name)
     if ranks is not None:
-        check_ranks(config, name, ranks)
+        config.check_ranks(name, ranks)
     ready = check_stage(recipe, name, number)
     going = plan_resume(name, config, ready.identity, allow_changes=allow_changes)
     return replace(ready, notes=[*ready.notes, *going.notes])
@@ -77,19 +77,6 @@ def check_loggers(loggers: Sequence[str]) -> None:
 
 def not_installed(logger: str) -> UserError:
     return UserError(f"loggers has {logger!r}, which is not installed; pip install {logger}, or take it out")
-
-
-def check_ranks(config: TrainerConfig, name: str, ranks: int) -> None:
-    """Raise ConfigError unless `ranks` processes can make the groups of parallelism, each data-parallel one with a rollout a step."""
-    p = config.parallel
-    try:
-        p.check_ranks(ranks)
-    except ConfigError as error:
-        raise ConfigError(f"{name}.parallel: {error}") from None
-    if config.global_batch < (dp := ranks // (p.tp * p.pp * p.cp)):
-        raise ConfigError(
-            f"{name}.global_batch = {config.global_batch} is smaller than {dp} data-parallel ranks; raise it, or start fewer ranks"
-        )
 
 
 def check_sft(stage: SftStage, teacher_model: str | None = None) -> Readiness:

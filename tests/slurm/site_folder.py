@@ -34,7 +34,7 @@ class Site:
 
     def write_env(self, name: str, **settings: str) -> Path:
         """A copy of slurm/env.sh with settings changed as a user would change them."""
-        software = {"VENV_TRAIN": sys.prefix, "VENV_SERVE": sys.prefix, "LAUNCH": "no", "RANKS_PER_NODE": "1"}
+        software = {"VENV_TRAIN": sys.prefix, "VENV_SERVE": sys.prefix, "RANKS_PER_NODE": "1"}
         text = (REPOSITORY / "slurm/env.sh").read_text()
         for key, value in (software | settings).items():
             text, count = re.subn(rf"^{key}=.*$", f"{key}={value}", text, flags=re.MULTILINE)
@@ -56,6 +56,8 @@ class Site:
             "rollout": sampled,
             "train": shared,
             "eval": {"prompts": f"{self.folder}/prompts.jsonl", "sampling": {"max_new_tokens": 12}, "grader": "none"},
+            "rounds": {},
+            "slurm": {},
         }
         for section, values in sections.items():
             tree[section] = tree[section] | values
@@ -72,6 +74,33 @@ class Site:
             (programs / program).write_text(f'#!/bin/sh\nexec {sys.prefix}/bin/{program} "$@"\n')
             (programs / program).chmod(0o755)
         return image
+
+    def apptainer(self) -> Path:
+        """A folder for PATH with a program that stands for apptainer, which can't be installed here: it notes its words down and runs the
+        command outside of any container, with PATH as an image would have it."""
+        folder = self.folder / "apptainer-bin"
+        folder.mkdir()
+        program = folder / "apptainer"
+        program.write_text(
+            f"""#!/bin/bash
+echo "$APPTAINER_BIND $*" >> {self.folder}/apptainer.log
+[[ $1 == exec ]] || exit 64
+shift
+while [[ $1 == --* ]]; do
+    case $1 in
+    --pwd) cd "$2" || exit 64; shift 2 ;;
+    --bind) shift 2 ;;
+    --nv) shift ;;
+    *) echo "apptainer: no option $1" >&2; exit 64 ;;
+    esac
+done
+[[ $1 == *.sif && -e $1 ]] || exit 64
+export PATH={sys.prefix}/bin:/usr/bin:/bin
+exec "${{@:2}}"
+"""
+        )
+        program.chmod(0o755)
+        return folder
 
     def mounts(self) -> str:
         """What must be seen in a container for that image to work."""

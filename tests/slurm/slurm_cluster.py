@@ -201,6 +201,17 @@ class Cluster:
         wait_for(ended, seconds, f"job {job}", lambda: self.ask("scontrol", "show", "job", job) + show())
         return self.field(job, "JobState")
 
+    def kill(self, node: str, words: str) -> None:
+        """kill -9 to the one process of a node in whose command line `words` stand."""
+        pids = subprocess.run(["ip", "netns", "pids", self._namespace(node)], capture_output=True, text=True, check=True).stdout.split()
+        found = []
+        for pid in map(int, pids):
+            with contextlib.suppress(OSError):
+                if words in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
+                    found.append(pid)
+        assert len(found) == 1, f"{len(found)} processes with {words!r} on {node}"
+        os.kill(found[0], signal.SIGKILL)
+
     def cut_off(self, node: str) -> None:
         """What a power failure looks like for the others: the node answers nobody, and closes no connection."""
         _ip(f"-n {self._namespace(node)} link set eth0 down")

@@ -34,7 +34,7 @@ def test_a_job_stopped_in_every_way_ends_like_an_undisturbed_one(site: Site) -> 
         first = len(site.metrics(output))
         wait_for(lambda: len(site.metrics(output)) >= first + 5, 120, "five steps", lambda: site.log(job))
 
-    wait_for(lambda: cluster.run("scontrol", "show", "step", f"{job}.1").returncode == 0, 60, "torchrun", lambda: site.log(job))
+    wait_for(lambda: cluster.run("scontrol", "show", "step", f"{job}.2").returncode == 0, 60, "the ranks' step", lambda: site.log(job))
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
     wait_for_restart(1)
 
@@ -70,7 +70,7 @@ def test_a_job_stopped_in_every_way_ends_like_an_undisturbed_one(site: Site) -> 
     log = site.complete(whole)
     assert f"{steps} steps of 8; tp 1 x pp 1 x cp 1 x dp 2 on 2 rank(s)" in log
     image_steps = [line.split()[0] for line in (cluster.folder / "containers.log").read_text().splitlines()]
-    assert sorted(image_steps) == [f"{whole}.0", f"{whole}.1", f"{whole}.1", f"{whole}.2"], "check, a task on each node, progress"
+    assert sorted(image_steps) == [f"{whole}.{step}" for step in (0, 1, 2, 2, 3)], "check, progress, a task on each node, progress"
     undisturbed = site.metrics(site.folder / "runs/whole/opd")
     for field in ("loss", "grad_norm", "learning_rate"):
         assert [row[field] for row in stopped] == [row[field] for row in undisturbed]

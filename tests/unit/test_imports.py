@@ -103,7 +103,8 @@ def test_the_kernels_import_torch_and_triton_alone() -> None:
 
 
 STANDS_ALONE = {
-    f"megatron_opd.{name}" for name in ("records", "config", "inference", "layout", "objective", "paths", "redact", "errors", "untrusted")
+    f"megatron_opd.{name}"
+    for name in ("records", "config", "cluster", "inference", "layout", "objective", "paths", "redact", "errors", "untrusted")
 }
 
 

@@ -1,0 +1,64 @@
+"""slurm: the jobs of a recipe, as slurm/pipeline.sh submits them; slurm-ranks: one node's part of a training job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_opd.commands.options import OVERRIDES, Stages, a_path, a_positive
+from megatron_opd.errors import UserError
+from megatron_opd.recipe_files import load_recipe
+
+DEFAULT = "opd_8b"
+
+
+def add_to(stages: Stages) -> None:
+    slurm = stages.add_parser(
+        "slurm",
+        help="the jobs that slurm/pipeline.sh submits for a recipe",
+        description="Print each job of a recipe as an sbatch line. slurm/pipeline.sh takes the same arguments, and submits them.",
+    )
+    slurm.add_argument("recipe", type=a_path, nargs="?", default=DEFAULT, help=f"a TOML file, or a shipped recipe (default: {DEFAULT})")
+    slurm.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=OVERRIDES)
+    slurm.add_argument("--from", dest="first", metavar="STAGE", help="the first stage to submit")
+    slurm.add_argument("--until", dest="last", metavar="STAGE", help="the last stage to submit")
+    slurm.add_argument("--dry-run", action="store_true", help="print what would be submitted (what this command does by itself)")
+    slurm.add_argument(
+        "--site", action="append", default=[], metavar="NAME=VALUE", help="a setting of slurm/env.sh; pipeline.sh gives them"
+    )
+    slurm.add_argument("--plan", action="store_true", help="print the jobs for pipeline.sh")
+    slurm.set_defaults(run=_slurm)
+    # Not for people: what a job's step runs on each node.
+    ranks = stages.add_parser("slurm-ranks")
+    ranks.add_argument("--per-node", type=a_positive, required=True)
+    ranks.add_argument("--leader", required=True)
+    ranks.add_argument("--port", type=a_positive, required=True)
+    ranks.add_argument("words", nargs=argparse.REMAINDER)
+    ranks.set_defaults(run=_ranks)
+
+
+def _slurm(args: argparse.Namespace, arguments: list[str]) -> None:
+    from megatron_opd.pipeline.slurm import Cluster, plan_jobs, shell_plan, show_plan
+
+    name, overrides = (args.recipe, args.overrides) if "=" not in args.recipe else (DEFAULT, [args.recipe, *args.overrides])
+    recipe = load_recipe(name, overrides)
+    cluster = Cluster(recipe.slurm, dict(_setting(word) for word in args.site))
+    jobs = plan_jobs(recipe, name, overrides, cluster, first=args.first, last=args.last)
+    if args.plan:
+        print(shell_plan(jobs, recipe, cluster), end="")
+        print("\n".join(cluster.describe()), file=sys.stderr)
+    else:
+        print("\n".join(show_plan(jobs, cluster)))
+
+
+def _setting(word: str) -> tuple[str, str]:
+    name, sign, value = word.partition("=")
+    if not sign:
+        raise UserError(f"--site {word!r:.100}: NAME=VALUE is expected")
+    return name, value
+
+
+def _ranks(args: argparse.Namespace, arguments: list[str]) -> int:
+    from megatron_opd.train.node import run_ranks
+
+    return run_ranks(args.words, per_node=args.per_node, leader=args.leader, port=args.port)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Each task of a step runs its command through this: what is compiled for a GPU goes to the node's own disk, not to a home directory that
+# all nodes share.   task.sh [--deaf] COMMAND ...     with --deaf the command starts deaf to USR1 and TERM; the trainer listens when it can save.
+if [[ $1 == --deaf ]]; then
+    trap '' USR1 TERM
+    shift
+fi
+cache=${CACHE_DIR:-${SLURM_TMPDIR:-/tmp}/megatron-opd-$UID}
+(umask 077 && mkdir -p "$cache") 2>/dev/null
+# Programs are run from there: it must be nobody else's.
+if [[ -d $cache && ! -L $cache && -O $cache ]]; then
+    chmod 700 "$cache"
+else
+    cache=$(mktemp -d) || exit 2
+fi
+export HF_HOME=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface} # data sets stay where they are
+export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/torch_extensions
+export CUDA_CACHE_PATH=$cache/cuda XDG_CACHE_HOME=$cache/xdg FLASHINFER_WORKSPACE_BASE=$cache SGLANG_DG_CACHE_DIR=$cache/deep_gemm
+if [[ -n ${OPD_BINDS:-} ]]; then # what apptainer shows to the container
+    export APPTAINER_BIND=$OPD_BINDS,$cache SINGULARITY_BIND=$OPD_BINDS,$cache
+fi
+exec "$@"
