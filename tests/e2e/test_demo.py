@@ -57,5 +57,5 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert reader.manifest.lineage.sft_teacher == teacher
 
     again = demo(folder)
-    assert "has all its parts" in again
+    assert "$ megatron-opd" not in again, "nothing was left to do"
     assert again.count("step ") == 0 or "step     1/" not in again
