@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import megatron_opd.model  # noqa: F401  before megatron.core
 from megatron_opd.config import TrainStage
+from megatron_opd.data.joined import open_training_stores
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.known_models import KNOWN
@@ -177,7 +178,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = parallel.start(config.parallel, seed=0)
     arch = read_architecture(config.init)
     source = BatchSource(
-        StoreReader(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=config.token_multiple
+        open_training_stores(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=config.token_multiple
     )
     fingerprint = source.reader.manifest.sampler
     identity = run_identity(config, source.reader, arch, fingerprint, fingerprint)

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_opd.durable import make_folder, write_file
 from megatron_opd.evaluate.figures import distils, draw, kl_by_position, window
+from megatron_opd.evaluate.rounds_table import ROUND_COLUMNS, round_rows
 from megatron_opd.evaluate.run_files import read_run
 from megatron_opd.evaluate.wording import interval, kl_caveat, shown
 
@@ -58,7 +59,16 @@ def _tables(data: dict[str, dict[str, Any]]) -> list[tuple[str, list[list[str]]]
         stages += [[run, *stage_cells(row), shown(_kwh(row), ".2f")] for row in content["stages"]]
         if len(content["stages"]) > 1:
             stages.append([run, *stage_cells(_total(content["stages"])), shown(_kwh(_total(content["stages"])), ".2f")])
-    tables = (("Results", results), ("Differences, paired by prompt", differences), ("Training", training), ("Stages", stages))
+    rounds = [["run", *ROUND_COLUMNS]]
+    for run, content in data.items():
+        rounds += [[run, *row] for row in round_rows(content["stages"], content["training"].get("opd", []))]
+    tables = (
+        ("Results", results),
+        ("Differences, paired by prompt", differences),
+        ("Training", training),
+        ("Rounds", rounds),
+        ("Stages", stages),
+    )
     return [(title, rows) for title, rows in tables if len(rows) > 1]
 
 

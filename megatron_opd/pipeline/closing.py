@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import Recipe, require
-from megatron_opd.cost import read_stages
+from megatron_opd.cost import read_jsonl, read_stages
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.report import evaluation_cells, stage_cells
+from megatron_opd.evaluate.rounds_table import ROUND_COLUMNS, round_rows
 from megatron_opd.evaluate.run import describe_difference
 from megatron_opd.pipeline.stages import evaluation_of
 from megatron_opd.untrusted import read_object
@@ -18,13 +19,17 @@ _STAGES = ["stage", "seconds", "tokens", "tokens/s", "GPU hours"]
 
 
 def closing(recipe: Recipe) -> str:
-    """Both tables, with the paired differences between them. Evaluations that are not there are left out."""
+    """The tables, with the paired differences between them; of several rounds one more. Evaluations that are not there are left out."""
     found = _evaluations(recipe)
     paragraphs = []
     if found:
         paragraphs.append(_table([_MODELS, *(evaluation_cells(evaluation) for evaluation in found)]))
     paragraphs += [describe_difference(evaluation) for evaluation in found if "against" in evaluation]
-    paragraphs.append(_table([_STAGES, *(stage_cells(row) for row in read_stages(Path(recipe.run_dir) / "stages.jsonl"))]))
+    stages = read_stages(Path(recipe.run_dir) / "stages.jsonl")
+    if rounds := round_rows(stages, read_jsonl(Path(recipe.train.output) / "metrics.jsonl")):
+        paragraphs.append(_table([ROUND_COLUMNS, *rounds]))
+        stages = [row for row in stages if "round" not in row]
+    paragraphs.append(_table([_STAGES, *map(stage_cells, stages)]))
     return "\n\n".join(paragraphs)
 
 

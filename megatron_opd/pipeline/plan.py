@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from megatron_opd.config import Recipe
 from megatron_opd.errors import ConfigError
+from megatron_opd.pipeline.slurm import job_states, read_jobs
 from megatron_opd.pipeline.stages import Stage, list_stages
 from megatron_opd.pipeline.status import Status, Survey
 
@@ -22,7 +23,7 @@ def show_plan(recipe: Recipe, *, typed: list[str], only: str | None = None) -> i
     """
     survey = Survey(recipe)
     found = survey.stages() if only is None else [survey.stage(stage) for stage in select(list_stages(recipe), only)]
-    for line in lines_of(found):
+    for line in lines_of(found, _queued(recipe, found)):
         print(line)
     left = [status for status in found if not status.settled]
     if not left:
@@ -42,13 +43,21 @@ def select(stages: list[Stage], name: str) -> list[Stage]:
     return chosen
 
 
-def lines_of(found: Iterable[Status]) -> list[str]:
-    """One line a stage, and a second one where there is something to say of it. Rounds that are settled share a line."""
+def lines_of(found: Iterable[Status], queued: dict[str, str] | None = None) -> list[str]:
+    """One line a stage, and more where there is something to say of it; `queued`: what Slurm says of its job, by label."""
     lines = []
     for status in found:
         lines.append(f"{status.stage.label:<13} {status.state:<12} {status.amount:<22} {status.where}".rstrip())
-        lines += [f"{'':<13} {text}" for text in (status.stale, status.note) if text]
+        lines += [f"{'':<13} {text}" for text in (status.stale, status.note, (queued or {}).get(status.stage.label)) if text]
     return lines
+
+
+def _queued(recipe: Recipe, found: list[Status]) -> dict[str, str]:
+    """Slurm's last job of each stage that is not done: its id, and where it is if it is in the queue."""
+    left = {status.stage.label for status in found if not status.settled}
+    jobs = {label: ids[-1] for label, ids in read_jobs(recipe.run_dir).items() if label in left}
+    states = job_states(jobs.values()) if jobs else {}
+    return {label: f"Slurm job {job}: {states.get(job, 'not in the queue')}" for label, job in jobs.items()}
 
 
 def next_command(left: Status, typed: list[str]) -> str:

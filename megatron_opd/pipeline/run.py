@@ -45,35 +45,43 @@ def run_recipe(recipe: Recipe, *, typed: list[str], first: str | None = None, la
     with _alone(recipe):
         _refuse_stale(recipe, begin, end, typed)  # before its settings are kept
         store_recipe(recipe, whole=True)
-        code = _do(recipe, stages, begin, end, typed)
+        code = _do(recipe, begin, end, typed)
     if code == 0 and end == len(stages):
         print(f"\n{closing(recipe)}\n\n{time.monotonic() - started:.0f} s in all")
         print(f"report: {Path(recipe.run_dir) / 'report' / 'report.html'}")
     return code
 
 
-def _do(recipe: Recipe, stages: list[Stage], begin: int | None, end: int, typed: list[str]) -> int:
-    number = 0
-    while number < end:
+def _do(recipe: Recipe, begin: int | None, end: int, typed: list[str]) -> int:
+    """The first stage that is not settled, again and again: what was set aside may send one back."""
+    said: set[str] = set()
+    while True:
         found = _refuse_stale(recipe, begin, end, typed)
+        number = next((number for number, status in enumerate(found[:end]) if _is_due(status, number, begin)), None)
+        for before, status in enumerate(found[: end if number is None else number]):
+            if status.stage.label not in said:
+                said.add(status.stage.label)
+                kept = "   (taken as it is, as --from comes after it)" if status.stale is not None and before < (begin or 0) else ""
+                print("\n".join(lines_of([status])) + kept, flush=True)
+        if number is None:
+            return 0
         status = found[number]
+        said.add(status.stage.label)
         if status.stale is not None:
-            if begin is not None and number >= begin:
-                _make_again(recipe, found[number:])
-                continue
-            print(f"{status.stage.label}: taken as it is, as --from comes after it ({status.stale})")
-        elif not status.settled:
-            code = _run_stage(recipe, _with_its_round(recipe, status.stage), typed, place=f"{number + 1}/{end}")
-            if code:
-                return code
-            after = Survey(recipe).stages()[number]
-            if not after.settled:
-                print("\n".join(["run: this stage is not finished:", *lines_of([after]), "the same command goes on"]))
-                return NOT_FINISHED
-        else:
-            print("\n".join(lines_of([status])), flush=True)
-        number += 1
-    return 0
+            _make_again(recipe, found[number:])
+            continue
+        code = _run_stage(recipe, _with_its_round(recipe, status.stage), typed, place=f"{number + 1}/{end}")
+        if code:
+            return code
+        after = Survey(recipe).stages()[number]
+        if not after.settled:
+            print("\n".join(["run: this stage is not finished:", *lines_of([after]), "the same command goes on"]))
+            return NOT_FINISHED
+
+
+def _is_due(status: Status, number: int, begin: int | None) -> bool:
+    """Whether there is something to do; what is stale before --from is taken as it is."""
+    return not status.settled and not (status.stale is not None and begin is not None and number < begin)
 
 
 def _refuse_stale(recipe: Recipe, begin: int | None, end: int, typed: list[str]) -> list[Status]:

@@ -9,7 +9,7 @@ from megatron_opd.data.location import Location
 from megatron_opd.durable import make_folder, sync
 from megatron_opd.errors import UserError
 from megatron_opd.pipeline.stages import Stage, evaluation_of, recipe_of
-from megatron_opd.rounds import student_after
+from megatron_opd.rounds import ROUND_FILE, student_after
 
 FOLDER = "set_aside"
 
@@ -46,10 +46,10 @@ def _next_folder(parent: Path) -> Path:
 
 
 def _results(recipe: Recipe, stage: Stage) -> list[Path]:
-    """Files and folders that a stage made; of a round those of all rounds, which are one training."""
+    """Files and folders that a stage made; the training of a round is that of all rounds."""
     name = stage.name
-    if stage.round is not None:
-        return [_own(recipe, student_after(recipe, None)), Path(recipe.train.output), Path(recipe.run_dir) / "rounds"]
+    if name == "train" and stage.round is not None:
+        return [*sorted(Path(recipe.run_dir).glob(f"rounds/*/{ROUND_FILE}")), Path(recipe.train.output)]
     if name == "generate":
         return [_local(require(recipe.generate, "generate").store)]
     if name == "rollout":
@@ -61,7 +61,7 @@ def _results(recipe: Recipe, stage: Stage) -> list[Path]:
     if name in ("sft", "train"):
         return [Path(getattr(recipe, name).output)]
     if name in ("sft-hf", "opd-hf"):
-        return [_own(recipe, require(recipe.rollout, "rollout").model if name == "sft-hf" else student_after(recipe, None))]
+        return [_own(recipe, require(recipe.rollout, "rollout").model if name == "sft-hf" else student_after(recipe, stage.round))]
     if name.startswith("eval-"):
         config: EvalStage = require(evaluation_of(recipe, name.removeprefix("eval-")).eval, "eval")
         return [Path(config.output) / f"{config.name}.json", Path(config.output) / f"{config.name}.opd.zarr"]

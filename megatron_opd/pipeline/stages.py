@@ -120,4 +120,5 @@ def upstream(stage: Stage, count: int) -> list[tuple[str, int | None]]:
         return [("rollout", None if count == 1 else 1)]
     names = {"sft": ["generate"], "sft-hf": ["sft"], "rollout": ["sft-hf"], "eval-sft": ["sft-hf"]}.get(stage.name, [])
     within = {"score": ["rollout"], "train": ["rollout", "score"], "opd-hf": ["train"]}.get(stage.name, [])
-    return [*((name, None) for name in names), *((name, stage.round) for name in within)]
+    before = [("train", stage.round - 1)] if stage.name == "train" and stage.round is not None and stage.round > 1 else []
+    return [*((name, None) for name in names), *((name, stage.round) for name in within), *before]

@@ -246,6 +246,52 @@ def test_what_was_read_and_removed_is_not_made_again(
     assert (code, found["generate"], found["rollout"], found["train"]) == (0, "not", "not", "not"), "not needed"
 
 
+ROUNDS = ("rounds.count=2", "rounds.steps=2")
+IN_ROUNDS = [
+    "rollout@1", "score@1", "engines", "train@1", "opd-hf@1", "rollout@2", "score@2", "train@2", "opd-hf@2",
+]  # fmt: skip
+
+
+def in_rounds(run_dir: Path) -> dict[str, Any]:
+    stores = [StoreReader(str(run_dir / f"rounds/00{number}/rollouts.opd.zarr")) for number in (1, 2)]
+    found: dict[str, Any] = {"stores": [[record.crc32c for record in reader.parts.values()] for reader in stores]}
+    found["students"] = [fingerprint_model(run_dir / name).weights_sha256 for name in ("rounds/001/student-hf", "opd-hf")]
+    rows = [json.loads(line) for line in (run_dir / "opd/metrics.jsonl").read_text().splitlines()]
+    return found | {"losses": [(row["round"], row["step"], row["loss"]) for row in rows]}
+
+
+def test_rounds(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    recipe = words(inputs, run, *ROUNDS, "eval.models=['opd']")
+    assert main(["run", *recipe, "--until", "train@1"]) == 0
+    code, found, text = plan(capsys, *recipe)
+    assert code == NOT_FINISHED
+    assert list(found) == [*STAGES[:4], *IN_ROUNDS, "eval-opd", "report"]
+    assert [found[stage] for stage in IN_ROUNDS] == ["done"] * 4 + ["not"] * 5
+    assert "convert trained tiny" in text
+    assert "--round 1" in text.splitlines()[-1]
+    assert main(["run", *recipe]) == 0
+    text = capsys.readouterr().out
+    assert "reverse KL, first to last step" in text, "the table of the rounds"
+    assert set(plan(capsys, *recipe)[1].values()) == {"done"}
+    assert plan(capsys, *recipe)[0] == 0
+
+    together = words(inputs, tmp_path / "together", *ROUNDS, "eval.models=['opd']", "rounds.keep_alive=true")
+    assert main(["run", *together]) == 0
+    assert capsys.readouterr().out.count("$ megatron-opd rounds ") == 1
+    assert plan(capsys, *together)[0] == 0
+    assert in_rounds(tmp_path / "together") == in_rounds(run)
+
+    code, found, text = plan(capsys, *recipe, "train.lr=2e-3")
+    assert code == NOT_FINISHED
+    assert [found[stage] for stage in IN_ROUNDS] == ["done", "done", "done", *["STALE"] * 6]
+    assert main(["run", *recipe, "train.lr=2e-3", "--from", "train@1"]) == 0
+    assert plan(capsys, *recipe, "train.lr=2e-3")[0] == 0
+    assert (run / "set_aside/001/rounds/002/rollouts.opd.zarr").is_dir(), "of the student that there was"
+    assert not (run / "set_aside/001/rounds/001/rollouts.opd.zarr").exists(), "of the student after SFT, which is the same"
+    assert in_rounds(run) != in_rounds(tmp_path / "together")
+
+
 class Forks:
     """Commands in forks of one process that has imported everything."""
 
