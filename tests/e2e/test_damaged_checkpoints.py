@@ -18,13 +18,13 @@ from checkpoints import make_older, sign_again
 from stores import make_scored_store
 from tiny_models import make_model
 
+from megatron_opd import saved
 from megatron_opd.checksums import CHECKSUM_FILE, check_files
 from megatron_opd.cli import main
 from megatron_opd.convert.pickles import check_common, check_extra_state
 from megatron_opd.errors import DamagedCheckpoint
 from megatron_opd.lineage import CACHE_FILE
 from megatron_opd.saved import LATEST, find_checkpoint, read_state
-from megatron_opd.train import saved
 
 STEPS = 3
 
