@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_opd.config import Recipe, require
 from megatron_opd.cost import provenance
-from megatron_opd.data.calibration import check_calibration, read_calibration, write_calibration
+from megatron_opd.data.calibration import check_calibration, read_calibration, servers_differ, write_calibration
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import LineageError, UserError
 from megatron_opd.inference import EngineConfig
@@ -68,10 +68,8 @@ def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64,
         print(f"stored by the sampler (pi_ref), against Megatron: {record.stored.describe()}")
     write_calibration(reader.location, record)
     print(f"recorded in {reader.location.show('calibration.json')}; training refuses a mean over train.max_engine_gap")
-    limit = record.floor.mean if record.floor is not None else max_gap
-    # Two servers of the same dtype have no reason to differ by more than two programs do; a thousandth is fp32 rounding.
-    if replicas is not None and replicas.mean > max(limit, 1e-3):
-        print(f"WARNING: the servers differ by more than the engines ({replicas.mean:.4g} over {limit:.4g} nats): start them alike")
+    if (differ := servers_differ(record, fingerprint.weights_sha256, max_gap)) is not None:
+        print(f"WARNING: {differ}")
         return 2
     return 0
 

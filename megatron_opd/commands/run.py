@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_opd.commands.options import Stages, flag_overrides, recipe_stage
+from megatron_opd.commands.options import Stages, add_round, flag_overrides, recipe_stage, round_of
 from megatron_opd.config import Recipe
+from megatron_opd.errors import UserError
 
 
 def add_to(stages: Stages) -> None:
@@ -19,11 +20,16 @@ def add_to(stages: Stages) -> None:
     run.add_argument("--until", dest="last", metavar="STAGE", help="end after this stage")
     progress = recipe_stage(stages, "progress", "how far each stage is; exit code 3 if something is left or stale", _progress)
     progress.add_argument("--stage", metavar="STAGE", help="only this stage")
+    add_round(progress)
 
 
 def _run(recipe: Recipe, args: argparse.Namespace) -> int:
     if args.plan:
-        return _progress(recipe, args)
+        from megatron_opd.pipeline.plan import show_plan
+
+        if args.first is not None:
+            raise UserError("--plan says what is stale; --from is for making it again: give one of them")
+        return show_plan(recipe, typed=_typed(args), last=args.last)
     from megatron_opd.pipeline.run import run_recipe
 
     return run_recipe(recipe, typed=_typed(args), first=args.first, last=args.last)
@@ -32,7 +38,8 @@ def _run(recipe: Recipe, args: argparse.Namespace) -> int:
 def _progress(recipe: Recipe, args: argparse.Namespace) -> int:
     from megatron_opd.pipeline.plan import show_plan
 
-    return show_plan(recipe, typed=_typed(args), only=getattr(args, "stage", None))
+    number = None if args.round is None else round_of(recipe, args)
+    return show_plan(recipe, typed=_typed(args), only=args.stage, number=number)
 
 
 def _typed(args: argparse.Namespace) -> list[str]:

@@ -169,4 +169,4 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     tree = apply_overrides({}, args.overrides + flag_overrides(args))
     recipe = build_recipe({"name": "check", "models": {"teacher": args.model, "student": args.model}} | tree, "check")
-    return calibrate(args.recipe, args.model, recipe.engine_for(args.model), rollouts=args.rollouts, max_gap=recipe.train.max_engine_gap)
+    return calibrate(args.recipe, args.model, recipe.engine.serving("student"), rollouts=args.rollouts, max_gap=recipe.train.max_engine_gap)

@@ -123,10 +123,7 @@ class _Made(NamedTuple):
 def _find_made(recipe: Recipe, stage: str, number: int | None) -> _Made:
     """Raises UserError."""
     source = Path(recipe.sft.output if stage == "sft" else recipe.train.output)
-    if stage == "sft":
-        target = require(recipe.rollout, "rollout").model
-    else:
-        target = student_after(recipe, number) if number is not None else require(recipe.eval, "eval").model
+    target = require(recipe.rollout, "rollout").model if stage == "sft" else student_after(recipe, number)
     found = find_checkpoint(source)
     if found.checkpoint is None:
         return _Made(source, Path(target), None, None, None, found.notes)

@@ -11,6 +11,7 @@ from megatron_opd.records import Calibration
 from megatron_opd.untrusted import load_json
 
 FILE, _CHECKSUM = "calibration.json", "crc32c"
+_ROUNDING = 1e-3  # nats
 
 
 def read_calibration(location: Location) -> Calibration | None:
@@ -34,6 +35,17 @@ def write_calibration(location: Location, calibration: Calibration) -> None:
     """Replace the record."""
     record = calibration.model_dump(mode="json")
     location.write_file(FILE, json.dumps({**record, _CHECKSUM: record_checksum(record)}, indent=1).encode())
+
+
+def servers_differ(record: Calibration, weights: str, bound: float) -> str | None:
+    """What to say if servers of the model with these weights differ by more than the engines do, or than `bound` where these were not compared.
+
+    Two servers of the same dtype have no reason to differ by more than two programs do; a thousandth is fp32 rounding.
+    """
+    replicas, limit = record.replicas.get(weights), record.floor.mean if record.floor is not None else bound
+    if replicas is None or replicas.mean <= max(limit, _ROUNDING):
+        return None
+    return f"the servers differ by more than the engines ({replicas.mean:.4g} over {limit:.4g} nats): start them alike"
 
 
 def check_calibration(location: Location, teacher_weights: str, bound: float) -> str:

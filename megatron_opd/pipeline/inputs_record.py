@@ -13,7 +13,7 @@ from megatron_opd.pipeline.stores import differences, short
 from megatron_opd.untrusted import read_object
 
 INPUTS_FILE = "inputs.json"
-_NOT_OF_INPUTS = {"run_dir", "engine", "rounds"}
+_NOT_OF_INPUTS = {"run_dir"}
 
 
 def record_inputs(recipe: Recipe) -> None:

@@ -9,28 +9,39 @@ from megatron_opd.config import Recipe
 from megatron_opd.errors import ConfigError
 from megatron_opd.pipeline.slurm import job_states, read_jobs
 from megatron_opd.pipeline.stages import Stage, list_stages
-from megatron_opd.pipeline.status import Status, Survey
+from megatron_opd.pipeline.states import Status
+from megatron_opd.pipeline.status import Survey
+from megatron_opd.redact import redact_override, redact_words
 
 NOT_FINISHED = 3  # exit code
 
 
-def show_plan(recipe: Recipe, *, typed: list[str], only: str | None = None) -> int:
-    """Print how far every stage is, and the next command; returns 0 if nothing is left, otherwise NOT_FINISHED.
+def show_plan(recipe: Recipe, *, typed: list[str], only: str | None = None, number: int | None = None, last: str | None = None) -> int:
+    """Print how far every stage is, up to `last`, and the next command; returns 0 if nothing is left, otherwise NOT_FINISHED.
 
-    With `only`, one stage by itself: whether those before it are stale is not asked.
-
+    With `only`, one stage by itself: whether those before it are stale is not asked. With `number`, the stages of that round.
     `typed`: recipe and overrides as they were given. Raises UserError.
     """
-    survey = Survey(recipe)
-    found = survey.stages() if only is None else [survey.stage(stage) for stage in select(list_stages(recipe), only)]
+    survey, stages = Survey(recipe), list_stages(recipe)
+    stages = stages if last is None else stages[: stages.index(select(stages, last)[-1]) + 1]
+    chosen = stages if number is None else [stage for stage in stages if stage.round == number]
+    if only is not None:
+        found = [survey.stage(stage) for stage in select(chosen, only)]
+    else:
+        found = [status for status in survey.stages() if status.stage in chosen]
     for line in lines_of(found, _queued(recipe, found)):
         print(line)
     left = [status for status in found if not status.settled]
     if not left:
         return 0
     if only is None:
-        print(f"next: {next_command(next((status for status in left if status.stale), left[0]), typed)}")
+        print(f"next: {next_command(next((status for status in left if status.stale), left[0]), shown(typed))}")
     return NOT_FINISHED
+
+
+def shown(typed: list[str]) -> list[str]:
+    """Recipe and overrides for people: without what may be secret."""
+    return [*typed[:1], *map(redact_override, redact_words(typed[1:]))]
 
 
 def select(stages: list[Stage], name: str) -> list[Stage]:

@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_opd.config import Recipe
-from megatron_opd.errors import UserError
+from megatron_opd.errors import BRANCH, UserError
 from megatron_opd.pipeline.closing import closing
-from megatron_opd.pipeline.plan import NOT_FINISHED, lines_of, select
+from megatron_opd.pipeline.plan import NOT_FINISHED, lines_of, select, shown
 from megatron_opd.pipeline.set_aside import set_aside
 from megatron_opd.pipeline.stages import RECIPE, Stage, list_stages
-from megatron_opd.pipeline.status import Status, Survey
+from megatron_opd.pipeline.states import Status
+from megatron_opd.pipeline.status import Survey
 from megatron_opd.processes import STOP_SIGNALS, has_gpu
 from megatron_opd.stored_recipe import store_recipe
 
@@ -68,12 +69,12 @@ def _do(recipe: Recipe, begin: int | None, end: int, typed: list[str]) -> int:
         status = found[number]
         said.add(status.stage.label)
         if status.stale is not None:
-            _make_again(recipe, found[number:])
+            _make_again(recipe, found, number)
             continue
-        code = _run_stage(recipe, _with_its_round(recipe, status.stage), typed, place=f"{number + 1}/{end}")
+        code = _run_stage(recipe, _with_its_round(recipe, status.stage, found[:end]), typed, place=f"{number + 1}/{end}")
         if code:
             return code
-        after = Survey(recipe).stages()[number]
+        after = Survey(recipe).stages(begin or 0)[number]
         if not after.settled:
             print("\n".join(["run: this stage is not finished:", *lines_of([after]), "the same command goes on"]))
             return NOT_FINISHED
@@ -86,15 +87,22 @@ def _is_due(status: Status, number: int, begin: int | None) -> bool:
 
 def _refuse_stale(recipe: Recipe, begin: int | None, end: int, typed: list[str]) -> list[Status]:
     """The status of every stage; raises UserError if one that is to be done is stale, unless --from allows to make it again."""
-    found = Survey(recipe).stages()
+    found = Survey(recipe).stages(begin or 0)
     if begin is None and (stale := next((status for status in found[:end] if status.stale), None)) is not None:
         raise UserError(_refusal(recipe, stale, typed))
     return found
 
 
-def _make_again(recipe: Recipe, found: list[Status]) -> None:
-    """Set aside what the first of these stages made, and what was made from it, up to the last stage: what stays would pass for its result."""
-    stale = [status for status in found if status.stale is not None]
+def _make_again(recipe: Recipe, found: list[Status], number: int) -> None:
+    """Set aside what stage `number` made, and what was made from it, up to the last stage: what stays would pass for its result.
+
+    The training of all rounds is one: where one round's must be made again, the first begins anew.
+    """
+    stale = [status for status in found[number:] if status.stale is not None]
+    if any(status.stage.name == "train" and status.stage.round is not None for status in stale):
+        first = next(one for one, status in enumerate(found) if status.stage.name == "train")
+        of_rounds = [status for status in found[first:] if status.done and status.stage.round is not None]
+        stale = [*(status for status in stale if status not in of_rounds), *of_rounds]
     print("\n".join(lines_of(stale)))
     place = set_aside(recipe, [status.stage for status in stale])
     if place is None:
@@ -103,27 +111,28 @@ def _make_again(recipe: Recipe, found: list[Status]) -> None:
 
 
 def _refusal(recipe: Recipe, status: Status, typed: list[str]) -> str:
-    label, command = status.stage.label, shlex.join(["megatron-opd", "run", *typed])
+    label, command = status.stage.label, shlex.join(["megatron-opd", "run", *shown(typed)])
     return (
         f"{label} is STALE: {status.stale}\n"
         f"  to make it and what follows again (what is there is set aside): {command} --from {label}\n"
-        f"  to keep it: use the inputs and settings that it was made with, or branch off: megatron-opd recipe new NAME --like {recipe.run_dir}"
+        f"  to keep it: use the inputs and settings that it was made with, or {BRANCH.replace('RECIPE', recipe.run_dir)}"
     )
 
 
-def _with_its_round(recipe: Recipe, stage: Stage) -> Stage:
-    """With `rounds.keep_alive`, all rounds by one command, once the engines were compared on the first rollouts."""
+def _with_its_round(recipe: Recipe, stage: Stage, until: list[Status]) -> Stage:
+    """With `rounds.keep_alive` all rounds by one command, once the engines were compared on the first rollouts, unless --until ends before the last."""
     first = stage.round == 1 and stage.name in ("rollout", "score")
-    return (
-        stage if stage.round is None or first or not recipe.rounds.keep_alive else replace(stage, words=("rounds", RECIPE), runs_on="train")
-    )
+    all_of_them = any(status.stage.name == "opd-hf" and status.stage.round == recipe.rounds.count for status in until)
+    if stage.round is None or first or not recipe.rounds.keep_alive or not all_of_them:
+        return stage
+    return replace(stage, words=("rounds", RECIPE), runs_on="train")
 
 
 def _run_stage(recipe: Recipe, stage: Stage, typed: list[str], *, place: str) -> int:
     """The exit code of the stage's command. A person would give the run's folder for the recipe, which does not keep secrets."""
-    words, shown = stage.command(typed[0], typed[1:]), stage.command(recipe.run_dir, [])
-    print(f"\n[{place}] {stage.label}\n$ {shlex.join(['megatron-opd', *shown])}", flush=True)
-    if stage.runs_on in ("train", "one") and has_gpu():
+    words, by_folder = stage.command(typed[0], typed[1:]), stage.command(recipe.run_dir, [])
+    print(f"\n[{place}] {stage.label}\n$ {shlex.join(['megatron-opd', *by_folder])}", flush=True)
+    if stage.runs_on != "cpu" and has_gpu():
         return _in_a_process(words)
     from megatron_opd.cli import main
 
@@ -131,7 +140,7 @@ def _run_stage(recipe: Recipe, stage: Stage, typed: list[str], *, place: str) ->
 
 
 def _in_a_process(words: list[str]) -> int:
-    """The stage's exit code. In this process a training would go on holding GPU memory that the next stage's servers need."""
+    """The stage's exit code. In this process it would go on holding GPU memory that the next stage needs."""
     root = str(Path(__file__).resolve().parents[2])
     process = subprocess.Popen([sys.executable, "-P", "-c", _CHILD, str(os.getpid()), root, *words])
     before = {number: signal.signal(number, lambda heard, frame: process.send_signal(heard)) for number in STOP_SIGNALS}

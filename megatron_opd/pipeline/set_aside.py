@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_opd.config import EvalStage, Recipe, require
@@ -17,27 +19,54 @@ FOLDER = "set_aside"
 def set_aside(recipe: Recipe, stages: list[Stage]) -> Path | None:
     """Move the results of `stages` away, the last stage's first; returns where they are, None if there was nothing.
 
-    Killed in between, the first of them is still there and still stale. Raises UserError for what is not on this machine's file systems, and for
-    models that lie outside of the run's folder, which may be of others too.
+    Killed in between, the first of them is still there and still stale. Raises UserError for what lies outside of the run's folder, where it may be
+    of others too, and for a training that is running.
     """
     results = dict.fromkeys(path for stage in reversed(stages) for path in _results(recipe_of(recipe, stage), stage))
     found = [path for path in results if path.exists()]
     found = [path for path in found if not any(other in path.parents for other in found)]  # scores go with their store
     if not found:
         return None
-    target = _next_folder(Path(recipe.run_dir) / FOLDER)
     for path in found:
-        goal = target / (path.relative_to(recipe.run_dir) if path.is_relative_to(recipe.run_dir) else path.name)
-        make_folder(goal.parent)
-        try:
-            path.rename(goal)
-        except OSError as error:
-            raise UserError(
-                f"{path} can't be moved to {goal}: {error.strerror}; move it away yourself, and run the same command again"
-            ) from None
-        sync(goal.parent)
-        sync(path.parent)
+        _check_own(recipe, path)
+    outputs = [Path(recipe.sft.output), Path(recipe.train.output)]
+    with _not_running(path for path in found if path in outputs):
+        target = _next_folder(Path(recipe.run_dir) / FOLDER)
+        for path in found:
+            _move(path, target / path.absolute().relative_to(Path(recipe.run_dir).absolute()))
     return target
+
+
+def _move(path: Path, goal: Path) -> None:
+    make_folder(goal.parent)
+    try:
+        path.rename(goal)
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be moved to {goal}: {error.strerror}; move it away yourself, and run the same command again"
+        ) from None
+    sync(goal.parent)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def _not_running(outputs: Iterable[Path]) -> Iterator[None]:
+    """Holds the locks of trainings' output folders."""
+    from megatron_opd.train.resume import OutputLock
+
+    with contextlib.ExitStack() as stack:
+        for output in outputs:
+            lock = OutputLock(output, wait_seconds=0)
+            lock.acquire()
+            stack.callback(lock.release)
+        yield
+
+
+def _check_own(recipe: Recipe, path: Path) -> None:
+    if not path.absolute().is_relative_to(Path(recipe.run_dir).absolute()):
+        raise UserError(
+            f"{path} lies outside of {recipe.run_dir}: it must be made again, and others may use it; move it away yourself, or name another"
+        )
 
 
 def _next_folder(parent: Path) -> Path:
@@ -61,7 +90,7 @@ def _results(recipe: Recipe, stage: Stage) -> list[Path]:
     if name in ("sft", "train"):
         return [Path(getattr(recipe, name).output)]
     if name in ("sft-hf", "opd-hf"):
-        return [_own(recipe, require(recipe.rollout, "rollout").model if name == "sft-hf" else student_after(recipe, stage.round))]
+        return [Path(require(recipe.rollout, "rollout").model if name == "sft-hf" else student_after(recipe, stage.round))]
     if name.startswith("eval-"):
         config: EvalStage = require(evaluation_of(recipe, name.removeprefix("eval-")).eval, "eval")
         return [Path(config.output) / f"{config.name}.json", Path(config.output) / f"{config.name}.opd.zarr"]
@@ -75,12 +104,3 @@ def _local(store: str) -> Path:
             f"{location.url}: its results must be made again, and can't be moved aside there; move or delete them, or name another store"
         )
     return Path(store)
-
-
-def _own(recipe: Recipe, directory: str) -> Path:
-    path = Path(directory)
-    if not path.absolute().is_relative_to(Path(recipe.run_dir).absolute()):
-        raise UserError(
-            f"{path} lies outside of {recipe.run_dir}: it must be made again, and may be in use elsewhere; move it away yourself"
-        )
-    return path

@@ -45,7 +45,8 @@ def list_stages(recipe: Recipe) -> list[Stage]:
     if recipe.generate is not None:
         stages.append(Stage("generate", ("generate", RECIPE), "serve", ("teacher",)))
     stages.append(Stage("sft", ("sft", RECIPE), "train"))
-    stages.append(Stage("sft-hf", ("convert", "trained", RECIPE, "--stage", "sft"), "cpu"))
+    if recipe.rollout is not None:
+        stages.append(Stage("sft-hf", ("convert", "trained", RECIPE, "--stage", "sft"), "cpu"))
     stages += distillation(recipe)
     if recipe.eval is not None:
         stages += evaluations(recipe)
@@ -109,13 +110,14 @@ def recipe_of(recipe: Recipe, stage: Stage) -> Recipe:
     return round_recipe(recipe, 1 if stage.name == "engines" else stage.round)
 
 
-def upstream(stage: Stage, count: int) -> list[tuple[str, int | None]]:
-    """Names, with their rounds, of the stages whose results a stage reads; `count` rounds in all."""
-    last = None if count == 1 else count
+def upstream(stage: Stage, recipe: Recipe) -> list[tuple[str, int | None]]:
+    """Names, with their rounds, of the stages whose results a stage reads."""
+    count = recipe.rounds.count
     if stage.name == "rollout" and stage.round is not None and stage.round > 1:
         return [("opd-hf", stage.round - 1)]
     if stage.name == "eval-opd":
-        return [("opd-hf", last), ("eval-sft", None)]
+        baseline = require(evaluation_of(recipe, "opd").eval, "eval").baseline
+        return [("opd-hf", None if count == 1 else count), (f"eval-{baseline}", None)]
     if stage.name == "engines":
         return [("rollout", None if count == 1 else 1)]
     names = {"sft": ["generate"], "sft-hf": ["sft"], "rollout": ["sft-hf"], "eval-sft": ["sft-hf"]}.get(stage.name, [])

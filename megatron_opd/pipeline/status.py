@@ -7,13 +7,13 @@ converted model its checkpoint; an evaluation all of these. Here they are compar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.checksums import content_id
 from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig, TrainStage, require
-from megatron_opd.data.calibration import read_calibration
+from megatron_opd.data.calibration import read_calibration, servers_differ
 from megatron_opd.data.identity import rollouts_id, sums_of
 from megatron_opd.data.joined import open_training_stores, show_stores
 from megatron_opd.data.joining import as_of, flat
@@ -23,55 +23,15 @@ from megatron_opd.errors import UserError
 from megatron_opd.lineage import ORIGIN_FILE
 from megatron_opd.pipeline.identities import Identities, Unread, selection_of
 from megatron_opd.pipeline.inputs_record import inputs_difference
-from megatron_opd.pipeline.stages import Stage, evaluation_of, list_stages, recipe_of, upstream
+from megatron_opd.pipeline.stages import Stage, evaluation_of, list_stages, recipe_of
+from megatron_opd.pipeline.states import Status, mark_gone, pass_on_staleness, quarantined
 from megatron_opd.pipeline.stores import Glance, differences, glance, glance_at_all, prompt_difference, sampling_differences, short
 from megatron_opd.pipeline.trainings import FIXED, as_of_round, differs, of_round, other_scores, settings
 from megatron_opd.records import ModelFingerprint, SamplingParams, StoreManifest
 from megatron_opd.redact import public_address
-from megatron_opd.rounds import entry_of, read_entries, round_steps, student_after
+from megatron_opd.rounds import ROUND_FILE, entry_of, read_entries, round_folder, round_steps, student_after
 from megatron_opd.saved import find_checkpoint, latest_checkpoint, read_state
 from megatron_opd.untrusted import read_object
-
-# Their results are needed only until the next stage has made its own.
-_PASSING = ("inputs", "generate", "sft", "rollout", "score", "engines", "train")
-
-
-@dataclass(frozen=True)
-class Status:
-    """`done` of `total` parts or steps; a total of 0 is not known yet. `stale`: why it must be made again; `note`: what else to know."""
-
-    stage: Stage
-    unit: str
-    where: str = ""
-    done: int = 0
-    total: int = 0
-    stale: str | None = None
-    note: str | None = None
-    gone: bool = False  # and not needed: what was made of it is there
-    outdated: bool = False  # and made again unasked, as that costs nothing
-
-    @property
-    def finished(self) -> bool:
-        return 0 < self.total <= self.done
-
-    @property
-    def settled(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.stale is None and not self.outdated and (self.finished or self.gone)
-
-    @property
-    def state(self) -> str:
-        if self.stale is not None:
-            return "STALE"
-        if self.gone:
-            return "not needed"
-        if self.outdated:
-            return "outdated"
-        return "done" if self.finished else "partial" if self.done else "not started"
-
-    @property
-    def amount(self) -> str:
-        return f"{self.done} of {self.total} {self.unit}" if self.total and self.unit else ""
 
 
 class Survey:
@@ -93,11 +53,14 @@ class Survey:
             "report": self._reported,
         }
 
-    def stages(self) -> list[Status]:
-        """The status of every stage, in order. Raises UserError if what one left behind is damaged."""
+    def stages(self, begin: int = 0) -> list[Status]:
+        """The status of every stage, in order; what is made from stale ones before number `begin` is not stale for that.
+
+        Raises UserError if what a stage left behind is damaged.
+        """
         found = [self.stage(stage) for stage in list_stages(self.recipe)]
         self.identities.save()
-        return _mark_gone(_pass_on_staleness(found, self.recipe.rounds.count), self.recipe.rounds.count)
+        return mark_gone(pass_on_staleness(found, self.recipe, begin), self.recipe)
 
     def stage(self, stage: Stage) -> Status:
         """One stage by itself."""
@@ -107,18 +70,39 @@ class Survey:
     def _model(self, directory: str) -> ModelFingerprint | None:
         return self.identities.model(directory)
 
-    def _replaced(self, directory: str, weights: str | None) -> str | None:
-        """What to say if the model in `directory` is another one than that of `weights`; nothing if either is not known."""
+    def _another(self, directory: str, recorded: ModelFingerprint) -> str | None:
+        """As `_replaced`, for a store, which is refused if anything of its model's files is another."""
+        if (why := self._replaced(directory, recorded.weights_sha256, recorded.tokenizer.vocab_sha256)) is not None:
+            return why
+        model = self._model(directory)
+        if model is None:
+            return None
+        for what, there, here in (
+            ("chat template", recorded.tokenizer.chat_template_sha256, model.tokenizer.chat_template_sha256),
+            ("config.json", recorded.config_sha256, model.config_sha256),
+        ):
+            if there != here:
+                return f"the {what} of {directory} is another since ({short(there or 'none')} -> {short(here or 'none')})"
+        return None
+
+    def _replaced(self, directory: str, weights: str | None, tokens: str | None = None) -> str | None:
+        """What to say if the model in `directory` is another one than that of `weights`, or reads other `tokens`; nothing if they are not known."""
         try:
             model = self._model(directory)
         except Unread as unread:
             return f"{unread}; 'megatron-opd check RECIPE --stage inputs' reads them"
-        if model is None or weights is None or model.weights_sha256 == weights:
+        if model is None or weights is None:
             return None
+        if model.weights_sha256 == weights:
+            now = model.tokenizer.vocab_sha256
+            return (
+                None
+                if tokens in (None, now)
+                else f"the table of tokens of {directory} is another since ({short(str(tokens))} -> {short(now)})"
+            )
         models = self.recipe.models
         trained = {
             models.teacher: "the teacher was replaced",
-            models.student: "the base student was replaced",
             self.recipe.rollout.model if self.recipe.rollout else "": "the student was fine-tuned again",
             self.recipe.eval.model if self.recipe.eval else "": "the student was trained again",
         }
@@ -142,8 +126,9 @@ class Survey:
         if found is None:
             return status
         status = replace(status, done=len(found.parts), total=found.manifest.num_parts)
-        if (why := self._replaced(config.model, found.manifest.sampler.weights_sha256)) is not None:
+        if (why := self._another(config.model, found.manifest.sampler)) is not None:
             return replace(status, stale=why)
+        status = quarantined(status, [entry for record in found.parts.values() for entry in record.excluded], found, config.max_quarantined)
         sampling = config.sampling
         if longest is not None and longest < sampling.max_new_tokens:  # as the stage does
             sampling = sampling.model_copy(update={"max_new_tokens": longest})
@@ -180,17 +165,26 @@ class Survey:
         if found is None:
             return status
         status = replace(status, done=len(found.scores), total=found.manifest.num_parts)
-        teachers = {record.teacher.weights_sha256 for record in found.scores.values()}
-        if (why := next((why for weights in sorted(teachers) if (why := self._replaced(config.model, weights))), None)) is not None:
+        if (why := self._other_teacher(config.model, found)) is not None:
             return replace(status, stale=why)
+        status = quarantined(
+            status, [entry for record in found.scores.values() for entry in record.excluded], found, config.max_quarantined
+        )
         candidates = {record.top_k for record in found.scores.values()}
         return replace(status, stale=differs([text for there in sorted(candidates) for text in differences(there, config.top_k, "top_k")]))
+
+    def _other_teacher(self, directory: str, found: Glance) -> str | None:
+        """What to say if scores are of another model than the one in `directory`."""
+        teachers = {(record.teacher.weights_sha256, record.teacher.tokenizer.vocab_sha256) for record in found.scores.values()}
+        return next((why for weights, tokens in sorted(teachers) if (why := self._replaced(directory, weights, tokens))), None)
 
     def _compared(self, stage: Stage, recipe: Recipe) -> Status:
         store = require(recipe.rollout, "rollout").store
         status = Status(stage, "")
-        if glance(store) is None or (record := read_calibration(Location(store))) is None:
+        if (found := glance(store)) is None or (record := read_calibration(Location(store))) is None:
             return status
+        if (other := servers_differ(record, found.manifest.sampler.weights_sha256, recipe.train.max_engine_gap)) is not None:
+            return replace(status, total=1, note=other)
         note = record.floor.describe() if record.floor is not None else record.skipped
         return replace(status, done=int(note is not None), total=1, note=note)
 
@@ -207,16 +201,21 @@ class Survey:
         status = Status(stage, "steps", str(found.checkpoint or config.output), done, steps or int(state.get("steps", 0)))
         if found.checkpoint is None:
             return replace(status, total=round_steps(self.recipe) or 0) if stage.round is not None else status
-        ended = status.finished
+        ended, entries = status.finished, read_entries(state, found.checkpoint)
+        if stage.name == "train" and bool(entries) != (stage.round is not None):
+            return replace(
+                status, stale=f"made {'in rounds' if entries else 'without rounds'}, but rounds.count = {self.recipe.rounds.count}"
+            )
         if stage.round is not None:
-            entries = read_entries(state, found.checkpoint)
             if (entry := entry_of(entries, stage.round)) is None:
                 return replace(status, done=0, total=round_steps(self.recipe) or 0, note="; ".join(notes) or None)
             status, steps = of_round(status, entry, round_steps(self.recipe) or 0), None
             state = as_of_round(state, entry)
             ended = len(entries) == self.recipe.rounds.count and entries[-1].last_step is not None
+            if entry.last_step is not None and not (round_folder(self.recipe, stage.round) / ROUND_FILE).exists():
+                status = replace(status, outdated=True)  # a kill came before it was written
         stale = self._trained_otherwise(state, config, data, finished=status.finished)
-        changed = settings(state, config)
+        changed = settings(state, config, None if stage.round is None else self.recipe.rounds)
         if stale is None and ended:
             stale = differs([*changed, *(differences(done, steps, "steps") if steps is not None and done > steps else [])])
         elif stale is None and changed:
@@ -226,8 +225,10 @@ class Survey:
     def _trained_otherwise(self, state: dict[str, Any], config: TrainerConfig, data: Glance | None, *, finished: bool) -> str | None:
         """Why a checkpoint is not of the model, the rollouts and the loss that there are now; older ones don't say all of it."""
         objective, fixed = state.get("objective", {}), state.get("fixed", {})
-        if (why := self._replaced(config.init, objective.get("init", {}).get("weights"))) is not None:
-            return why
+        for role, directory in (("init", config.init), ("teacher", self._teacher_of(config))):
+            known = objective.get(role, {}) if directory is not None else {}
+            if directory is not None and (why := self._replaced(directory, known.get("weights"), known.get("tokens"))) is not None:
+                return why
         wanted: dict[str, Any] = {key: getattr(config, key) for key in FIXED}
         if isinstance(config, TrainStage):
             wanted["loss"] = config.loss.model_dump(mode="json")
@@ -238,6 +239,12 @@ class Survey:
             return None
         teacher = config.teacher if isinstance(config, TrainStage) else None
         return self._other_rollouts(fixed, config, data, teacher) or other_scores(objective, config, data, teacher, finished=finished)
+
+    def _teacher_of(self, config: TrainerConfig) -> str | None:
+        """The directory of the teacher that a training learns from, None where the recipe does not say."""
+        if isinstance(config, TrainStage):
+            return self.recipe.score.model if self.recipe.score.teacher == config.teacher else None
+        return self.recipe.generate.model if self.recipe.generate is not None else None
 
     def _other_rollouts(self, fixed: dict[str, Any], config: TrainerConfig, data: Glance, teacher: str | None) -> str | None:
         if (recorded := fixed.get("rollouts")) is None:
@@ -288,17 +295,16 @@ class Survey:
         weights = record.get("model", {}).get("weights_sha256") or (found.manifest.sampler.weights_sha256 if found is not None else None)
         if (why := self._replaced(config.model, weights)) is not None:
             return replace(status, stale=why)
+        if found is not None and (why := self._another(config.model, found.manifest.sampler)) is not None:
+            return replace(status, stale=why)
         changed = [] if found is None else sampling_differences(found.manifest, config, config.sampling)
         if found is not None and (prompts := self._other_prompts(found.manifest, config)) is not None:
             changed.append(prompts)
-        if record:
-            changed += differences(record.get("grader", "none"), config.grader, "grader")
-            changed += differences(record.get("against", {}).get("name"), config.baseline, "baseline")
-        if (stale := differs(changed)) is None and config.teacher is not None:
-            scored = glance(store, "teacher")
-            for teacher in {entry.teacher.weights_sha256 for entry in scored.scores.values()} if scored else ():
-                stale = stale or self._replaced(config.teacher, teacher)
-        return replace(status, stale=stale)
+        if (stale := differs(changed)) is None and config.teacher is not None and (scored := glance(store, "teacher")) is not None:
+            stale = self._other_teacher(config.teacher, scored)
+        graded = differences(record.get("grader", "none"), config.grader, "grader") if record else []
+        graded += differences(record.get("against", {}).get("name"), config.baseline, "baseline") if record else []
+        return replace(status, stale=stale, outdated=bool(graded), note=f"graded anew: {'; '.join(graded)}" if graded else None)
 
     def _reported(self, stage: Stage, recipe: Recipe) -> Status:
         folder = Path(recipe.run_dir)
@@ -306,7 +312,8 @@ class Survey:
         status = Status(stage, "", str(page))
         if not page.exists():
             return status
-        read = [*folder.glob("eval/*.json"), *folder.glob("*/metrics.jsonl")]
+        outputs = [Path(recipe.sft.output), Path(recipe.train.output)]
+        read = [*folder.glob("eval/*.json"), *(path for output in outputs if (path := output / "metrics.jsonl").exists())]
         newer = [path for path in read if path.stat().st_mtime_ns > page.stat().st_mtime_ns]
         return replace(status, done=1, total=1, outdated=bool(newer), note=f"{newer[0]} is newer" if newer else None)
 
@@ -314,39 +321,6 @@ class Survey:
 def training_status(recipe: Recipe, name: str, number: int | None = None) -> Status:
     """How far 'sft' or 'train' is, the latter in round `number` of several."""
     return Survey(recipe).stage(Stage(name, (name,), "train", round=number))
-
-
-def _pass_on_staleness(found: list[Status], rounds: int) -> list[Status]:
-    """What was made from something stale is stale, too."""
-    numbers = {(status.stage.name, status.stage.round): number for number, status in enumerate(found)}
-    for number, status in enumerate(found):
-        if not status.done or status.stale:
-            continue
-        before = (found[numbers[key]] for key in upstream(status.stage, rounds) if key in numbers)
-        if (stale := next((one for one in before if one.stale), None)) is not None:
-            found[number] = replace(status, stale=f"{stale.stage.label} is")
-    return found
-
-
-def _mark_gone(found: list[Status], rounds: int) -> list[Status]:
-    """What is not there, and was read by stages that are done, is not needed any more."""
-    for number in reversed(range(len(found))):
-        status, stage = found[number], found[number].stage
-        between = stage.name == "opd-hf" and stage.round is not None and stage.round < rounds
-        if (stage.name not in _PASSING and not between) or (status.done and not status.outdated):
-            continue
-        readers = [other for other in found[number + 1 :] if _reads(other.stage, stage, rounds)]
-        if readers and all(other.settled for other in readers):
-            found[number] = replace(status, gone=True, outdated=False)
-    return found
-
-
-def _reads(reader: Stage, read: Stage, rounds: int) -> bool:
-    if read.name == "inputs":
-        return reader.name in ("generate", "sft")
-    if read.name == "engines":
-        return reader.name == "train" and reader.round in (None, 1)
-    return (read.name, read.round) in upstream(reader, rounds)
 
 
 def _read(path: Path) -> dict[str, Any]:

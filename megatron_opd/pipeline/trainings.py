@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_opd.config import TrainerConfig
 from megatron_opd.data.identity import scores_hash
 from megatron_opd.data.joined import show_stores
+from megatron_opd.objective import RoundsConfig
 from megatron_opd.pipeline.stores import Glance, differences, short
 from megatron_opd.rounds import RoundEntry
 
 if TYPE_CHECKING:
-    from megatron_opd.pipeline.status import Status
+    from megatron_opd.pipeline.states import Status
 
 # Settings that say how a training runs, not what comes out of it.
 _HOW_IT_RUNS = {
@@ -52,10 +53,14 @@ def as_of_round(state: dict[str, Any], entry: RoundEntry) -> dict[str, Any]:
     return {**state, "fixed": {**state.get("fixed", {}), "rollouts": entry.rollouts}, "objective": objective}
 
 
-def settings(state: dict[str, Any], config: TrainerConfig) -> list[str]:
-    """Settings that change the result and are not what the checkpoint's were."""
-    there = {key: value for key, value in state.get("settings", {}).items() if key not in _HOW_IT_RUNS}
-    return differences(there, config.model_dump(mode="json"))
+def settings(state: dict[str, Any], config: TrainerConfig, rounds: RoundsConfig | None) -> list[str]:
+    """Settings that change the result and are not what the checkpoint's were; `rounds` of a training in several."""
+    how = _HOW_IT_RUNS - {"drift"} if rounds is not None and rounds.until == "drift" else _HOW_IT_RUNS
+    there = {key: value for key, value in state.get("settings", {}).items() if key not in how}
+    here = config.model_dump(mode="json")
+    if rounds is not None:
+        here["rounds"] = rounds.model_dump(mode="json", exclude={"keep_alive"})
+    return differences(there, here)
 
 
 def other_scores(objective: dict[str, Any], config: TrainerConfig, data: Glance, teacher: str | None, *, finished: bool) -> str | None:

@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_opd.checksums import content_id
 from megatron_opd.config import Recipe
 from megatron_opd.convert.commands import trained_to_hf
 from megatron_opd.convert.staging import AlreadyMade
 from megatron_opd.errors import CheckpointError, Interrupted, UserError
 from megatron_opd.records import SamplingParams, TeacherScores
-from megatron_opd.rounds import check_keep_alive, read_entries
+from megatron_opd.rounds import ROUND_FILE, check_keep_alive, read_entries, round_folder, write_round
 from megatron_opd.saved import find_checkpoint, read_state
 from megatron_opd.serve.engine import Engine, Failed, Generated, GenerateRequest, Progress, ScoreRequest, open_engine, uses_sglang
 from megatron_opd.serve.sample import rollout
@@ -53,6 +54,7 @@ def run_rounds(recipe: Recipe, *, allow_changes: bool = False) -> Path | None:
     ended = on_first_rank(partial(_ended_rounds, recipe))
     try:
         if ended:
+            on_first_rank(partial(_keep_rounds, recipe))
             while_others_wait(partial(_convert, recipe, ended))
         for number in numbers[ended:]:
             while_others_wait(partial(_sample_and_score, recipe, number, engines))
@@ -90,6 +92,17 @@ def _ended_rounds(recipe: Recipe) -> int:
     found = find_checkpoint(Path(recipe.train.output)).checkpoint
     entries = [] if found is None else read_entries(read_state(found), found)
     return sum(entry.last_step is not None for entry in entries)
+
+
+def _keep_rounds(recipe: Recipe) -> None:
+    """Write the files of rounds that have ended, where a kill came before that."""
+    found = find_checkpoint(Path(recipe.train.output)).checkpoint
+    if found is None or recipe.rounds.count == 1:
+        return
+    state = read_state(found)
+    for entry in read_entries(state, found):
+        if entry.last_step is not None and not (round_folder(recipe, entry.number) / ROUND_FILE).exists():
+            write_round(recipe, entry, content_id(found) if entry.last_step == state["step"] else entry.content)
 
 
 def _sample_and_score(recipe: Recipe, number: int | None, engines: Engines) -> None:
