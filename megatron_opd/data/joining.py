@@ -189,7 +189,7 @@ def _locked(location: Location) -> Iterator[None]:
     if not location.is_local:
         yield
         return
-    with Path(location.path(LOCK_FILE)).open("a") as file:
+    with Path(location.path(LOCK_FILE)).open("a", encoding="utf-8") as file:
         end = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
