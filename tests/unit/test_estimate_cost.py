@@ -25,7 +25,7 @@ from megatron_opd.estimate.compute import Sampling, Serving, decode_seconds, pre
 from megatron_opd.estimate.memory import GIB
 from megatron_opd.estimate.ranges import Range, exactly
 from megatron_opd.estimate.recipe import Estimate, Estimator
-from megatron_opd.gpus import GPUS
+from megatron_opd.gpus import GPUS, find_gpu
 from megatron_opd.inference import EngineConfig, LaunchConfig
 from megatron_opd.known_models import KNOWN
 from megatron_opd.model.architecture import Architecture, parse_architecture, read_architecture
@@ -243,6 +243,33 @@ def test_copies_of_a_model() -> None:
     large = architecture("Qwen3-235B-A22B")
     with pytest.raises(ValueError, match=r"eval: the teacher and one response need about 8 GPUs of 80 GiB, and a node has 4"):
         plan_serving(EngineConfig(), "teacher", large, Allocation(8, 4), H100, tokens=4096, stage="eval")
+    assert compute.smallest_copy(teacher, H100, 10**9) is None
+    for engine in (EngineConfig(), EngineConfig(launch=LaunchConfig(tp=4, servers=1))):
+        with pytest.raises(
+            ValueError, match=r"no number of GPUs of 80 GiB suffices for the teacher and one sequence of 1,000,000,000 tokens"
+        ):
+            plan(engine, 10**9)
+    assert plan(EngineConfig(), 500_000).tp == 8, "4 GPUs have room for one of these, no number for 16"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_gpus_by_the_drivers_name(name: str, key: str | None) -> None:
+    assert find_gpu(name) == (None if key is None else GPUS[key])
 
 
 @given(low=st.floats(0.001, 1e9), factor=st.floats(1, 100))
