@@ -193,7 +193,8 @@ def test_text_answers_become_turns_and_are_learnt_from(tmp_path: Path, capsys: p
     ended = {"messages": [*chats[1]["prompt"], {"role": "assistant", "content": "b<|im_end|>"}]}
     write(tmp_path / "ended.jsonl", [rows[0], ended])
     assert bring(tmp_path, "ended.jsonl", "ended", *options, role="teacher") == 0
-    assert StoreReader(str(tmp_path / "ended")).rollout(1).tokens[-2:].tolist() == [ord("b"), IM_END]
+    rollout = StoreReader(str(tmp_path / "ended")).rollout(1)
+    assert (len(rollout.tokens) - rollout.prompt_len, int(rollout.tokens[-1])) == (2, IM_END)
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "sft")]) == 0
     printed = capsys.readouterr().out

@@ -18,6 +18,7 @@ from stores import make_scored_store
 from tiny_models import make_model
 
 from megatron_opd.cli import main
+from megatron_opd.cluster import limit_hours
 from megatron_opd.config import Recipe, ScoreStage, TrainStage
 from megatron_opd.estimate import compute, storage
 from megatron_opd.estimate.allocation import Allocation, check_allocation, plan_serving
@@ -227,6 +228,24 @@ def test_every_fault_of_an_allocation_at_once_and_by_exit_code(capsys: pytest.Ca
 def test_groups_over_whole_nodes_are_slow_and_possible() -> None:
     notes = check_allocation(load_recipe("opd_4b", ["train.parallel.tp=8", "engine.launch=null"]), Allocation(2, 4))
     assert notes == ["WARNING: train.parallel.tp = 8 is over nodes of 4 GPUs: its messages are many, and go over the network"]
+
+
+def test_stages_take_the_nodes_that_their_jobs_get() -> None:
+    found = estimate(load_recipe("opd_32b_4nodes", ["slurm.shards.score=2", "slurm.time.eval=5"]), gpus=32, nodes=4)
+    rows = {row.stage: row for row in found.rows}
+    assert [rows[name].gpus for name in ("generate", "rollout", "score", "eval-opd", "engines")] == [32, 32, 16, 8, 1]
+    assert rows["engines"].what == "skipped: the student is too large for one GPU"
+    assert "on 1 of 4 nodes" in rows["eval-opd"].what
+    assert any(note.startswith("WARNING: eval-opd takes ") and "slurm.time.eval is 5:" in note for note in found.notes)
+    other = estimate(load_recipe("opd_32b_4nodes", ["slurm.shards.score=2", "slurm.time.eval=5"]), gpus=64, nodes=8)
+    assert next(row.gpus for row in other.rows if row.stage == "score") == 64, "these are not the GPUs of the jobs"
+    assert not any("slurm.time" in note for note in other.notes)
+    assert hours(estimate(load_recipe("opd_8b")), "engines") == compute.START_SECONDS * (2 / 3600)
+
+
+def test_hours_of_time_limits() -> None:
+    times = {"90": 1.5, "90:30": 1.5 + 30 / 3600, "12:00:00": 12, "1-6": 30, "2-00:30": 48.5, "1-01:30:36": 25.51}
+    assert {text: limit_hours(text) for text in times} == pytest.approx(times)
 
 
 def test_copies_of_a_model() -> None:

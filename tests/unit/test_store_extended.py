@@ -386,6 +386,6 @@ def test_extend_is_named_where_the_command_has_it(tmp_path: Path) -> None:
     url = str(tmp_path / "store")
     join(url, asks(6, 1))
     for extend in (False, None):
-        with pytest.raises(StoreError, match="prompts is 6 prompts .* use the same settings, or another store path") as refused:
+        with pytest.raises(StoreError, match=r"prompts is 6 prompts .* use the same settings, or another store path") as refused:
             join(url, asks(7, 1), extend=extend)
         assert ("--extend" in str(refused.value)) == (extend is False)
