@@ -24,7 +24,7 @@ from megatron_opd.serve.engine import Engine, ScoreRequest, open_engine
 from megatron_opd.serve.stage import closing_engine
 from megatron_opd.tokenizer import check_same_tokenizer
 
-_SHARE_FOR_WEIGHTS = 0.7  # of a GPU's memory; activations of one sequence take little
+SHARE_FOR_WEIGHTS = 0.7  # of a GPU's memory; activations of one sequence take little
 
 
 def calibrate(url: str, model: str, config: EngineConfig, *, rollouts: int = 64, max_gap: float = 0.1, log_dir: str | Path = "logs") -> int:
@@ -103,7 +103,7 @@ def _too_large(model: str) -> str | None:
     memory = torch.cuda.get_device_properties(0).total_memory
     return (
         f"the student's weights take {size / 2**30:.0f} GiB, a GPU has {memory / 2**30:.0f}, and one rank would hold them all"
-        if size > _SHARE_FOR_WEIGHTS * memory
+        if size > SHARE_FOR_WEIGHTS * memory
         else None
     )
 

@@ -156,6 +156,16 @@ class SlurmConfig(Section):
         return self.prologue
 
 
+def limit_hours(time: str) -> float:
+    """Hours of a time limit as `TimesConfig` has it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(number) for number in rest.split(":")]
+    if not dash and len(numbers) < 3:
+        numbers.insert(0, 0)
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return 24 * int(days or 0) + hours + minutes / 60 + seconds / 3600
+
+
 def check_gpus_template(template: str) -> str:
     """Raises ValueError unless it says where the number goes."""
     if not template.startswith("-") or template.replace("{n}", "").count("{") or "{n}" not in template:

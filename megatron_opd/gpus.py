@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -24,3 +25,11 @@ GPUS = {
         Gpu("B200", 2250e12, 179.0, 7.7e12),
     )
 }
+
+_OTHERS = {"pcie", "nvl", "mig"}  # cards that run slower than the modules of their name, and slices of a GPU
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The one that the driver calls `name` ('NVIDIA H100 80GB HBM3'); None where its figures are not known."""
+    words = set(re.findall(r"\w+", name.lower()))
+    return None if words & _OTHERS else next((gpu for key, gpu in GPUS.items() if key in words), None)

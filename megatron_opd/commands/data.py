@@ -7,6 +7,7 @@ import json
 import os
 
 from megatron_opd.commands.options import OVERRIDES, Stages, a_path, add_servers, flag_overrides
+from megatron_opd.config import require
 from megatron_opd.errors import UserError
 from megatron_opd.lineage import keep_hashes_in
 from megatron_opd.recipe_files import apply_overrides, build_recipe
@@ -55,9 +56,9 @@ def _import(args: argparse.Namespace, arguments: list[str]) -> None:
     run_dir = "runs/import" if "://" in args.store else os.path.dirname(os.path.abspath(args.store))
     tree = {"name": "import", "run_dir": run_dir, "models": {"teacher": args.model, "student": args.model}, section: given}
     recipe = build_recipe(apply_overrides(tree, args.overrides + flag_overrides(args)), "import")
-    stage = recipe.rollout if section == "rollout" else recipe.generate
+    stage = require(recipe.rollout if section == "rollout" else recipe.generate, section)
     changed = [key for key, value in given.items() if getattr(stage, key) != value]
-    if stage is None or changed:
+    if changed:
         raise UserError(f"{section}.{changed[0]} is what the command line says ({json.dumps(given[changed[0]])}); leave the override out")
     keep_hashes_in(recipe.run_dir)
     import_responses(

@@ -15,7 +15,7 @@ from megatron_opd.records import Lineage, ModelFingerprint, PartManifest, Rollou
 from megatron_opd.redact import public_address
 
 # What a mixture must have in common, as one student learns from all of it.
-_ONE = ("sampler_role", "stop_ids", "turn_end", "chat_templates", "prompt_suffix", "prompt_probe")
+_ONE = ("sampler_role", "round", "stop_ids", "turn_end", "chat_templates", "prompt_suffix", "prompt_probe")
 _ARRAYS = ("lengths", "prompt_lens", "prompt_indices", "sample_indices", "finishes")
 
 
@@ -152,7 +152,8 @@ def _check_mixture(readers: Sequence[StoreReader]) -> None:
             for field in ("base", "sft_teacher", "opd_teacher"):
                 models = [getattr(reader.manifest.lineage, field) for reader in (first, other)]
                 _compare_models(first, other, f"lineage.{field}", *models)
-            _compare(first, other, "lineage.sft", first.manifest.lineage.sft, other.manifest.lineage.sft)
+            for field in ("sft", "rounds"):
+                _compare(first, other, f"lineage.{field}", getattr(first.manifest.lineage, field), getattr(other.manifest.lineage, field))
         if first.teacher is not None:
             records = [_first_scores(reader, first.teacher) for reader in (first, other)]
             if records[0] is not None and records[1] is not None:  # a store that is not scored is refused by name later

@@ -30,13 +30,13 @@ def join_store(
     wanted: StoreManifest,
     hash_first: HashFirst | None = None,
     *,
-    extend: bool = False,
+    extend: bool | None = False,
     write: bool = True,
     planned: StoreManifest | None = None,
 ) -> StoreManifest:
     """The store's manifest up to what `wanted` asks for; the store is created or, with `extend`, extended for it, unless not `write`.
 
-    A store that was extended beyond `wanted` is joined as it was before. `hash_first` tells whether a store holds the first of the wanted
+    `extend` is None for a command that can't. A store that was extended beyond `wanted` is joined as it was before. `hash_first` tells whether a store holds the first of the wanted
     prompts; `planned` is what it answered before, when nothing was written. Raises StoreError naming what differs.
     """
     location = Location(url)
@@ -84,7 +84,7 @@ def _extend(location: Location, wanted: StoreManifest, hash_first: HashFirst | N
 
 
 def _plan(
-    location: Location, existing: StoreManifest, identity: str, wanted: StoreManifest, hash_first: HashFirst | None, extend: bool
+    location: Location, existing: StoreManifest, identity: str, wanted: StoreManifest, hash_first: HashFirst | None, extend: bool | None
 ) -> StoreManifest:
     """The manifest that `wanted` is served by: `existing`, as it is or was, or with one more extension. Raises StoreError."""
     for generation in range(len(existing.extensions), -1, -1):
@@ -113,9 +113,10 @@ def _plan(
         there, here = (
             f"{m.prompts.num_prompts} prompts (sha256 {m.prompts.sha256[:12]}) x {m.sampling.samples_per_prompt}" for m in (now, wanted)
         )
+        hint = "what it has is the beginning of it, so --extend would make what is new alone; or " if extend is not None else ""
         raise StoreError(
-            f"{location.url} was made with other settings: {_fields(grows, more)} {there} there, {here} now; what it has is the beginning of it, so "
-            f"--extend would make what is new alone; or use the same settings, or another store path; {BRANCH}"
+            f"{location.url} was made with other settings: {_fields(grows, more)} {there} there, {here} now; {hint}use the same settings, "
+            f"or another store path; {BRANCH}"
         )
     added = Extension(
         prompts=wanted.prompts,

@@ -116,17 +116,22 @@ def plan_serving(
     if engine.launch is not None:
         (field, tp), (_, servers), (_, dp) = (launched(engine, role, key) for key in ("tp", "servers", "dp"))
         if sequences_that_fit(arch, gpu, tp, tokens) < 1:
-            raise UserError(
-                f"{stage}: {field} = {tp}, but the {role} and one response need about {smallest_copy(arch, gpu, tokens)} GPUs of {gpu.memory_gib:g} GiB; raise it"
-            )
+            raise UserError(f"{stage}: {field} = {tp}, but {_needed(arch, gpu, tokens, role)}; raise it, or shorten the responses")
         return Serving(tp, servers * dp * allocation.nodes, allocation.gpus)
     tp = smallest_copy(arch, gpu, tokens)
-    if tp > allocation.per_node:
+    if tp is None or tp > allocation.per_node:
         raise UserError(
-            f"{stage}: the {role} and one response need about {tp} GPUs of {gpu.memory_gib:g} GiB, and a node has {allocation.per_node}; "
-            "a server runs on one node: take larger GPUs (--gpu, --gpu-memory) or nodes, or a smaller model"
+            f"{stage}: {_needed(arch, gpu, tokens, role)}, and a node has {allocation.per_node}; "
+            "a server runs on one node: take larger GPUs (--gpu, --gpu-memory) or nodes, shorter responses, or a smaller model"
         )
-    roomy = smallest_copy(arch, gpu, tokens, sequences=LEAST_SEQUENCES)
+    roomy = smallest_copy(arch, gpu, tokens, sequences=LEAST_SEQUENCES) or allocation.per_node
     while tp < roomy and 2 * tp <= allocation.per_node:
         tp *= 2
     return Serving(tp, allocation.nodes * (allocation.per_node // tp), allocation.gpus)
+
+
+def _needed(arch: Architecture, gpu: Gpu, tokens: float, role: Role) -> str:
+    tp = smallest_copy(arch, gpu, tokens)
+    if tp is None:
+        return f"no number of GPUs of {gpu.memory_gib:g} GiB suffices for the {role} and one sequence of {tokens:,.0f} tokens"
+    return f"the {role} and one response need about {tp} GPUs of {gpu.memory_gib:g} GiB"

@@ -25,6 +25,7 @@ FP8_SPEEDUP = 1.4  # at most, of a whole training step
 START_SECONDS = Range(60.0, 600.0)  # until servers, or the ranks of a training, have loaded a model
 MOST_SEQUENCES = 256  # decoded together by one copy of a model
 LEAST_SEQUENCES = 16  # of the longest, for which a copy should have room: fewer leave its GPUs idle
+MOST_GPUS_A_COPY = 1024
 SERVING_SHARE = 0.85  # of a GPU's memory, for weights and KV cache
 BF16 = 2  # bytes
 
@@ -141,11 +142,16 @@ def sequences_that_fit(arch: Architecture, gpu: Gpu, tp: int, tokens: float) -> 
     return room / (tokens * cache_bytes(arch, tp))
 
 
-def smallest_copy(arch: Architecture, gpu: Gpu, tokens: float, *, sequences: int = 1) -> int:
-    """GPUs (a power of two) that one copy of a model needs, with room for so many sequences of `tokens`."""
+def smallest_copy(arch: Architecture, gpu: Gpu, tokens: float, *, sequences: int = 1) -> int | None:
+    """GPUs (a power of two) that one copy of a model needs, with room for so many sequences of `tokens`.
+
+    None where no number suffices: with more GPUs than key-value heads each holds the cache of as many tokens as before.
+    """
     tp = 1
     while sequences_that_fit(arch, gpu, tp, tokens) < sequences:
         tp *= 2
+        if tp > MOST_GPUS_A_COPY:
+            return None
     return tp
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from megatron_opd.calibrate import SHARE_FOR_WEIGHTS
+from megatron_opd.cluster import limit_hours
 from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig
 from megatron_opd.data.order import num_steps
 from megatron_opd.errors import UserError
@@ -55,6 +57,10 @@ class Row:
     per: int | None = None
     gpus: int | None = None  # where not all are used
 
+    def wall(self, gpus: int) -> Range | None:
+        """Hours of all runs, on `gpus` in all."""
+        return None if self.gpu_hours is None else self.gpu_hours * (1 / (self.gpus or gpus))
+
     def times(self, runs: int) -> Row:
         hours = None if self.gpu_hours is None else self.gpu_hours * runs
         return replace(self, tokens=self.tokens * runs, gpu_hours=hours, disk=self.disk * runs, runs=runs)
@@ -86,6 +92,8 @@ class Estimator:
     def __init__(self, recipe: Recipe, allocation: Allocation, gpu: Gpu):
         self.recipe, self.allocation, self.gpu = recipe, allocation, gpu
         self.notes = check_allocation(recipe, allocation)
+        asked = Allocation(recipe.slurm.nodes, recipe.slurm.gpus_per_node)
+        self.slurm = recipe.slurm if allocation == asked else None  # where slurm/pipeline.sh asks for these GPUs
         self.student = student_of(recipe)
         assert self.student.arch is not None
         self.arch: Architecture = self.student.arch
@@ -97,7 +105,9 @@ class Estimator:
         for stage in list_stages(self.recipe):
             runs[stage.name] = runs.get(stage.name, 0) + 1
         teacher = self._teacher(self.recipe.models.teacher)
-        rows = [self._models(teacher), *(self._row(name).times(count) for name, count in runs.items())]
+        once = [self._row(name) for name in runs]
+        self.notes += self._over_time(once)
+        rows = [self._models(teacher), *(row.times(runs[row.stage]) for row in once)]
         head = [self.student.describe("student"), *(model.describe("teacher") for model in self.teachers.values())]
         gpu = self.gpu
         head.append(
@@ -138,10 +148,32 @@ class Estimator:
         """None where the model's sizes are not known."""
         if model.arch is None:
             return None
-        serving = plan_serving(self.recipe.engine, role, model.arch, self.allocation, self.gpu, tokens=longest, stage=name)
+        there = Allocation(self._nodes(name), self.allocation.per_node)
+        serving = plan_serving(self.recipe.engine, role, model.arch, there, self.gpu, tokens=longest, stage=name)
         idle = serving.gpus - serving.copies * serving.tp
-        words = f"{role}: {serving.copies} x tp {serving.tp}" + (f" ({idle} GPUs idle)" if idle else "")
+        where = f" on {there.nodes} of {self.allocation.nodes} nodes" if there != self.allocation else ""
+        words = f"{role}: {serving.copies} x tp {serving.tp}{where}" + (f" ({idle} GPUs idle)" if idle else "")
         return model.arch, serving, words
+
+    def _nodes(self, name: str) -> int:
+        """Nodes that share the stage: an evaluation's work is not divided, and Slurm's jobs divide that of others by slurm.shards."""
+        if self.recipe.engine.urls:  # servers wherever they are
+            return self.allocation.nodes
+        if name.startswith("eval-"):
+            return 1
+        shards = self.allocation.nodes if self.slurm is None else getattr(self.slurm.shards, name)
+        return min(shards, self.allocation.nodes)
+
+    def _over_time(self, rows: list[Row]) -> Iterator[str]:
+        """Stages (rows of one run each) that may take longer than their jobs' time."""
+        if self.slurm is None:
+            return
+        for row in rows:
+            name = "eval" if row.stage.startswith("eval-") else row.stage
+            limit = getattr(self.slurm.time, name, None)
+            hours = row.wall(self.allocation.gpus)
+            if limit is not None and hours is not None and row.per is None and hours.high > limit_hours(limit):
+                yield f"WARNING: {row.stage} takes {hours.text()} hours, and slurm.time.{name} is {limit}: its job may have to be queued again; raise it"
 
     def _sample(self, name: str, stage: SampleStage, trainer: TrainerConfig, model: Model, role: Role, *, rounds: int) -> Row:
         lengths = sampled_lengths(stage.store, longest_response(stage, trainer))
@@ -153,7 +185,7 @@ class Estimator:
             return Row(name, f"{role}: sizes unknown", tokens, None, disk, per=per)
         arch, serving, words = planned
         hours = sampling_hours(arch, self.gpu, serving, work) + _start(serving.gpus)
-        return Row(name, words, tokens, hours, disk, per=per)
+        return Row(name, words, tokens, hours, disk, per=per, gpus=serving.gpus)
 
     def _work(
         self, name: str, stage: SampleStage | EvalStage, lengths: Lengths, longest: int, rounds: int = 1
@@ -187,7 +219,7 @@ class Estimator:
             return Row("score", "teacher: sizes unknown", tokens, None, disk, per=per)
         arch, serving, words = planned
         hours = scoring_hours(arch, self.gpu, serving, rollouts=rollouts, tokens=lengths.tokens) + _start(serving.gpus)
-        return Row("score", words, tokens, hours, disk, per=per)
+        return Row("score", words, tokens, hours, disk, per=per, gpus=serving.gpus)
 
     def _evaluate(self, name: str, stage: EvalStage) -> Row:
         """Samples of one model, scored by the teacher if the recipe wants the reverse KL."""
@@ -210,14 +242,13 @@ class Estimator:
             teacher, serving, scoring = scored
             hours += scoring_hours(teacher, self.gpu, serving, rollouts=rollouts, tokens=lengths.tokens) + _start(serving.gpus)
             words += f", then {scoring}" if scoring != words else ", also to score"
-        return Row(name, words, tokens, hours, disk, per=per)
+        return Row(name, words, tokens, hours, disk, per=per, gpus=serving.gpus)
 
     def _engines(self) -> Row:
-        """A few rollouts through both engines: little more than their start."""
-        planned = self._serving("engines", self.student, "student", 1)
-        assert planned is not None
-        tp = planned[1].tp
-        return Row("engines", f"both engines on {tp} GPU(s)", gpu_hours=_start(tp) * 2, gpus=tp)
+        """A few rollouts through both engines on one GPU: little more than their start. A student too large for it is not compared."""
+        if (model_bytes(self.student) or 0) > SHARE_FOR_WEIGHTS * self.gpu.memory_gib * GIB:
+            return Row("engines", "skipped: the student is too large for one GPU", gpus=1)
+        return Row("engines", "both engines on one GPU", gpu_hours=_start(1) * 2, gpus=1)
 
     def _train(self, name: str) -> Row:
         config = self.recipe.sft if name == "sft" else self.recipe.train
@@ -297,10 +328,12 @@ def table(estimate: Estimate) -> list[str]:
     for row in estimate.rows:
         name = row.stage + (f" x {row.runs}" if row.runs > 1 else "") + (" *" if row.per else "")
         hours = "unknown" if row.gpu_hours is None else _shown(row.gpu_hours)
-        wall = "unknown" if row.gpu_hours is None else _shown(row.gpu_hours * (1 / (row.gpus or estimate.gpus)))
+        wall = "unknown" if (took := row.wall(estimate.gpus)) is None else _shown(took)
         lines.append((name, row.what, _shown(row.tokens, 1e6), hours, wall, _shown(row.disk, 1e9)))
     total = estimate.gpu_hours
-    lines.append(("total", "", "", total.text(), _shown(total * (1 / estimate.gpus)), estimate.disk.text(1e9)))
+    walls = [row.wall(estimate.gpus) for row in estimate.rows if row.per is None]
+    one_by_one = sum((wall for wall in walls if wall is not None), NOTHING)
+    lines.append(("total", "", "", total.text(), _shown(one_by_one), estimate.disk.text(1e9)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 

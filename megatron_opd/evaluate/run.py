@@ -59,6 +59,7 @@ def evaluate(stage: EvalStage, recipe: Recipe) -> dict[str, Any]:
         name=name,
         lineage=read_lineage(stage.model),
         allow_template_mismatch=stage.allow_template_mismatch,
+        extend=None,
     )
     reader.check_complete()
     if not len(reader):

@@ -42,12 +42,12 @@ _NAME = "import"
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Rows as token ids: prompts int32 [P], responses int32 [R]; the sampler's log-probabilities float32 [R], None where they are computed."""
+    """Rows as token ids, by the number of the row: prompts int32 [P], responses int32 [R]. Only those of the parts that are to be made."""
 
-    rows: Sequence[ImportedRow]
-    prompts: Sequence[np.ndarray]
-    responses: Sequence[np.ndarray]
-    finishes: Sequence[Finish]
+    rows: Sequence[ImportedRow]  # all
+    prompts: dict[int, np.ndarray]
+    responses: dict[int, np.ndarray]
+    finishes: dict[int, Finish]
 
     def tokens(self, row: int) -> np.ndarray:
         """Prompt and response, int32 [T]."""
@@ -87,7 +87,6 @@ def import_responses(
     lineage, allowed = _declared_lineage(stage, fingerprint.short())
     templated = _templated(tokenizer, rows, stage.encoding)
     turns, lineage = prompt_format(stage, tokenizer, templated, lineage, allow_mismatch=allowed, section="rollout")
-    encoded = _encode(tokenizer, rows, turns, stage, fingerprint.vocab_size)
     prompts = prompts_of(stage.prompts, rows)
     record = {"model": fingerprint.short(), "file": prompts.name, "sha256": hash_responses(rows, log_probs=declares)}
     wanted = StoreManifest(
@@ -120,6 +119,7 @@ def import_responses(
     if role == "student" and (texts := sum(row.response is not None for row in rows)):
         print(f"WARNING: {texts} responses are text: their token ids are made anew, and may be others than those that the student sampled")
     parts = {part: manifest.prompt_range(part) for part in todo}
+    encoded = _encode(tokenizer, rows, [row for numbers in parts.values() for row in numbers], turns, stage, fingerprint.vocab_size)
 
     def begin() -> None:
         join(planned=manifest)
@@ -229,24 +229,30 @@ def _templated(tokenizer: Any, rows: Sequence[ImportedRow], encoding: EncodingCo
     return [ends.get(number, written) for number, written in enumerate(found)]
 
 
-def _encode(tokenizer: Any, rows: Sequence[ImportedRow], turns: Turns, stage: SampleStage, vocab_size: int) -> _Encoded:
-    """The rows as token ids: their own, or encoded, prompts as `generate` does it. Raises UserError."""
+def _encode(
+    tokenizer: Any, rows: Sequence[ImportedRow], numbers: Sequence[int], turns: Turns, stage: SampleStage, vocab_size: int
+) -> _Encoded:
+    """The rows of these numbers as token ids: their own, or encoded, prompts as `generate` does it. Raises UserError."""
+    chosen = [rows[number] for number in numbers]
     try:
-        texts = iter(encode_prompts(tokenizer, [row.prompt for row in rows if row.prompt is not None], turns.encoding))
+        texts = iter(encode_prompts(tokenizer, [row.prompt for row in chosen if row.prompt is not None], turns.encoding))
     except UserError as error:  # names prompts by their number, from 0
         raise UserError(f"{stage.prompts}: {error}") from None
-    prompts = [row.prompt_ids if row.prompt_ids is not None else next(texts) for row in rows]
-    responses = [_encode_response(tokenizer, row, prompt, turns) for row, prompt in zip(rows, prompts, strict=True)]
-    for row, prompt, (tokens, _) in zip(rows, prompts, responses, strict=True):
-        _check_row(row, prompt, tokens, vocab_size, stage)
-    return _Encoded(rows, prompts, [tokens for tokens, _ in responses], [finish for _, finish in responses])
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    encoded = _Encoded(rows, {}, {}, {})
+    for number, row in zip(numbers, chosen, strict=True):
+        prompt = row.prompt_ids if row.prompt_ids is not None else next(texts)
+        response, finish = _encode_response(tokenizer, row, prompt, turns, special)
+        _check_row(row, prompt, response, vocab_size, stage)
+        encoded.prompts[number], encoded.responses[number], encoded.finishes[number] = prompt, response, finish
+    return encoded
 
 
-def _encode_response(tokenizer: Any, row: ImportedRow, prompt: np.ndarray, turns: Turns) -> tuple[np.ndarray, Finish]:
+def _encode_response(tokenizer: Any, row: ImportedRow, prompt: np.ndarray, turns: Turns, special: set[int]) -> tuple[np.ndarray, Finish]:
     """Ids int32 [R] of a response with its end, and why it ended. Raises UserError.
 
     Ids that end with a stop id stopped, others were cut. A text is a whole answer and gets the end of its turn, unless its row says
-    'length'. What the row says must be so.
+    'length', and holds no other `special` tokens. What the row says must be so.
     """
     stop_ids = list(turns.stop_ids)
     if row.response_ids is not None:
@@ -259,6 +265,12 @@ def _encode_response(tokenizer: Any, row: ImportedRow, prompt: np.ndarray, turns
             raise UserError(
                 f"{row.where}: {row.field!r} is not what its {len(ids)} token ids decode to behind the prompt ({after[len(before) :]!r:.80} for "
                 f"{row.response!r:.80}); give the response's token ids"
+            )
+        inside = ids[:-1] if ids[-1] in stop_ids else ids
+        if (token := next((token for token in inside if token in special), None)) is not None:
+            raise UserError(
+                f"{row.where}: {row.field!r} is a text that holds {tokenizer.convert_ids_to_tokens(token)!r}, which the tokenizer of "
+                f"{tokenizer.name_or_path} reads as its special token {token}; leave the row out or, if the model made that token, give token ids"
             )
         finish = Finish.STOP if row.finish is None else row.finish
         if finish is Finish.STOP and ids[-1] not in stop_ids:

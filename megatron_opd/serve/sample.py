@@ -87,13 +87,13 @@ def sample_into_store(
     shard: Shard = Shard(),
     lineage: Lineage | None = None,
     allow_template_mismatch: bool = False,
-    extend: bool = False,
+    extend: bool | None = False,
     number: int | None = None,
     lend: Lend | None = None,
 ) -> StoreReader:
     """Fill the store's missing parts that belong to `shard`. Goes on where an earlier run stopped.
 
-    With `extend`, a store that has the first of these prompts, or fewer samples of each, gets parts for what is new.
+    With `extend`, a store that has the first of these prompts, or fewer samples of each, gets parts for what is new; None: the command can't.
     A model that was fine-tuned is asked as in its SFT store; another chat template is refused unless allowed, and then recorded in the
     lineage. `number` is the round of several, which the store and the account name. `lend` gives an engine that is open and stays so;
     without it one is opened for the stage. Raises UserError.
@@ -164,8 +164,8 @@ def sample_into_store(
 
         with Bar(name, cost, total=total, initial=total - left, unit="rollout") as bar:
             outcomes = engine.generate_parts(map(requests_of, todo), sampling, lambda tokens: bar.update(1, tokens=tokens))
-            for number, generated in outcomes:
-                part = todo[number]
+            for position, generated in outcomes:
+                part = todo[position]
                 rollouts, excluded = _sort_out(requests_of(part), generated)
                 excluded += [
                     Excluded(prompt_index=row, sample_index=sample, reason=f"prompt of {len(encoded[row])} tokens is too long")

@@ -97,8 +97,8 @@ def score_store(
 
         with Bar(name, cost, total=total, initial=total - left, unit="token") as bar:
             outcomes = engine.score_parts(map(requests_of, todo), stage.top_k, lambda tokens: bar.update(tokens, tokens=tokens))
-            for number, results in outcomes:
-                part = todo[number]
+            for position, results in outcomes:
+                part = todo[position]
                 work = works.pop(part)
                 scores = work.sort_out(results)
                 if trains_on_candidates:

@@ -94,5 +94,6 @@ def advice(reason: str, output: str, recipe: str) -> str:
     return (
         f"collect new rollouts: {reason}. The stored tokens are no longer the student's own:\n"
         f"  megatron-opd convert to-hf {output} {output}-hf\n"
-        f"  megatron-opd rollout {recipe} rollout.model={output}-hf rollout.store=NEW   (then score, and train on NEW with train.init={output}-hf)"
+        f"  megatron-opd rollout {recipe} rollout.model={output}-hf rollout.store=NEW   (then score, and train on NEW with train.init={output}-hf)\n"
+        "or let a new run do it: rounds.count = N and rounds.until = 'drift' (docs/rounds.md)"
     )

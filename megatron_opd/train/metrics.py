@@ -20,7 +20,7 @@ from megatron_opd.config import TrainerConfig
 from megatron_opd.cost import GpuMeter, append_jsonl, clock, read_jsonl, write_jsonl
 from megatron_opd.durable import sync, write_file
 from megatron_opd.errors import UserError
-from megatron_opd.gpus import GPUS
+from megatron_opd.gpus import find_gpu
 from megatron_opd.redact import redact_override
 from megatron_opd.train.readiness import not_installed
 from megatron_opd.train.step import StepResult
@@ -170,8 +170,8 @@ def peak_flops() -> float | None:
     """Dense bf16 peak of this GPU in FLOP/s; None for those whose data sheet is not known: utilisation is then not reported."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((gpu.bf16_flops for gpu in GPUS.values() if gpu.name in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name())
+    return None if gpu is None else gpu.bf16_flops
 
 
 class MetricsLog:

@@ -174,5 +174,9 @@ def test_stores_that_are_no_mixture_are_refused(folder: Path, tmp_path: Path) ->
     refused("can't be trained on together: lineage.sft_teacher is teacher .* student", teacher=folder / "student")
     refused("can't be trained on together: top_k of teacher 'teacher' is 0 in the first and 4", top_k=4)
     refused("hold the same rollouts", seed=1)
-    with pytest.raises(StoreError, match=r"has not scored|no store here"):
+    with pytest.raises(StoreError, match=f"{tmp_path / 'c'}: no store here"):
         open_training_stores([first, str(tmp_path / "c")], "teacher")
+    scored = make_scored_store(tmp_path / "c", **models, prompts=2, seed=3)
+    shutil.rmtree(tmp_path / "c/parts/000000/teacher")
+    with pytest.raises(StoreError, match=f"{tmp_path / 'c'}: teacher 'teacher' has not scored 1 of {scored.num_parts} parts"):
+        open_training_stores([first, str(tmp_path / "c")], "teacher").check_scored("teacher")

@@ -184,6 +184,17 @@ def test_text_answers_become_turns_and_are_learnt_from(tmp_path: Path, capsys: p
         assert rollout.finish == (Finish.STOP if ending else Finish.LENGTH)
         assert len(rollout.tokens) == rollout.prompt_len + len(text.encode()) + len(ending)
         assert rollout.tokens[-1] == IM_END if ending else rollout.tokens[-1] != IM_END
+    special = "a<|im_start|>user\nb"
+    write(tmp_path / "special.jsonl", [rows[0], {"messages": [*chats[1]["prompt"], {"role": "assistant", "content": special}]}])
+    options = ("--model", str(teacher), "generate.prompts_per_part=1")
+    refused = refusal(capsys, tmp_path, "special.jsonl", "special", *options, role="teacher")
+    assert "special.jsonl:2: 'messages' is a text that holds '<|im_start|>'" in refused
+    assert bring(tmp_path, "special.jsonl", "special", *options, "--shard", "0/2", role="teacher") == 0, "the row is another worker's"
+    ended = {"messages": [*chats[1]["prompt"], {"role": "assistant", "content": "b<|im_end|>"}]}
+    write(tmp_path / "ended.jsonl", [rows[0], ended])
+    assert bring(tmp_path, "ended.jsonl", "ended", *options, role="teacher") == 0
+    rollout = StoreReader(str(tmp_path / "ended")).rollout(1)
+    assert (len(rollout.tokens) - rollout.prompt_len, int(rollout.tokens[-1])) == (2, IM_END)
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "sft")]) == 0
     printed = capsys.readouterr().out

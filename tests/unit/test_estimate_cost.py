@@ -18,6 +18,7 @@ from stores import make_scored_store
 from tiny_models import make_model
 
 from megatron_opd.cli import main
+from megatron_opd.cluster import limit_hours
 from megatron_opd.config import Recipe, ScoreStage, TrainStage
 from megatron_opd.estimate import compute, storage
 from megatron_opd.estimate.allocation import Allocation, check_allocation, plan_serving
@@ -25,7 +26,7 @@ from megatron_opd.estimate.compute import Sampling, Serving, decode_seconds, pre
 from megatron_opd.estimate.memory import GIB
 from megatron_opd.estimate.ranges import Range, exactly
 from megatron_opd.estimate.recipe import Estimate, Estimator
-from megatron_opd.gpus import GPUS
+from megatron_opd.gpus import GPUS, find_gpu
 from megatron_opd.inference import EngineConfig, LaunchConfig
 from megatron_opd.known_models import KNOWN
 from megatron_opd.model.architecture import Architecture, parse_architecture, read_architecture
@@ -229,6 +230,24 @@ def test_groups_over_whole_nodes_are_slow_and_possible() -> None:
     assert notes == ["WARNING: train.parallel.tp = 8 is over nodes of 4 GPUs: its messages are many, and go over the network"]
 
 
+def test_stages_take_the_nodes_that_their_jobs_get() -> None:
+    found = estimate(load_recipe("opd_32b_4nodes", ["slurm.shards.score=2", "slurm.time.eval=5"]), gpus=32, nodes=4)
+    rows = {row.stage: row for row in found.rows}
+    assert [rows[name].gpus for name in ("generate", "rollout", "score", "eval-opd", "engines")] == [32, 32, 16, 8, 1]
+    assert rows["engines"].what == "skipped: the student is too large for one GPU"
+    assert "on 1 of 4 nodes" in rows["eval-opd"].what
+    assert any(note.startswith("WARNING: eval-opd takes ") and "slurm.time.eval is 5:" in note for note in found.notes)
+    other = estimate(load_recipe("opd_32b_4nodes", ["slurm.shards.score=2", "slurm.time.eval=5"]), gpus=64, nodes=8)
+    assert next(row.gpus for row in other.rows if row.stage == "score") == 64, "these are not the GPUs of the jobs"
+    assert not any("slurm.time" in note for note in other.notes)
+    assert hours(estimate(load_recipe("opd_8b")), "engines") == compute.START_SECONDS * (2 / 3600)
+
+
+def test_hours_of_time_limits() -> None:
+    times = {"90": 1.5, "90:30": 1.5 + 30 / 3600, "12:00:00": 12, "1-6": 30, "2-00:30": 48.5, "1-01:30:36": 25.51}
+    assert {text: limit_hours(text) for text in times} == pytest.approx(times)
+
+
 def test_copies_of_a_model() -> None:
     teacher = architecture("Qwen3-32B")
 
@@ -243,6 +262,33 @@ def test_copies_of_a_model() -> None:
     large = architecture("Qwen3-235B-A22B")
     with pytest.raises(ValueError, match=r"eval: the teacher and one response need about 8 GPUs of 80 GiB, and a node has 4"):
         plan_serving(EngineConfig(), "teacher", large, Allocation(8, 4), H100, tokens=4096, stage="eval")
+    assert compute.smallest_copy(teacher, H100, 10**9) is None
+    for engine in (EngineConfig(), EngineConfig(launch=LaunchConfig(tp=4, servers=1))):
+        with pytest.raises(
+            ValueError, match=r"no number of GPUs of 80 GiB suffices for the teacher and one sequence of 1,000,000,000 tokens"
+        ):
+            plan(engine, 10**9)
+    assert plan(EngineConfig(), 500_000).tp == 8, "4 GPUs have room for one of these, no number for 16"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_gpus_by_the_drivers_name(name: str, key: str | None) -> None:
+    assert find_gpu(name) == (None if key is None else GPUS[key])
 
 
 @given(low=st.floats(0.001, 1e9), factor=st.floats(1, 100))

@@ -380,3 +380,12 @@ def test_on_an_object_store() -> None:
     manifest = grow(url, (6, 2), (9, 2))
     assert len(StoreReader(url)) == 18
     assert manifest.vocab_size == VOCAB
+
+
+def test_extend_is_named_where_the_command_has_it(tmp_path: Path) -> None:
+    url = str(tmp_path / "store")
+    join(url, asks(6, 1))
+    for extend in (False, None):
+        with pytest.raises(StoreError, match=r"prompts is 6 prompts .* use the same settings, or another store path") as refused:
+            join(url, asks(7, 1), extend=extend)
+        assert ("--extend" in str(refused.value)) == (extend is False)

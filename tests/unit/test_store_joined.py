@@ -14,7 +14,7 @@ from megatron_opd.data.joined import open_training_stores, show_stores, store_li
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import ConfigError, StoreError
 from megatron_opd.recipe_files import load_recipe
-from megatron_opd.records import Lineage, PromptFile, SftFacts
+from megatron_opd.records import Lineage, PromptFile, RoundRecord, SftFacts
 
 
 def make(path: Path, *, seed: int, parts: Any = None, scored: bool = True, **changes: Any) -> str:
@@ -73,6 +73,8 @@ def lineage(**changes: Any) -> Lineage:
         ({"lineage": lineage(sft_teacher=None)}, "lineage.sft_teacher is teacher .* and not known in the second"),
         ({"lineage": lineage(opd_teacher=fake_fingerprint("teacher"))}, "lineage.opd_teacher is not known in the first"),
         ({"lineage": lineage(sft=SftFacts(num_answers=3))}, "lineage.sft is None"),
+        ({"round": 1}, "round is None in the first and 1 in the second"),
+        ({"lineage": lineage(rounds=[RoundRecord(number=1, store_id="0" * 16)])}, r"lineage.rounds is \[\] in the first"),
     ],
 )  # fmt: skip
 def test_what_is_no_mixture(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
