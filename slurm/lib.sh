@@ -153,14 +153,15 @@ retry() {
 }
 
 # judge: sets code, node, rank, words to what ended the job. Of ranks the first row counts: a refusal, then who was killed, then who
-# failed by itself. Where every rank only lost others, it was the one node that has no row, whose ranks could not say anything.
+# failed by itself. Where every rank only lost others (or was aborted by NCCL's watchdog, which does so to those that lost others), it
+# was the one node that has no row, whose ranks could not say anything.
 judge() {
     local silent
-    node='' rank='' words=''
+    kind='' node='' rank='' words=''
     ((SLURM_NNODES > 1)) || node=$SLURM_JOB_NODELIST
     [[ -s $OPD_ENDINGS ]] || return
     read -r kind _ node rank code words < <(sort -n -k1,1 -k2,2 "$OPD_ENDINGS")
-    [[ $kind == 3 ]] || return
+    [[ $kind == [34] && $SLURM_NNODES != 1 ]] || return
     silent=$(comm -23 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(awk '{print $3}' "$OPD_ENDINGS" | sort -u))
     rank='' node=$silent
     [[ $silent != *[[:space:]]* ]] || node=''
