@@ -240,7 +240,7 @@ def shell_plan(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster) -> str:
     lines += [["image", image] for name in ("image_train", "image_serve", "image_engines") if (image := cluster.get(name))]
     for job in jobs:
         record = json.dumps({"label": job.label, "command": _shown(job.words), "options": list(job.options)})
-        lines.append(["submit", job.label, " ".join(job.after), record.removeprefix("{"), *job.options, *job.script])
+        lines.append(["submit", job.label, " ".join(job.after), record[1:-1], *job.options, *job.script])
     return "# jobs\n" + "".join(f"{shlex.join(line)}\n" for line in lines)
 
 
@@ -259,7 +259,7 @@ def _shown(words: Sequence[str]) -> list[str]:
 
 
 def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's jobs, oldest first: submitted, cancelled, retried. Damaged rows are said and left out."""
+    """The records of a run's jobs, oldest first: submitted, cancelled, started, retried, failed. Damaged rows are said and left out."""
     rows = read_jsonl(Path(run_dir) / RECORDS)
     return [row for row in rows if all(isinstance(row.get(key), str) for key in ("event", "job"))]
 
