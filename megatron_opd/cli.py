@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from megatron_opd.untrusted import Console, check_characters, printable, shorten
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for what the user can mend, 3 for too many quarantined rollouts,
-    4 for servers that were lost, 1 for our own faults."""
+    4 for servers that were lost and for disks and mounts that fail, 1 for our own faults."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with contextlib.redirect_stdout(Console(sys.stdout)):  # names and texts of others are printed everywhere
         return _run(arguments)
@@ -62,7 +63,8 @@ def _run(arguments: list[str]) -> int:
         if error.filename is None and error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; nothing that was finished is lost: mend this and run the same command again")
+        message = f"{where}{error.strerror or error}; nothing that was finished is lost: mend this and run the same command again"
+        return _fail(message, code=4 if error.errno in _OF_NODE else 2)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"\ninterrupted: {_left_behind(args)}", file=sys.stderr)
@@ -71,6 +73,8 @@ def _run(arguments: list[str]) -> int:
         return INTERRUPTED
 
 
+# Errors of disks and network file systems: another node may not have them.
+_OF_NODE = (errno.EIO, errno.ESTALE, errno.ENODEV, getattr(errno, "EREMOTEIO", errno.EIO))
 _KEPT = {
     **dict.fromkeys(
         ("generate", "rollout", "score", "eval", "import"),

@@ -16,8 +16,13 @@ from megatron_opd.redact import NOT_KEPT, referenced
 MOST_SHARDS = 1000  # slurm.conf's MaxArraySize is 1001 by default
 _TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d+(:[0-5]?\d){0,2}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# What this project gives sbatch itself: its jobs would not find each other, or not go on, with another value.
-_OURS = {"--job-name", "-J", "--dependency", "-d", "--array", "-a", "--nodes", "-N", "--parsable", "--output", "-o", "--export", "--wrap"}
+# What this project gives sbatch itself: its jobs would not fit what was checked, not find each other, or not go on, with another value.
+_OURS = (
+    "--job-name", "--dependency", "--array", "--nodes", "--parsable", "--output", "--export", "--wrap", "--time", "--signal", "--requeue",
+    "--no-requeue", "--ntasks", "--ntasks-per-node", "--tasks-per-node", "--gpus", "--gpus-per-node", "--gres", "--open-mode",
+    "--kill-on-invalid-dep", "--chdir",
+)  # fmt: skip
+_OURS_SHORT = ("-J", "-d", "-a", "-N", "-o", "-t", "-n", "-G", "-D")
 
 
 def _as_text(value: Any) -> Any:
@@ -113,8 +118,8 @@ class SlurmConfig(Section):
         for word in options:
             if not word.startswith("-"):
                 raise ValueError(f"{word!r} is no option of sbatch; write --name=value, a word each")
-            if (name := word.partition("=")[0]) in _OURS:
-                raise ValueError(f"{name} is set by the pipeline itself; there are fields for nodes, shards and time")
+            if _sets_ours(name := word.partition("=")[0]):
+                raise ValueError(f"{name} is set by the pipeline itself; there are fields for nodes, shards, time and gpus")
         return options
 
     @field_validator("environment")
@@ -164,6 +169,13 @@ def limit_hours(time: str) -> float:
         numbers.insert(0, 0)
     hours, minutes, seconds = (*numbers, 0, 0)[:3]
     return 24 * int(days or 0) + hours + minutes / 60 + seconds / 3600
+
+
+def _sets_ours(name: str) -> bool:
+    """Whether an option of sbatch, without its value, is one of ours: -N4 is -N, and --arr may stand for --array."""
+    if not name.startswith("--"):
+        return name[:2] in _OURS_SHORT
+    return name.startswith(("--ntasks", "--gpus")) or any(ours.startswith(name) for ours in _OURS)
 
 
 def check_gpus_template(template: str) -> str:

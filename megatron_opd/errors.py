@@ -34,7 +34,10 @@ class EngineError(UserError):
 
 
 class ServersLost(EngineError):
-    """Servers that had answered are gone and did not come back: the fault of their node, perhaps. The command line exits with 4."""
+    """Servers are gone and did not come back, or died at their start by a signal or an error of a GPU: the fault of their node, perhaps.
+
+    The command line exits with 4.
+    """
 
 
 class CheckpointError(UserError):

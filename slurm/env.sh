@@ -15,7 +15,8 @@ GPUS='--gpus-per-node={n}'
 # (a .sqsh file, or registry#name:tag; docs/containers.md), images for Apptainer (.sif), or, where an image is empty, virtual environments.
 IMAGE_TRAIN=
 IMAGE_SERVE=
-# An image with both, for the job that compares the two; without one the training image is taken, which must then find servers (engine.urls).
+# An image with both, for the job that compares the two; without one the training image is taken, if the recipe says how it finds SGLang
+# (engine.launch.command, engine.urls), or else there is no such job.
 IMAGE_ENGINES=
 VENV_TRAIN=.venv
 VENV_SERVE=.venv-serve

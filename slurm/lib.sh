@@ -8,6 +8,8 @@
 set -uo pipefail
 # shellcheck source=slurm/env.sh
 source "${OPD_ENV:-slurm/env.sh}" || exit 2
+# shellcheck source=slurm/functions.sh
+source "${BASH_SOURCE[0]%/*}/functions.sh" || exit 2
 for name in $(compgen -e OPD_SET_); do export "${name#OPD_SET_}=${!name}"; done # the recipe's goes before the site's
 
 # A task of an array by its own name: the id of its last task is also the id of the whole array.
@@ -25,20 +27,20 @@ trap 'told=yes; say "USR1: the time limit or a preemption is near"' USR1
 say() { echo "[$(date '+%F %T')] job $job on $SLURMD_NODENAME: $*"; }
 fail() {
     say "error: $*" >&2
+    ((BASH_SUBSHELL)) || record failed label "${OPD_LABEL:-}" reason "$*"
     exit 2
 }
 
 # record EVENT [KEY VALUE ...]: a row in the run folder (of jobs that pipeline.sh has not submitted in logs/), on disk when this returns.
 record() {
-    local row
-    row="{\"event\": \"$1\", \"job\": \"$job\", \"time\": \"$(date -u '+%FT%TZ')\""
+    local event=$1 fields=''
     shift
     while (($#)); do
-        row+=", \"$1\": \"$(tr -cd '[:alnum:] _.,:;()[]/=+-' <<<"$2")\""
+        fields+="${fields:+, }\"$1\": \"$(tr -cd '[:alnum:] _.,:;()[]/=+-' <<<"$2")\""
         shift 2
     done
     mkdir -p "$(dirname "$records")"
-    echo "$row}" >>"$records" || say "can't write to $records"
+    row "$event" "$job" "$fields" >>"$records" || say "can't write to $records"
     sync "$records"
 }
 
@@ -53,7 +55,8 @@ use() {
     srun=(srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --kill-on-bad-exit=1)
     export -n OPD_BINDS
     if [[ -n $image ]]; then
-        [[ $image != /* && $image != ./* || -e $image ]] || fail "no image $image; see docs/containers.md, or change slurm/env.sh"
+        image_there "$image" || fail "no image $image; see docs/containers.md, or change slurm/env.sh"
+        [[ $image != *.sqsh || $image == /* || $image == ./* ]] || image=./$image # else Pyxis would ask a registry for it
     else
         [[ -x $venv/bin/megatron-opd ]] || fail "no $venv/bin/megatron-opd; make the environment, or change slurm/env.sh"
         PATH=$(cd "$venv/bin" && pwd):$PATH
@@ -77,8 +80,11 @@ use() {
 # with_recipe RECIPE [ARGUMENT...]: sets the array `arguments`; a first argument that is no FIELD=VALUE is another recipe.
 with_recipe() {
     arguments=("$@")
-    [[ $# == 1 || $2 == *=* || $2 == -* ]] || arguments=("${@:2}")
+    [[ $# == 1 || $2 == -* ]] || is_setting "$2" || arguments=("${@:2}")
 }
+
+# is_setting WORD: FIELD=VALUE, and not a path with = in it; megatron_opd/commands/slurm.py has the same rule.
+is_setting() { [[ $1 == *=* && ${1%%=*} != */* && ! -e $1 ]]; }
 
 # run COMMAND...: as a child, so that a signal interrupts the waiting and not the work. Returns the command's exit code.
 run() {
@@ -99,12 +105,18 @@ run() {
 opd() { run step_of_one megatron-opd "$@"; }
 step_of_one() { "${srun[@]:0:1}" --nodes=1 --ntasks=1 "${srun[@]:1}" "${inside[@]}" "$@"; }
 
-# again [NODE]: back into the queue under the same id, from now on without that node; does not return.
-again() {
+check_restarts() {
     ((restarts < MAX_RESTARTS)) || fail "stopped after $restarts restarts (MAX_RESTARTS in slurm/env.sh); submit it again to go on"
+}
+
+# again [NODE [KEY VALUE ...]]: back into the queue under the same id, from now on without that node, with a record `retried` of those
+# fields; does not return.
+again() {
+    check_restarts
     say "back into the queue, restart $((restarts + 1)) of at most $MAX_RESTARTS"
     trap '' TERM # the requeue ends this shell, and what comes next must be done
     scontrol requeue "$job" || fail "can't be put back into the queue; submit it again to go on"
+    (($# < 2)) || record retried "${@:2}"
     [[ -z ${1:-} ]] || exclude "$1"
     sleep 300
     exit 1
@@ -113,14 +125,17 @@ again() {
 # exclude NODE: of this job, which is waiting in the queue.
 exclude() {
     local try nodes
-    nodes=$(scontrol -o show job "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-    [[ -n $nodes && $nodes != "(null)" ]] && nodes=$nodes,$1 || nodes=$1
+    nodes=$(job_field ExcNodeList)
+    nodes=${nodes:+$nodes,}$1
     for try in {1..20}; do
         scontrol update JobId="$job" ExcNodeList="$nodes" 2>/dev/null && say "excluded from now on: $nodes" && return
         sleep 0.5
     done
     say "could not exclude $1 after $try tries; it may be chosen again"
 }
+
+# job_field NAME: as Slurm has it for this job; nothing where it has none.
+job_field() { scontrol -o show job "$job" | sed -n "s/.* $1=\([^ ]*\).*/\1/p" | grep -vx '(null)'; }
 
 # asked_to_stop: by the signal, or by a preemption that told the steps alone.
 asked_to_stop() { [[ $told == yes ]] || scontrol show job "$job" | grep -q ' PreemptTime=[0-9]'; }
@@ -143,38 +158,45 @@ retry() {
         say "failed (exit code $code) and was tried again ${count:-0} times already (RETRIES=$RETRIES)"
         return
     fi
+    check_restarts
     say "failed on ${node:-a node that is not known}: ${rank:+rank $rank, }exit code $code${words:+, $words}; try $((${count:-0} + 1)) of $RETRIES again"
     if [[ -n $node ]] && ! spare_without "$node"; then
-        say "$node is not excluded: without it there are too few nodes"
+        say "$node is not excluded: without it there may be too few nodes"
         node=
     fi
-    record retried label "${OPD_LABEL:-}" excluded "$node" code "$code" reason "$words" nodes "$SLURM_JOB_NODELIST"
-    again "$node"
+    again "$node" label "${OPD_LABEL:-}" excluded "$node" code "$code" reason "$words" nodes "$SLURM_JOB_NODELIST"
 }
 
 # judge: sets code, node, rank, words to what ended the job. Of ranks the first row counts: a refusal, then who was killed, then who
-# failed by itself. Where every rank only lost others, it was the one node that has no row, whose ranks could not say anything.
+# failed by itself. Where every rank only lost others (or was aborted by NCCL's watchdog, which does so to those that lost others), it
+# was the one node that has no row, whose ranks could not say anything.
 judge() {
     local silent
-    node='' rank='' words=''
+    kind='' node='' rank='' words=''
     ((SLURM_NNODES > 1)) || node=$SLURM_JOB_NODELIST
     [[ -s $OPD_ENDINGS ]] || return
     read -r kind _ node rank code words < <(sort -n -k1,1 -k2,2 "$OPD_ENDINGS")
-    [[ $kind == 3 ]] || return
+    [[ $kind == [34] && $SLURM_NNODES != 1 ]] || return
     silent=$(comm -23 <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) <(awk '{print $3}' "$OPD_ENDINGS" | sort -u))
     rank='' node=$silent
     [[ $silent != *[[:space:]]* ]] || node=''
 }
 
-# spare_without NODE: whether the partition has nodes enough without it and those that are excluded already.
+# spare_without NODE: whether the partition has enough nodes that work (idle or at work: no reserved, drained or lost ones) without it and
+# those that are excluded already. No where the job asks for particular nodes: how many of these there are is not known.
 spare_without() {
-    local excluded
-    excluded=$(scontrol -o show job "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    local excluded name
+    for name in Features Reservation ReqNodeList; do
+        [[ -z $(job_field "$name") ]] || return 1
+    done
+    excluded=$(job_field ExcNodeList)
     excluded=$({
         echo "$1"
-        [[ $excluded == "(null)" ]] || scontrol show hostnames "$excluded"
+        [[ -z $excluded ]] || scontrol show hostnames "$excluded"
     } | sort -u)
-    (($(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format=%N | sort -u | comm -23 - <(echo "$excluded") | wc -l) >= SLURM_NNODES))
+    # The last sign of a state: ~ # % + - for power and plans, * for a node that does not answer, $ for maintenance.
+    (($(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %t' | awk '$2 ~ /^(idle|mix|alloc|comp|plnd)[~#%+-]?$/ {print $1}' |
+        sort -u | comm -23 - <(echo "$excluded") | wc -l) >= SLURM_NNODES))
 }
 
 # prologue: the recipe's own lines of shell, once for the job; its steps inherit what they set.
@@ -209,11 +231,17 @@ train_job() {
 
 # finished STAGE: prints how far the stage of $arguments is. Exit code 3, "no", is no error that srun need tell of.
 finished() {
-    local word settings=()
-    for word in "${arguments[@]}"; do # recipe and overrides, without flags and the number behind --round
+    set_settings
+    step_of_one megatron-opd progress "${settings[@]}" --stage "${OPD_LABEL:-$1}" 2> >(grep -v '^srun: .*\(exit code 3$\|Terminating StepId\)' >&2)
+}
+
+# set_settings: sets the array `settings` to the recipe and overrides of $arguments, without flags and the number behind --round.
+set_settings() {
+    local word
+    settings=()
+    for word in "${arguments[@]}"; do
         [[ $word == --* || ($word != *=* && ${#settings[@]} != 0) ]] || settings+=("$word")
     done
-    step_of_one megatron-opd progress "${settings[@]}" --stage "${OPD_LABEL:-$1}" 2> >(grep -v '^srun: .*\(exit code 3$\|Terminating StepId\)' >&2)
 }
 
 nothing_left() {
@@ -265,7 +293,11 @@ stage_job() {
         ;;
     cpu)
         # Found without GPUs: is there what the jobs with GPUs will start?
-        [[ $OPD_LABEL != inputs ]] || (use serve) || exit 2
+        if [[ $OPD_LABEL == inputs ]]; then
+            arguments=("${@:2}")
+            set_settings
+            (use serve && step_of_one megatron-opd slurm-servers "${settings[@]}") || finish $?
+        fi
         cpu_job "$@"
         ;;
     esac

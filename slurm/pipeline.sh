@@ -10,6 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=slurm/env.sh
 source "${OPD_ENV:-slurm/env.sh}"
+# shellcheck source=slurm/functions.sh
+source slurm/functions.sh
 
 fail() {
     echo "pipeline: $*" >&2
@@ -50,10 +52,13 @@ submitted=()
 declare -A ids
 records=
 undo() {
-    local id
-    scancel "${submitted[@]}" 2>/dev/null
-    for id in "${submitted[@]}"; do echo "{\"event\": \"cancelled\", \"job\": \"$id\", \"time\": \"$(date -u '+%FT%TZ')\"}"; done >>"$records"
+    set +e # all that can be taken back
+    local id left=()
+    for id in "${submitted[@]}"; do
+        if scancel "$id"; then row cancelled "$id" >>"$records"; else left+=("$id"); fi
+    done
     echo "pipeline: not submitted" >&2
+    [[ ${#left[@]} == 0 ]] || echo "pipeline: could not cancel ${left[*]}, which still stand in the queue: scancel them yourself" >&2
 }
 trap '[[ $? == 0 || ${#submitted[@]} == 0 ]] || undo' EXIT
 
@@ -63,7 +68,7 @@ record_in() {
     records=$1/slurm_jobs.jsonl
 }
 variable() { export "$1=$2"; } # sbatch hands its environment to the job
-image() { [[ $1 != /* && $1 != ./* || -e $1 ]] || fail "no image $1; see docs/containers.md, or change slurm/env.sh"; }
+image() { image_there "$1" || fail "no image $1; see docs/containers.md, or change slurm/env.sh"; }
 # submit LABEL "LABEL ..." RECORD WORD ...: sbatch WORDS, to start after the jobs of those labels.
 submit() {
     local label id after='' quoted=''
@@ -75,7 +80,7 @@ submit() {
     id=${id%%;*} # without the cluster's name
     submitted+=("$id")
     ids[$1]=$id
-    echo "{\"event\": \"submitted\", \"job\": \"$id\", \"time\": \"$(date -u '+%FT%TZ')\", \"after\": [$quoted], $3" >>"$records"
+    row submitted "$id" "\"after\": [$quoted], $3" >>"$records"
     sync "$records"
     printf '%-12s %s%s\n' "$1" "$id" "${after:+   after ${after#:}}"
 }

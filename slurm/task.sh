@@ -5,13 +5,17 @@ if [[ $1 == --deaf ]]; then
     trap '' USR1 TERM
     shift
 fi
+# usable DIRECTORY: made, if it is not there. Programs are run from there: it must be nobody else's.
+usable() {
+    (umask 077 && mkdir -p "$1") 2>/dev/null
+    [[ -d $1 && ! -L $1 && -O $1 ]] && chmod 700 "$1"
+}
 cache=${CACHE_DIR:-${SLURM_TMPDIR:-/tmp}/megatron-opd-$UID}
-(umask 077 && mkdir -p "$cache") 2>/dev/null
-# Programs are run from there: it must be nobody else's.
-if [[ -d $cache && ! -L $cache && -O $cache ]]; then
-    chmod 700 "$cache"
-else
-    cache=$(mktemp -d) || exit 2
+if ! usable "$cache"; then
+    other=${SLURM_TMPDIR:-/tmp}/megatron-opd-$UID-${SLURM_JOB_ID:-0}
+    usable "$other" || { echo "task.sh: neither $cache nor $other is a directory of ours to compile into; set CACHE_DIR" >&2 && exit 2; }
+    echo "task.sh: $cache is no directory of ours; what is compiled goes to $other" >&2
+    cache=$other
 fi
 export HF_HOME=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface} # data sets stay where they are
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/torch_extensions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from megatron_opd.commands.options import OVERRIDES, Stages, a_path, a_positive
 from megatron_opd.errors import UserError
@@ -35,20 +36,39 @@ def add_to(stages: Stages) -> None:
     ranks.add_argument("--port", type=a_positive, required=True)
     ranks.add_argument("words", nargs=argparse.REMAINDER)
     ranks.set_defaults(run=_ranks)
+    # Nor this, in a job without GPUs: can the servers of the recipe be started here?
+    servers = stages.add_parser("slurm-servers")
+    servers.add_argument("recipe", type=a_path)
+    servers.add_argument("overrides", nargs="*")
+    servers.set_defaults(run=_servers)
 
 
 def _slurm(args: argparse.Namespace, arguments: list[str]) -> None:
-    from megatron_opd.pipeline.slurm import Cluster, plan_jobs, shell_plan, show_plan
+    from megatron_opd.pipeline.slurm import Cluster, describe, plan_jobs, shell_plan, show_plan
 
-    name, overrides = (args.recipe, args.overrides) if "=" not in args.recipe else (DEFAULT, [args.recipe, *args.overrides])
+    name, overrides = (DEFAULT, [args.recipe, *args.overrides]) if _is_override(args.recipe) else (args.recipe, args.overrides)
     recipe = load_recipe(name, overrides)
     cluster = Cluster(recipe.slurm, dict(_setting(word) for word in args.site))
     jobs = plan_jobs(recipe, name, overrides, cluster, first=args.first, last=args.last)
     if args.plan:
         print(shell_plan(jobs, recipe, cluster), end="")
-        print("\n".join(cluster.describe()), file=sys.stderr)
+        print("\n".join(describe(jobs, recipe, cluster)), file=sys.stderr)
     else:
-        print("\n".join(show_plan(jobs, cluster)))
+        print("\n".join(show_plan(jobs, recipe, cluster)))
+
+
+def _is_override(word: str) -> bool:
+    """FIELD=VALUE, and not a path with = in it, such as runs/lr=1e-6/recipe.toml; slurm/lib.sh has the same rule."""
+    field, sign, _ = word.partition("=")
+    return sign != "" and "/" not in field and not Path(word).exists()
+
+
+def _servers(args: argparse.Namespace, arguments: list[str]) -> None:
+    from megatron_opd.serve.launch import check_program
+
+    engine = load_recipe(args.recipe, args.overrides).engine
+    if engine.launch is not None and not engine.urls and engine.kind != "transformers":
+        check_program(engine.launch)
 
 
 def _setting(word: str) -> tuple[str, str]:

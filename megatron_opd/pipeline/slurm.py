@@ -22,6 +22,7 @@ RECORDS = "slurm_jobs.jsonl"  # in the run folder
 SCRIPT = "slurm/stage.sh"
 # Seconds before the end of its time that Slurm tells a job: what a checkpoint takes, or the requests under way.
 _SIGNAL = {"train": 600, "serve": 120, "one": 120, "cpu": 120}
+_CHECKS = {"check": "train", "check-sft": "sft"}  # the jobs that look whether a training can start
 # Fields that slurm/env.sh may give as well, and what they are called there. What sbatch reads by itself begins with SBATCH_.
 _SITE = {
     "account": "SBATCH_ACCOUNT",
@@ -123,6 +124,10 @@ def plan_jobs(
     What Slurm could only find out with GPUs in its hands is refused here: layouts that do not fit the nodes, servers that do not fit a node.
     """
     stages = select_stages(list_stages(recipe), first, last)
+    if (reason := no_engines(recipe, cluster)) is not None:
+        if "engines" in (first, last):
+            raise ConfigError(f"the job engines can't run: {reason}")
+        stages = [stage for stage in stages if stage.name != "engines"]
     check_layout(recipe, cluster)
     jobs: list[Job] = []
     for stage in stages:
@@ -136,8 +141,14 @@ def plan_jobs(
 
 
 def select_stages(stages: list[Stage], first: str | None, last: str | None) -> list[Stage]:
-    """Those between two labels; a name stands for the first of its rounds, or as the end for the last. Raises UserError."""
+    """Those between two labels; a name stands for the first of its rounds, or as the end for the last. Raises UserError.
+
+    To begin with the check of a training is to begin with that training.
+    """
     begin, end = 0, len(stages)
+    if first is not None and first.partition("@")[0] in _CHECKS:  # submitted with its training
+        name, sign, number = first.partition("@")
+        first = f"{_CHECKS[name]}{sign}{number}"
     for label in (first, last):
         if label is not None and not any(label in (stage.label, stage.name) for stage in stages):
             raise UserError(f"no stage {label!r} in this recipe; there are: {', '.join(stage.label for stage in stages)}")
@@ -148,6 +159,23 @@ def select_stages(stages: list[Stage], first: str | None, last: str | None) -> l
     if begin >= end:
         raise UserError(f"stage {last!r} comes before {first!r}; the order is: {', '.join(stage.label for stage in stages)}")
     return stages[begin:end]
+
+
+def no_engines(recipe: Recipe, cluster: Cluster) -> str | None:
+    """Why the engines can't be compared: the training image alone has no SGLang to start. None if they can, or the recipe compares none."""
+    if not _launches(recipe) or all(stage.name != "engines" for stage in list_stages(recipe)):
+        return None
+    launch = recipe.engine.launch
+    if not cluster.get("image_train") or cluster.get("image_engines") or (launch is not None and launch.command):
+        return None
+    return (
+        "the training image has no SGLang; give an image that holds both (IMAGE_ENGINES in slurm/env.sh, slurm.image_engines), a command that "
+        "starts SGLang in the training image (engine.launch.command), or running servers (engine.urls)"
+    )
+
+
+def _launches(recipe: Recipe) -> bool:
+    return recipe.engine.launch is not None and not recipe.engine.urls and recipe.engine.kind != "transformers"
 
 
 def check_layout(recipe: Recipe, cluster: Cluster) -> None:
@@ -189,7 +217,7 @@ def _needs(stage: Stage, jobs: list[Job]) -> tuple[str, ...]:
 
 def _check_before(stage: Stage, name: str, overrides: list[str], cluster: Cluster) -> Stage:
     """The job without GPUs that looks whether a training can start."""
-    label = "check" if stage.name == "train" else f"check-{stage.name}"
+    label = next(check for check, training in _CHECKS.items() if training == stage.name)
     flags = stage.words[2:]  # --round N
     words = ("check", RECIPE, "--stage", stage.name, "--ranks", str(cluster.ranks), *flags)
     return Stage(label, words, "cpu", round=stage.round)
@@ -214,23 +242,24 @@ def _job(stage: Stage, label: str, recipe: Recipe, name: str, overrides: list[st
         options += section.gpu_options
     kind = "cpu" if stage.runs_on == "cpu" else "eval" if stage.name.startswith("eval-") else stage.name
     options += [f"--time={getattr(section.time, kind)}", *section.options]
-    words = stage.command(name, [*_servers(stage, recipe, cluster), *overrides])
+    before, after_all = _servers(stage, recipe, cluster)
+    words = stage.command(name, [*before, *overrides, *after_all])
     if stage.name == "inputs":
         words += ["--ranks", str(cluster.ranks)]
     return Job(label, stage.runs_on, tuple(words), tuple(options), after)
 
 
-def _servers(stage: Stage, recipe: Recipe, cluster: Cluster) -> list[str]:
-    """Overrides, before the user's own: the comparison of the engines has one GPU, and the training software starts the server."""
+def _servers(stage: Stage, recipe: Recipe, cluster: Cluster) -> tuple[list[str], list[str]]:
+    """Overrides before the user's own, and behind them: the training software starts the server, and the job has one GPU."""
     launch = recipe.engine.launch
-    if launch is None or recipe.engine.urls or stage.runs_on != "one":
-        return []
+    if launch is None or not _launches(recipe) or stage.runs_on != "one":
+        return [], []
     sizes = [f"engine.launch{where}.{name}=1" for where in ("", ".student") for name in ("servers", "tp", "dp")]
     serve = cluster.get("venv_serve")
     if serve and not cluster.get("image_train") and not launch.command:
         words = [os.path.abspath(f"{serve}/bin/python"), "-m", "sglang.launch_server"]
-        sizes.append(f"engine.launch.command={json.dumps(words)}")
-    return sizes
+        return [f"engine.launch.command={json.dumps(words)}"], sizes
+    return [], sizes
 
 
 def shell_plan(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster) -> str:
@@ -240,13 +269,22 @@ def shell_plan(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster) -> str:
     lines += [["image", image] for name in ("image_train", "image_serve", "image_engines") if (image := cluster.get(name))]
     for job in jobs:
         record = json.dumps({"label": job.label, "command": _shown(job.words), "options": list(job.options)})
-        lines.append(["submit", job.label, " ".join(job.after), record.removeprefix("{"), *job.options, *job.script])
+        lines.append(["submit", job.label, " ".join(job.after), record[1:-1], *job.options, *job.script])
     return "# jobs\n" + "".join(f"{shlex.join(line)}\n" for line in lines)
 
 
-def show_plan(jobs: Iterable[Job], cluster: Cluster) -> list[str]:
-    """The jobs as sbatch lines, for people; the ids of jobs that are waited for are not known yet."""
+def describe(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster) -> list[str]:
+    """For people: which settings come from where, and what is left out."""
     lines = cluster.describe()
+    reason = no_engines(recipe, cluster)
+    if reason is not None and any(job.label.partition("@")[0] in ("score", "check", "train") for job in jobs):
+        lines.append(f"no job engines: {reason}. Training goes on all the same, and says that the noise between the engines is not known.")
+    return lines
+
+
+def show_plan(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster) -> list[str]:
+    """The jobs as sbatch lines, for people; the ids of jobs that are waited for are not known yet."""
+    lines = describe(jobs, recipe, cluster)
     for job in jobs:
         after = [f"--dependency=afterok:{':'.join(f'<{label}>' for label in job.after)}", "--kill-on-invalid-dep=yes"] if job.after else []
         words = [*job.options, *job.script[:3], *_shown(job.words)]
@@ -259,7 +297,7 @@ def _shown(words: Sequence[str]) -> list[str]:
 
 
 def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's jobs, oldest first: submitted, cancelled, retried. Damaged rows are said and left out."""
+    """The records of a run's jobs, oldest first: submitted, cancelled, started, retried, failed. Damaged rows are said and left out."""
     rows = read_jsonl(Path(run_dir) / RECORDS)
     return [row for row in rows if all(isinstance(row.get(key), str) for key in ("event", "job"))]
 

@@ -20,6 +20,19 @@ from megatron_opd.untrusted import printable
 STOP_SECONDS = 30.0
 TAIL_BYTES = 3000
 _NO_SGLANG = re.compile(r"No module named '?sglang'?(?![\w.])|No module named '?sglang\.launch_server'?")
+_INSTALL_SGLANG = (
+    "the Python that was to run the server has no SGLang; install it there, or say with engine.launch.command how a server is started "
+    'where it is (for example engine.launch.command=\'[".venv-serve/bin/python", "-m", "sglang.launch_server"]\')'
+)
+# What a broken GPU, or the links between GPUs, look like in SGLang's log. The others are the recipe's fault on any node.
+_GPU_FAULT = re.compile(
+    r"CUDA error: (?!out of memory|invalid device ordinal|no kernel image)|CUDA unknown error|NCCL error|nccl(Unhandled|System|Internal|Remote)\w*Error"
+    r"|\bECC error",
+    re.IGNORECASE,
+)
+_OUT_OF_MEMORY = re.compile(r"out of memory|mem-fraction-static", re.IGNORECASE)
+# SGLang kills itself whatever went wrong in one of its processes.
+_OWN_END = re.compile(r"Received sigquit from a child|hit an exception")
 _SHELL_CODES = {126: "can't be run", 127: "is not there"}  # what shells say of a command in them
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # A child of a process that was killed must not go on holding GPUs: the kernel ends it with the thread that started it. The check
@@ -53,8 +66,7 @@ class ServerProcess:
         environment = os.environ | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"} | variables
         command = self.command(port)
         self._secrets = secret_values(variables, command)
-        if shutil.which(command[0]) is None:
-            raise EngineError(f"{command[0]}: no such program; see engine.launch.command")
+        _find(command[0])
         if sys.platform == "linux":
             command = [sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         with self.log.open("ab") as log:
@@ -67,7 +79,7 @@ class ServerProcess:
         """The words of the command line."""
         config, launch = self.config, self.launch
         words, further = launch.words()
-        words = words or [sys.executable, "-m", "sglang.launch_server"]
+        words = words or _default_command()
         options = {"--model-path": self.model, "--host": "127.0.0.1", "--port": port, "--tp-size": launch.tp, "--dp-size": launch.dp}
         if self.first_gpu:
             options["--base-gpu-id"] = self.first_gpu
@@ -88,13 +100,18 @@ class ServerProcess:
         """Why another start would end as this one did; None if it may not. Once it has died."""
         code = None if self._process is None else self._process.poll()
         if _NO_SGLANG.search(self.tail()):
-            return (
-                "the Python that was to run the server has no SGLang; install it there, or say with engine.launch.command how a server is started "
-                'where it is (for example engine.launch.command=\'[".venv-serve/bin/python", "-m", "sglang.launch_server"]\')'
-            )
+            return _INSTALL_SGLANG
         if code in _SHELL_CODES:
             return f"engine.launch.command names a program that {_SHELL_CODES[code]}"
         return None
+
+    def node_failed(self) -> bool:
+        """Whether it may live on another node: it was killed by a signal, or its log ends with an error of CUDA or NCCL. Once it has died."""
+        code = None if self._process is None else self._process.poll()
+        tail = self.tail()
+        if code is None or self.hopeless() is not None or _OUT_OF_MEMORY.search(tail):
+            return False
+        return _GPU_FAULT.search(tail) is not None or ((code < 0 or code > 128) and _OWN_END.search(tail) is None)
 
     def tail(self) -> str:
         try:
@@ -123,6 +140,25 @@ class ServerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process = None
+
+
+def check_program(launch: LaunchConfig) -> None:
+    """Raise EngineError where the program that starts servers, or SGLang in its Python, is not there. Starts none, and needs no GPU."""
+    words = launch.words()[0] or _default_command()
+    _find(words[0])
+    if words[1:] == _default_command()[1:]:
+        look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+        if subprocess.run([words[0], "-c", look], stdin=subprocess.DEVNULL).returncode:
+            raise EngineError(f"{words[0]}: {_INSTALL_SGLANG}")
+
+
+def _default_command() -> list[str]:
+    return [sys.executable, "-m", "sglang.launch_server"]
+
+
+def _find(program: str) -> None:
+    if shutil.which(program) is None:
+        raise EngineError(f"{program}: no such program; see engine.launch.command")
 
 
 def _free_port() -> int:

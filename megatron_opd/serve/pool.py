@@ -103,7 +103,7 @@ class Pool:
         self.balancer = Balancer(self.servers)
 
     async def open(self) -> None:
-        """Start what is to be started, wait for all, inspect them. Raises EngineError, LineageError."""
+        """Start what is to be started, wait for all, inspect them. Raises EngineError (ServersLost), LineageError."""
         for server in self.servers:
             if server.process is not None:
                 server.process.start()
@@ -246,7 +246,7 @@ class Pool:
         server.up = True
 
     async def _come_up(self, server: Server) -> None:
-        """Wait until the server answers and has been inspected; start a dead child again. Raises EngineError with the last reason."""
+        """Wait until the server answers and has been inspected; start a dead child again. Raises EngineError with the last reason: ServersLost if its node may be at fault."""
         process, launch = server.process, self.config.launch
         assert (process is None) == (launch is None)
         fresh = server.identity is None
@@ -258,7 +258,8 @@ class Pool:
                 if (why := process.hopeless()) is not None:
                     raise EngineError(f"{server.url}: {why}; {death}")
                 if process.starts > launch.restarts:
-                    raise EngineError(f"{server.url}: {death}\n(started {process.starts} times; engine.launch.restarts={launch.restarts})")
+                    kind = ServersLost if process.node_failed() else EngineError
+                    raise kind(f"{server.url}: {death}\n(started {process.starts} times; engine.launch.restarts={launch.restarts})")
                 print(f"\n{server.url}: {death}\nstarting it again", flush=True)
                 process.start()
                 waiting, fresh = launch.start_seconds, True

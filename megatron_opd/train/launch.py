@@ -20,7 +20,7 @@ RANKS_PER_CORE = 4  # started without being asked for, on a CPU
 _LAUNCHED, _TELL = "OPD_LAUNCHED_BY", "OPD_LAUNCHER_PIPE"
 _ALONE_THREADS = "OPD_THREADS_ALONE"
 # `-m megatron_opd` would take whatever folder of that name lies where one stands: the ranks run the package that runs here.
-_RANK = "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); from megatron_opd.__main__ import run; sys.exit(run())"
+_RANK = "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); from {module} import run; sys.exit(run())"
 
 
 def is_rank() -> bool:
@@ -52,6 +52,11 @@ def check_gpus(ranks: int) -> None:
         raise ConfigError(f"--nproc {ranks}, but this node has {count} GPUs; start {count} ranks, or set CUDA_VISIBLE_DEVICES='' for CPUs")
 
 
+def rank_command(module: str) -> list[str]:
+    """The words that start a rank by `run` of a module of this package, before its arguments."""
+    return [sys.executable, "-P", "-c", _RANK.format(module=module), str(Path(__file__).resolve().parents[2])]
+
+
 class _Ranks:
     """The children, and what signals to this process mean for them. SIGINT must be blocked while they are started: they inherit it."""
 
@@ -69,7 +74,7 @@ class _Ranks:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        command = [sys.executable, "-P", "-c", _RANK, str(Path(__file__).resolve().parents[2]), *arguments]
+        command = [*rank_command("megatron_opd.__main__"), *arguments]
         self.children = [
             subprocess.Popen(
                 command,

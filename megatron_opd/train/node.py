@@ -17,9 +17,11 @@ from enum import IntEnum
 
 from megatron_opd.errors import INTERRUPTED
 from megatron_opd.processes import signal_name
+from megatron_opd.train.launch import rank_command
 
 ENDINGS = "OPD_ENDINGS"  # variable with the file, which all nodes see; a row an ending: KIND NANOSECONDS NODE RANK CODE WORDS
 REFUSALS = (2, 3, INTERRUPTED)  # exit codes that another node would not change
+_SENT = (signal.SIGTERM, signal.SIGINT)  # by torchrun, to the others
 # What a rank says when another one, or its node, is gone (gloo, NCCL, the store of the rendezvous).
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|remote process|ncclRemoteError|socket (closed|timeout)|timed out|no route to host",
@@ -33,7 +35,8 @@ class Ending(IntEnum):
     REFUSED = 0
     KILLED = 1
     FAILED = 2
-    LOST_OTHERS = 3
+    ABORTED = 3  # SIGABRT: NCCL's watchdog ends a healthy rank so when it has lost another one, or waited for too long
+    LOST_OTHERS = 4
 
 
 def run_ranks(words: list[str], *, per_node: int, leader: str, port: int) -> int:
@@ -43,15 +46,19 @@ def run_ranks(words: list[str], *, per_node: int, leader: str, port: int) -> int
 
     place = [f"--nnodes={os.environ['SLURM_NNODES']}", f"--node-rank={os.environ['SLURM_NODEID']}", f"--nproc-per-node={per_node}"]
     meeting = ["--max-restarts=0", "--monitor-interval=0.5", f"--master-addr={leader}", f"--master-port={port}"]
-    arguments = torchrun.parse_args([*place, *meeting, "-m", "megatron_opd.train.node", *words])
+    python, *flags = rank_command("megatron_opd.train.node")
+    arguments = torchrun.parse_args([*place, *meeting, "--no-python", python, "-u", *flags, *words])
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
-            if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT):  # which torchrun sends to the others
-                note(Ending.KILLED, rank, 128 - failure.exitcode, f"killed by {signal_name(-failure.exitcode)}")
+            number = -failure.exitcode
+            if number > 0 and number not in _SENT:
+                kind = Ending.ABORTED if number == signal.SIGABRT else Ending.KILLED
+                note(kind, rank, 128 + number, f"killed by {signal_name(number)}")
         codes = [failure.exitcode for failure in error.failures.values()]
-        code = next((code for code in codes if code in REFUSALS), min(codes))
+        own = [code for code in codes if -code not in _SENT] or codes
+        code = next((code for code in codes if code in REFUSALS), min(own))
         print(f"ranks of {node_name()} ended: {_describe(codes)}", file=sys.stderr, flush=True)
         return code if code > 0 else 128 - code
     return 0
@@ -84,20 +91,16 @@ def _describe(codes: list[int]) -> str:
     return ", ".join(f"exit code {code}" if code > 0 else signal_name(-code) for code in codes)
 
 
-def _rank() -> int:
+def run() -> int:
     """In a rank: the command line, with a note of how it ended."""
-    from megatron_opd.__main__ import run
+    from megatron_opd.__main__ import run as command_line
 
     rank = int(os.environ.get("RANK", "0"))
     try:
-        code = run()
+        code = command_line()
     except Exception as error:
         note(classify(error), rank, 1, f"{type(error).__name__}: {error}")
         raise
     if code:
         note(Ending.REFUSED if code in REFUSALS else Ending.FAILED, rank, code, "see the log")
     return code
-
-
-if __name__ == "__main__":
-    raise SystemExit(_rank())

@@ -17,7 +17,7 @@ import pytest
 from serve.stub_server import LAUNCH_COMMAND, StubServer
 from tiny_models import make_model
 
-from megatron_opd.errors import EngineError, LineageError
+from megatron_opd.errors import EngineError, LineageError, ServersLost
 from megatron_opd.inference import EngineConfig, LaunchConfig
 from megatron_opd.records import SamplingParams
 from megatron_opd.serve import sglang
@@ -280,6 +280,26 @@ def test_other_weights_are_loaded_in_place_and_stay_when_a_server_is_started_aga
     with pytest.raises(LineageError, match="another vocabulary"):
         engine.load(make_model(tmp_path / "vocabulary", layers=1, vocab=400))
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("script", "lost"),
+    [
+        ("kill -9 $$", True),
+        (
+            "echo 'RuntimeError: CUDA error: uncorrectable ECC error encountered'; echo 'Received sigquit from a child process.'; kill -9 $$",
+            True,
+        ),
+        ("echo 'NCCL error: unhandled system error'; exit 1", True),
+        ("echo 'ValueError: x'; echo 'Received sigquit from a child process.'; kill -9 $$", False),
+        ("echo 'torch.OutOfMemoryError: CUDA out of memory'; kill -9 $$", False),
+        ("echo 'CUDA error: invalid device ordinal'; exit 1", False),
+    ],
+)
+def test_a_server_that_dies_by_its_node_may_be_tried_on_another(model: Path, tmp_path: Path, script: str, lost: bool) -> None:
+    with pytest.raises(EngineError) as raised:
+        launch(model, tmp_path, command=["bash", "-c", script], restarts=0)
+    assert (type(raised.value) is ServersLost) is lost
 
 
 def test_a_launched_server_that_dies_at_once_says_why(model: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opd.cli import main
 from megatron_opd.errors import ConfigError, UserError
-from megatron_opd.pipeline.slurm import Cluster, job_states, plan_jobs, read_jobs, read_rows, select_stages
+from megatron_opd.pipeline.slurm import Cluster, Job, describe, job_states, plan_jobs, read_jobs, read_rows, select_stages
 from megatron_opd.pipeline.stages import list_stages
 from megatron_opd.recipe_files import load_recipe, shipped_recipes
 
@@ -23,6 +24,7 @@ def pipeline(folder: Path, *words: str, **environment: str) -> subprocess.Comple
     program = folder / "sbatch"
     program.write_text(
         f'#!/bin/bash\nprintf "%s\\0" "$@" >> {folder}/jobs\nprintf "\\n" >> {folder}/jobs\n'
+        f'[ "$(wc -l < {folder}/jobs)" != "$SBATCH_REFUSES" ] || exit 1\n'
         f"env > {folder}/environment\nwc -l < {folder}/jobs\n"
     )
     program.chmod(0o755)
@@ -62,7 +64,6 @@ def test_a_recipe_says_what_its_jobs_ask_for(tmp_path: Path) -> None:
     assert "train.lr=1e-6" in check
     assert (option(score, "array"), option(score, "nodes")) == ("0-2", "1")
     assert option(engines, "gres") == "gpu:h100:1"
-    assert {"engine.launch.tp=1", "engine.launch.student.tp=1", "engine.launch.student.dp=1"} <= set(engines), "one server on it"
     environment = (tmp_path / "environment").read_text().splitlines()
     assert {"OPD_SET_NCCL_DEBUG=INFO", "OPD_SET_RANKS_PER_NODE=8", f"OPD_RUN_DIR={tmp_path}/run"} <= set(environment)
     assert list(read_jobs(tmp_path / "run").values()) == [[str(number)] for number in range(1, 10)]
@@ -91,8 +92,106 @@ def test_what_can_be_known_is_refused(words: list[str], expected: str) -> None:
         plan(*words)
 
 
+def test_the_engines_have_one_gpu_whatever_the_recipe_says() -> None:
+    given = ["engine.launch.student.tp=2", "engine.launch.servers=2", "slurm.venv_serve=serve"]
+    recipe = load_recipe("opd_8b", given)
+    (job,) = plan_jobs(recipe, "opd_8b", given, Cluster(recipe.slurm), first="engines", last="engines")
+    launch = load_recipe(job.words[1], list(job.words[2:-1])).engine.launch
+    assert launch is not None
+    student = launch.serving("student")
+    assert (student.servers, student.tp, student.dp) == (1, 1, 1)
+    assert student.command == [f"{os.getcwd()}/serve/bin/python", "-m", "sglang.launch_server"]
+
+
+def test_engines_are_left_out_where_the_training_image_has_no_sglang() -> None:
+    def jobs(*words: str, **sections: str | None) -> dict[str, Job]:
+        recipe = load_recipe("opd_8b", ["slurm.image_train=train", "slurm.image_serve=serve", *words])
+        planned = plan_jobs(recipe, "opd_8b", list(words), Cluster(recipe.slurm), **sections)
+        said = describe(planned, recipe, Cluster(recipe.slurm))
+        assert any("no job engines" in line for line in said) is not any(job.label == "engines" for job in planned)
+        return {job.label: job for job in planned}
+
+    assert jobs()["check"].after == ("score",)
+    for other in (
+        "slurm.image_engines=both",
+        "engine.launch.command=['/opt/python','-m','sglang.launch_server']",
+        "engine.urls=['http://a:1']",
+    ):
+        assert jobs(other)["check"].after == ("engines",)
+    with pytest.raises(ConfigError, match="IMAGE_ENGINES"):
+        jobs(first="engines")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "-N4",
+        "-N",
+        "--arr=0-9",
+        "--time=1",
+        "-t1",
+        "--signal=USR1@5",
+        "--no-requeue",
+        "--gpus-per-node=1",
+        "--gres=gpu:1",
+        "-n2",
+        "--ntasks-per-core=1",
+    ],
+)
+def test_options_that_would_get_around_what_was_checked_are_refused(word: str) -> None:
+    for field in ("options", "gpu_options"):
+        with pytest.raises(ConfigError, match="is set by the pipeline itself"):
+            load_recipe("opd_8b", [f"slurm.{field}=['{word}']"])
+
+
+def test_other_options_are_taken() -> None:
+    words = ["--constraint=ib", "--mem=0", "--exclusive", "--time-min=10", "-wnode1", "--nodelist=node1", "--gres-flags=enforce-binding"]
+    assert load_recipe("opd_8b", [f"slurm.options={words}"]).slurm.options == words
+
+
+def test_jobs_that_could_not_be_cancelled_are_named(tmp_path: Path) -> None:
+    (tmp_path / "scancel").write_text('#!/bin/sh\n[ "$1" != 1 ]\n')
+    (tmp_path / "scancel").chmod(0o755)
+    run = pipeline(tmp_path, "--from", "train", "opd_8b", SBATCH_REFUSES="3")
+    assert run.returncode == 2
+    assert "not submitted" in run.stderr
+    assert "could not cancel 1, which still stand" in run.stderr
+    rows = read_rows(tmp_path / "run")
+    assert [(row["event"], row["job"]) for row in rows] == [("submitted", "1"), ("submitted", "2"), ("cancelled", "2")]
+
+
+def test_a_path_with_an_equals_sign_is_a_recipe(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=1e-6"
+    folder.mkdir()
+    path = folder / "recipe.toml"
+    path.write_text(load_recipe("opd_8b", ["name=mine"]).to_toml())
+    assert "--job-name=mine-check" in pipeline(tmp_path, "--dry-run", "--from", "check", "--until", "train", str(path)).stdout
+    assert "--job-name=opd_8b-check" in pipeline(tmp_path, "--dry-run", "--from", "check", "train.lr=1e-6").stdout
+    script = f'source {REPOSITORY}/slurm/lib.sh; for word; do with_recipe opd_8b "$word"; echo "${{arguments[0]}}"; done'
+    settings = {"SLURM_JOB_ID": "7", "OPD_ENV": f"{REPOSITORY}/slurm/env.sh"}
+    words = [str(path), "lr=1e-6", "train.lr=1e-6", "--round"]
+    run = subprocess.run(["bash", "-c", script, "bash", *words], env=os.environ | settings, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.split() == [str(path), "lr=1e-6", "opd_8b", "opd_8b"]
+
+
+def test_a_program_that_is_to_start_servers_is_looked_for_without_gpus(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def look(*words: str) -> int:
+        return main(["slurm-servers", "opd_8b", *words])
+
+    assert look("engine.launch=null") == 0
+    assert look(f"engine.launch.command=['{sys.executable}']") == 0
+    assert look("engine.launch.command=['/nowhere/python','-m','sglang.launch_server']") == 2
+    assert "/nowhere/python: no such program" in capfd.readouterr().err
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # without packages
+    program.chmod(0o755)
+    assert look(f"engine.launch.command=['{program}','-m','sglang.launch_server']") == 2
+    assert f"{program}: the Python that was to run the server has no SGLang" in capfd.readouterr().err
+
+
 def test_stages_that_are_not_there_are_refused() -> None:
     stages = list_stages(load_recipe("opd_8b"))
+    assert [stage.label for stage in select_stages(stages, "check-sft", "sft-hf")] == ["sft", "sft-hf"]
     with pytest.raises(UserError, match="no stage 'nowhere' in this recipe; there are: inputs, generate"):
         select_stages(stages, "nowhere", None)
     with pytest.raises(UserError, match="stage 'sft' comes before 'train'"):
