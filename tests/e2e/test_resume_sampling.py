@@ -183,7 +183,7 @@ def test_a_worker_encodes_the_prompts_of_its_own_parts(folder: Path, monkeypatch
         "encode_prompts",
         lambda tokenizer, prompts, config: seen.extend(p.index for p in prompts) or real(tokenizer, prompts, config),
     )
-    monkeypatch.setattr(sample, "open_engine", _no_engine)
+    monkeypatch.setattr("megatron_opd.serve.stage.open_engine", _no_engine)
     with pytest.raises(AssertionError, match="an engine was started"):
         main(arguments(folder, "rollout", "few", "5/12"))
     assert seen == [10, 11, 34, 35]
