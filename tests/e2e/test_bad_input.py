@@ -219,8 +219,9 @@ def test_bad_prompts(work: Workplace) -> None:
         assert f"prompts.jsonl:{place}: {message}" in work.refused("rollout", f"--sft-teacher={work.path('teacher')}")
     path.write_text(good + '{"prompt": "one more"}\n')
     message = work.refused("rollout", f"--sft-teacher={work.path('teacher')}")
-    assert "prompts is {sha256: " in message
-    assert "num_prompts: 12} there" in message
+    assert "prompts is 12 prompts (sha256 " in message
+    assert "13 prompts (sha256 " in message
+    assert "--extend would make what is new alone" in message
     assert work.snapshot() == before
     path.write_text(good)
     assert "has all its parts" in work.run("rollout", f"--sft-teacher={work.path('teacher')}")

@@ -189,31 +189,3 @@ def test_tokens_behind_a_stop_id_are_refused_or_recorded(run: Run, tmp_path: Pat
     assert "allow_stop_mismatch = true goes on all the same, and is recorded" in message
     run.here("check", "tiny", *changes, "train.allow_stop_mismatch=true")
     assert "WARNING: stop mismatch allowed: " in capsys.readouterr().out
-
-
-def test_a_new_sft_makes_stale_what_came_after_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last test: it trains the fixture's student again."""
-
-    folder = run.folder / "run"
-
-    def progress(code: int = 3) -> dict[str, str]:
-        capsys.readouterr()
-        run.here("progress", "tiny", code=code)
-        return {line.split()[0]: line.partition("STALE: ")[2] for line in capsys.readouterr().out.splitlines()}
-
-    assert not any(progress(0 if (folder / "eval").exists() else 3).values())
-    shutil.rmtree(folder / "sft")
-    run.child("sft", "tiny", "sft.lr=5e-3")  # the same rate would give the same weights
-    found = progress()
-    assert "sft-hf is of step 30 (" in found["rollout"]
-    assert "step_000030 (" in found["rollout"]
-    assert found["score"] == "rollout is"
-    assert found["sft"] == ""
-    shutil.rmtree(folder / "sft-hf")
-    run.here("convert", "trained", "tiny", "--stage", "sft")
-    found = progress()
-    assert found["rollout"].startswith("sampled from ")
-    assert "sft-hf is " in found["rollout"]
-    if (folder / "opd").exists():
-        assert found["train"].startswith("trained from ")
-        assert found["eval"] == "rollout is"
