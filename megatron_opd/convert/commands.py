@@ -64,7 +64,8 @@ def trained_to_hf(recipe: Recipe, stage: str, number: int | None = None) -> str:
     model or is damaged, and for a run, or a round, that is not finished.
     """
     made = _find_made(recipe, stage, number)
-    require_made(recipe, str(made.source))
+    if number is None:
+        require_made(recipe, str(made.source))
     again = f"('megatron-opd {stage}'{f' with --round {number}' if number else ''}), then convert"
     progress = training_status(recipe, stage, number)
     if not progress.finished or made.step is None:  # an older checkpoint than the last is the model of fewer steps

@@ -28,25 +28,29 @@ class _Product:
         return Path(self.path).exists() if self.kind == "model" else any(Path(self.path).glob("checkpoints/step_*"))
 
 
-def _products(recipe: Recipe) -> Iterator[_Product]:
+def _products(recipe: Recipe, number: int | None) -> Iterator[_Product]:
     sft, train = recipe.sft, recipe.train
+    of_round = "" if number is None else f" --round {number}"
     if recipe.generate is not None:
         yield _Product(recipe.generate.store, "store", "generate RECIPE")
     yield _Product(sft.output, "checkpoints", "sft RECIPE", (sft.init, *store_list(sft.store)))
     if recipe.rollout is not None:
-        yield _Product(recipe.rollout.model, "model", "convert trained RECIPE --stage sft", (sft.output,))
-        yield _Product(recipe.rollout.store, "store", "rollout RECIPE", (recipe.rollout.model,))
-    yield _Product(train.output, "checkpoints", "train RECIPE", (train.init, *store_list(train.store)))
+        if number is None or number == 1:
+            yield _Product(recipe.rollout.model, "model", "convert trained RECIPE --stage sft", (sft.output,))
+        else:
+            yield _Product(recipe.rollout.model, "model", f"convert trained RECIPE --round {number - 1}")
+        yield _Product(recipe.rollout.store, "store", f"rollout RECIPE{of_round}", (recipe.rollout.model,))
+    yield _Product(train.output, "checkpoints", f"train RECIPE{of_round}", (train.init, *store_list(train.store)))
     if recipe.eval is not None:
         yield _Product(recipe.eval.model, "model", "convert trained RECIPE", (train.output,))
 
 
-def require_made(recipe: Recipe, *paths: str, scored: bool = False) -> None:
+def require_made(recipe: Recipe, *paths: str, scored: bool = False, number: int | None = None) -> None:
     """Raise UserError naming the commands to run first, if one of `paths` is not there and a stage of the recipe makes it.
 
-    With `scored` rollouts are also to be scored. A path that no stage makes is left to whoever reads it.
+    With `scored` rollouts are also to be scored. `number` is the round, of several, as which `recipe` sees them. A path that no stage makes is left to whoever reads it.
     """
-    made = {product.path: product for product in reversed(list(_products(recipe)))}
+    made = {product.path: product for product in reversed(list(_products(recipe, number)))}
     missing = [path for path in paths if path in made and not made[path].is_there()]
     if not missing:
         return
@@ -67,4 +71,4 @@ def _collect(path: str, made: dict[str, _Product], commands: list[str], *, score
         _collect(needed, made, commands, scored=training)
     commands.append(product.command)
     if scored and product.command.startswith("rollout"):
-        commands.append("score RECIPE")
+        commands.append(product.command.replace("rollout", "score", 1))

@@ -42,7 +42,7 @@ def rollout(
     """Student responses for distillation, with the lineage of the student; `number` is the round of several. `lend`: see `sample_into_store`."""
     recipe = round_recipe(recipe, number)
     stage = cap_responses(require(recipe.rollout, "rollout"), recipe.train.max_response_tokens, "rollout")
-    require_made(recipe, stage.model)
+    require_made(recipe, stage.model, number=number)
     lineage = student_lineage(stage)
     if number is not None and (went := len(lineage.rounds)) != number - 1:
         raise LineageError(

@@ -25,7 +25,7 @@ def score(recipe: Recipe, shard: Shard = Shard(), *, number: int | None = None, 
     """Score with the recipe's teacher, in round `number` of several; refuses one that is not the student's SFT teacher. Raises UserError."""
     recipe = round_recipe(recipe, number)
     stage = recipe.score
-    require_made(recipe, stage.store)
+    require_made(recipe, stage.store, number=number)
     return score_store(
         stage,
         recipe.engine_for(stage.model),

@@ -48,7 +48,7 @@ def check_stage(recipe: Recipe, name: str, number: int | None = None) -> Readine
     """
     seen = round_recipe(recipe, number)
     config: TrainerConfig = getattr(seen, name)
-    require_made(seen, config.init, *store_list(config.store), scored=name == "train")
+    require_made(seen, config.init, *store_list(config.store), scored=name == "train", number=number)
     if name == "sft":
         return check_sft(recipe.sft, recipe.generate.model if recipe.generate else recipe.models.teacher)
     return check_train(seen.train, seen.score, rounds=recipe.rounds, number=number)
