@@ -18,10 +18,11 @@ from megatron_opd.errors import LineageError, UserError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model, same_model, tensor_index
 from megatron_opd.pipeline.missing import require_made
-from megatron_opd.records import Calibration, Gap, Rollout
+from megatron_opd.records import Rollout
 from megatron_opd.rounds import round_recipe
 from megatron_opd.serve.engine import Engine, ScoreRequest, open_engine
 from megatron_opd.serve.stage import closing_engine
+from megatron_opd.store_records import Calibration, Gap
 from megatron_opd.tokenizer import check_same_tokenizer
 
 SHARE_FOR_WEIGHTS = 0.7  # of a GPU's memory; activations of one sequence take little

@@ -22,7 +22,8 @@ from megatron_opd.errors import LineageError, UserError
 from megatron_opd.hf_config import read_config
 from megatron_opd.inference import DATE_FORMAT, EncodingConfig
 from megatron_opd.lineage import load_tokenizer
-from megatron_opd.records import Lineage, SftFacts, StoreManifest
+from megatron_opd.records import Lineage, SftFacts
+from megatron_opd.store_records import StoreManifest
 
 GENERATION_CONFIG = "generation_config.json"
 # The date that Llama 3's template falls back to where there is no clock.

@@ -9,17 +9,8 @@ import numpy as np
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.lineage import fingerprint_model
-from megatron_opd.records import (
-    Finish,
-    Lineage,
-    ModelFingerprint,
-    PromptFile,
-    Rollout,
-    SamplingParams,
-    ScoreManifest,
-    StoreManifest,
-    TeacherScores,
-)
+from megatron_opd.records import Finish, Lineage, ModelFingerprint, PromptFile, Rollout, SamplingParams, TeacherScores
+from megatron_opd.store_records import ScoreManifest, StoreManifest
 
 
 def random_rollout(

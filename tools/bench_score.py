@@ -33,8 +33,9 @@ from megatron_opd.cost import provenance
 from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
-from megatron_opd.records import Finish, Lineage, PromptFile, Rollout, SamplingParams, StoreManifest
+from megatron_opd.records import Finish, Lineage, PromptFile, Rollout, SamplingParams
 from megatron_opd.serve.score import score_store
+from megatron_opd.store_records import StoreManifest
 
 VOCAB = 151936
 PROMPT, RESPONSE = 200, 3896

@@ -27,7 +27,8 @@ from pyarrow import parquet
 from megatron_opd.cost import provenance
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_scores
-from megatron_opd.records import ScoreManifest, TeacherScores
+from megatron_opd.records import TeacherScores
+from megatron_opd.store_records import ScoreManifest
 
 TEACHER = "teacher"
 RAW_BYTES = 12  # a token's id, pi_ref and teacher log-prob

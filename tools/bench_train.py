@@ -45,11 +45,10 @@ from megatron_opd.records import (
     PromptFile,
     Rollout,
     SamplingParams,
-    ScoreManifest,
-    StoreManifest,
     TeacherScores,
     TokenizerFingerprint,
 )
+from megatron_opd.store_records import ScoreManifest, StoreManifest
 from megatron_opd.train import step as step_module
 from megatron_opd.train.batches import BatchSource, MicroBatch
 from megatron_opd.train.drift import Watch

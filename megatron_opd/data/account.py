@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_opd.records import Finish, PartManifest, Segment, StoreManifest
+from megatron_opd.records import Finish
+from megatron_opd.store_records import PartManifest, Segment, StoreManifest
 
 
 def find_fault(

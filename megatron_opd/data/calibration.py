@@ -7,7 +7,7 @@ import json
 from megatron_opd.data.location import Location, check_record, record_checksum
 from megatron_opd.data.manifests import parse_manifest
 from megatron_opd.errors import StoreError, UserError
-from megatron_opd.records import Calibration
+from megatron_opd.store_records import Calibration
 from megatron_opd.untrusted import load_json
 
 FILE, _CHECKSUM = "calibration.json", "crc32c"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_opd.data.store import StoreReader
-from megatron_opd.records import PartManifest, ScoreManifest
+from megatron_opd.store_records import PartManifest, ScoreManifest
 
 
 def rollouts_id(reader: StoreReader) -> str:

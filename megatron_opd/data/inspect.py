@@ -13,7 +13,8 @@ import numpy as np
 from megatron_opd.data.calibration import read_calibration
 from megatron_opd.data.imported import import_record
 from megatron_opd.data.store import StoreReader
-from megatron_opd.records import Extension, Finish, ModelFingerprint, PartManifest, PromptFile, ScoreManifest, StoreManifest
+from megatron_opd.records import Finish, ModelFingerprint, PromptFile
+from megatron_opd.store_records import Extension, PartManifest, ScoreManifest, StoreManifest
 from megatron_opd.untrusted import one_line
 
 _BAR = 40

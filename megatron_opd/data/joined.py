@@ -11,8 +11,9 @@ from megatron_opd.data.location import Location
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import StoreError
 from megatron_opd.lineage import same_model
-from megatron_opd.records import Lineage, ModelFingerprint, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
+from megatron_opd.records import Lineage, ModelFingerprint, Rollout, TeacherScores
 from megatron_opd.redact import public_address
+from megatron_opd.store_records import PartManifest, ScoreManifest, StoreManifest
 
 # What a mixture must have in common, as one student learns from all of it.
 _ONE = ("sampler_role", "round", "stop_ids", "turn_end", "chat_templates", "prompt_suffix", "prompt_probe")

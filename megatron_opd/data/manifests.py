@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from megatron_opd.data.location import MAKE_AGAIN, Location
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError
-from megatron_opd.records import EXTENDED_FORMAT, PartManifest, PromptFile, ScoreManifest, StoreManifest
+from megatron_opd.records import PromptFile
+from megatron_opd.store_records import EXTENDED_FORMAT, PartManifest, ScoreManifest, StoreManifest
 from megatron_opd.untrusted import one_line
 
 FORMAT_VERSIONS = (1, EXTENDED_FORMAT)

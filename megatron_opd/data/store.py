@@ -13,7 +13,8 @@ from megatron_opd.data.location import MAKE_AGAIN, Location
 from megatron_opd.data.manifests import part_group, part_id, part_number, read_manifest, read_part, read_scores, score_group
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError, UserError
-from megatron_opd.records import Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
+from megatron_opd.records import Finish, Rollout, TeacherScores
+from megatron_opd.store_records import PartManifest, ScoreManifest, StoreManifest
 from megatron_opd.untrusted import one_line
 
 _SMALL_ARRAYS = ("offsets", "prompt_len", "prompt_index", "sample_index", "finish")

@@ -12,7 +12,8 @@ from megatron_opd.data.joining import join_store
 from megatron_opd.data.location import FILL, Location, checksum
 from megatron_opd.data.manifests import part_group, part_id, read_manifest, score_group
 from megatron_opd.errors import StoreError
-from megatron_opd.records import Excluded, Finish, PartManifest, Rollout, ScoreManifest, StoreManifest, TeacherScores
+from megatron_opd.records import Finish, Rollout, TeacherScores
+from megatron_opd.store_records import Excluded, PartManifest, ScoreManifest, StoreManifest
 
 
 def create_store(url: str, manifest: StoreManifest) -> Location:

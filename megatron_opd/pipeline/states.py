@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_opd.config import Recipe
 from megatron_opd.pipeline.stages import Stage, upstream
 from megatron_opd.pipeline.stores import Glance
-from megatron_opd.records import Excluded
+from megatron_opd.store_records import Excluded
 
 # Their results are needed only until the next stage has made its own.
 _PASSING = ("inputs", "generate", "sft", "rollout", "score", "engines", "train")

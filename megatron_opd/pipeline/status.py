@@ -27,10 +27,11 @@ from megatron_opd.pipeline.stages import Stage, evaluation_of, list_stages, reci
 from megatron_opd.pipeline.states import Status, mark_gone, pass_on_staleness, quarantined
 from megatron_opd.pipeline.stores import Glance, differences, glance, glance_at_all, prompt_difference, sampling_differences, short
 from megatron_opd.pipeline.trainings import FIXED, as_of_round, differs, of_round, other_scores, settings
-from megatron_opd.records import ModelFingerprint, SamplingParams, StoreManifest
+from megatron_opd.records import ModelFingerprint, SamplingParams
 from megatron_opd.redact import public_address
 from megatron_opd.rounds import ROUND_FILE, entry_of, read_entries, round_folder, round_steps, student_after
 from megatron_opd.saved import find_checkpoint, latest_checkpoint, read_state
+from megatron_opd.store_records import StoreManifest
 from megatron_opd.untrusted import read_object
 
 

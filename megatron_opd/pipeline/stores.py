@@ -12,7 +12,8 @@ from megatron_opd.data.joined import store_list
 from megatron_opd.data.location import Location
 from megatron_opd.data.manifests import part_id, part_number, read_manifest, read_part, read_scores
 from megatron_opd.inference import EncodingConfig
-from megatron_opd.records import PartManifest, PromptFile, SamplingParams, ScoreManifest, StoreManifest
+from megatron_opd.records import PromptFile, SamplingParams
+from megatron_opd.store_records import PartManifest, ScoreManifest, StoreManifest
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,12 @@ from megatron_opd.data.writer import write_part
 from megatron_opd.errors import ConfigError, UserError
 from megatron_opd.inference import EncodingConfig, EngineConfig
 from megatron_opd.lineage import fingerprint_model, load_tokenizer
-from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest, check_ending
+from megatron_opd.records import Finish, Lineage, Rollout, check_ending
 from megatron_opd.serve.encode import encode_prompts, uses_template
 from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
 from megatron_opd.serve.sample import account, prompt_format, say_result, student_lineage
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, closing_engine, engine_meter, quarantine
+from megatron_opd.store_records import Excluded, StoreManifest
 from megatron_opd.turns import Turns, describe_tokens, generation_prompt, resolve_encoding
 
 _NAME = "import"

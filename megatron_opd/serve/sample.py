@@ -19,11 +19,12 @@ from megatron_opd.errors import LineageError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
 from megatron_opd.pipeline.missing import require_made
-from megatron_opd.records import Excluded, Finish, Lineage, Rollout, StoreManifest
+from megatron_opd.records import Finish, Lineage, Rollout
 from megatron_opd.rounds import round_recipe
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, find_overlong, uses_template
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest
 from megatron_opd.serve.stage import Bar, Lend, ModelGuard, Shard, check_quarantined, engine_meter, lending, quarantine, round_facts
+from megatron_opd.store_records import Excluded, StoreManifest
 from megatron_opd.turns import Turns, check_prompt_format, describe_tokens, read_turns, with_override
 
 Stage = TypeVar("Stage", bound=SampleStage)

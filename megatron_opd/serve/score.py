@@ -13,10 +13,11 @@ from megatron_opd.errors import StoreError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import check_teacher, fingerprint_model, load_tokenizer, same_model
 from megatron_opd.pipeline.missing import require_made
-from megatron_opd.records import Excluded, ModelFingerprint, Rollout, ScoreManifest, TeacherScores
+from megatron_opd.records import ModelFingerprint, Rollout, TeacherScores
 from megatron_opd.rounds import round_recipe
 from megatron_opd.serve.engine import Failed, ScoreRequest
 from megatron_opd.serve.stage import Bar, Lend, ModelGuard, Shard, check_quarantined, engine_meter, lending, quarantine, round_facts
+from megatron_opd.store_records import Excluded, ScoreManifest
 from megatron_opd.tokenizer import check_same_tokenizer
 from megatron_opd.turns import check_stored_format, teacher_writes_otherwise
 

@@ -17,9 +17,9 @@ from megatron_opd.cost import GpuMeter, StageCost, append_jsonl, clock, open_met
 from megatron_opd.errors import LineageError, QuarantineError, UserError
 from megatron_opd.inference import EngineConfig
 from megatron_opd.lineage import fingerprint_model
-from megatron_opd.records import Excluded
 from megatron_opd.redact import public_address
 from megatron_opd.serve.engine import Engine, open_engine
+from megatron_opd.store_records import Excluded
 
 QUARANTINE_FILE = "quarantine.jsonl"
 LINE_SECONDS = 60.0  # between the lines of a stage that writes to a log

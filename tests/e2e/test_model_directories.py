@@ -22,7 +22,8 @@ from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.errors import StoreError
 from megatron_opd.lineage import CACHE_FILE, RUN_CACHE_FILE, fingerprint_model
-from megatron_opd.records import Finish, Lineage, PromptFile, Rollout, SamplingParams, ScoreManifest, StoreManifest, TeacherScores
+from megatron_opd.records import Finish, Lineage, PromptFile, Rollout, SamplingParams, TeacherScores
+from megatron_opd.store_records import ScoreManifest, StoreManifest
 from megatron_opd.train.batches import BatchSource
 
 PUBLIC = ("student", "teacher")

@@ -11,18 +11,8 @@ import numpy as np
 from megatron_opd.data.location import Location
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part, write_scores
-from megatron_opd.records import (
-    Finish,
-    Lineage,
-    ModelFingerprint,
-    PromptFile,
-    Rollout,
-    SamplingParams,
-    ScoreManifest,
-    StoreManifest,
-    TeacherScores,
-    TokenizerFingerprint,
-)
+from megatron_opd.records import Finish, Lineage, ModelFingerprint, PromptFile, Rollout, SamplingParams, TeacherScores, TokenizerFingerprint
+from megatron_opd.store_records import ScoreManifest, StoreManifest
 
 VOCAB = 64
 SMALL_ARRAYS = ("offsets", "prompt_len", "prompt_index", "sample_index", "finish")

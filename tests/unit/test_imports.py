@@ -104,7 +104,19 @@ def test_the_kernels_import_torch_and_triton_alone() -> None:
 
 STANDS_ALONE = {
     f"megatron_opd.{name}"
-    for name in ("records", "config", "cluster", "inference", "layout", "objective", "paths", "redact", "errors", "untrusted")
+    for name in (
+        "records",
+        "store_records",
+        "config",
+        "cluster",
+        "inference",
+        "layout",
+        "objective",
+        "paths",
+        "redact",
+        "errors",
+        "untrusted",
+    )
 }
 
 

@@ -12,9 +12,10 @@ from megatron_opd.data.inspect import inspect_store
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_scores
 from megatron_opd.errors import StoreError
-from megatron_opd.records import Excluded, Finish, Rollout, ScoreManifest, TeacherScores
+from megatron_opd.records import Finish, Rollout, TeacherScores
 from megatron_opd.serve.engine import Failed
 from megatron_opd.serve.score import PartWork
+from megatron_opd.store_records import Excluded, ScoreManifest
 
 LIMIT = 30
 

@@ -35,7 +35,8 @@ from megatron_opd.data.manifests import part_group, read_manifest
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.errors import StoreError
-from megatron_opd.records import Excluded, Lineage, PromptFile, Rollout, SamplingParams
+from megatron_opd.records import Lineage, PromptFile, Rollout, SamplingParams
+from megatron_opd.store_records import Excluded
 
 
 @pytest.fixture(params=["local", "memory"])

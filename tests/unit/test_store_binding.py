@@ -19,8 +19,9 @@ from megatron_opd.data.manifests import part_group, read_manifest, score_group
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.errors import StoreError
-from megatron_opd.records import Excluded, PromptFile, SamplingParams
+from megatron_opd.records import PromptFile, SamplingParams
 from megatron_opd.redact import public_address
+from megatron_opd.store_records import Excluded
 
 
 def small(**changes: Any) -> Any:

@@ -23,7 +23,8 @@ from megatron_opd.data.manifests import part_group, score_group
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store
 from megatron_opd.errors import StoreError
-from megatron_opd.records import Rollout, StoreManifest, TeacherScores
+from megatron_opd.records import Rollout, TeacherScores
+from megatron_opd.store_records import StoreManifest
 
 SCORE_ARRAYS = ("logp", "topk_ids", "topk_logp")
 ARRAYS = [(part_group(1), name) for name in PART_ARRAYS] + [(score_group(1, "teacher"), name) for name in SCORE_ARRAYS]

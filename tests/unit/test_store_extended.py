@@ -25,7 +25,8 @@ from megatron_opd.data.manifests import part_group, part_id, read_manifest
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.errors import StoreError
-from megatron_opd.records import Excluded, PromptFile, Rollout, SamplingParams, StoreManifest
+from megatron_opd.records import PromptFile, Rollout, SamplingParams
+from megatron_opd.store_records import Excluded, StoreManifest
 
 
 def sha256_of(count: int, file: str = "a") -> str:

@@ -17,7 +17,7 @@ from megatron_opd.data.calibration import read_calibration, write_calibration
 from megatron_opd.data.location import Location
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import StoreError
-from megatron_opd.records import Calibration, Gap
+from megatron_opd.store_records import Calibration, Gap
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 

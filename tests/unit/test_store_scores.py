@@ -15,7 +15,8 @@ from megatron_opd.data.manifests import score_group
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_scores
 from megatron_opd.errors import StoreError
-from megatron_opd.records import Finish, Rollout, ScoreManifest, TeacherScores
+from megatron_opd.records import Finish, Rollout, TeacherScores
+from megatron_opd.store_records import ScoreManifest
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
 from megatron_opd.inference import EncodingConfig
 from megatron_opd.lineage import CACHE_FILE, load_tokenizer
 from megatron_opd.recipe_files import load_recipe
-from megatron_opd.records import Finish, Lineage, Rollout, SamplingParams, ScoreManifest, SftFacts
+from megatron_opd.records import Finish, Lineage, Rollout, SamplingParams, SftFacts
+from megatron_opd.store_records import ScoreManifest
 from megatron_opd.train.endings import check_endings, sft_facts
 from megatron_opd.turns import (
     chat_templates,
