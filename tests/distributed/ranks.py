@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fork_server import Job, shared_server
+
 WORKER = Path(__file__).with_name("worker.py")
 KERNEL_WORKER = Path(__file__).with_name("kernel_worker.py")
 LOSS_WORKER = Path(__file__).with_name("loss_worker.py")
@@ -34,25 +36,34 @@ def run_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     result = folder / f"{function}.json"
-    environment = (
-        os.environ
-        | dict(environment)
-        | {
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            **({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
-        }
-    )
-    command = [sys.executable, str(worker), function, str(folder), str(result), json.dumps(arguments)]
+    common = {
+        **environment,
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        **({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+    }
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    words = [function, str(folder), str(result), json.dumps(arguments)]
     logs = [folder / f"{function}-{rank}.log" for rank in range(world)]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    if on_gpus or environment:  # what these change is looked at when something is imported
+        codes = _processes([sys.executable, str(worker), *words], ranks, logs, timeout)
+    else:
+        jobs = [Job(words, str(log), str(worker), rank) for rank, log in zip(ranks, logs, strict=True)]
+        codes = [ending.code for ending in shared_server().run(*jobs, timeout=timeout)]
+    failed = [rank for rank, code in enumerate(codes) if code != 0]
+    assert not failed, "\n".join(f"--- rank {rank}\n{logs[rank].read_text()[-4000:]}" for rank in failed)
+    return json.loads(result.read_text())
+
+
+def _processes(command: list[str], ranks: list[dict[str, str]], logs: list[Path], timeout: float) -> list[int | None]:
     children = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("w"), stderr=subprocess.STDOUT
-        )
-        for rank, log in enumerate(logs)
+        subprocess.Popen(command, env=os.environ | rank, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for rank, log in zip(ranks, logs, strict=True)
     ]
     try:
         for child in children:
@@ -62,6 +73,4 @@ def run_ranks(
             if child.poll() is None:
                 child.kill()
                 child.wait()
-    failed = [rank for rank, child in enumerate(children) if child.returncode]
-    assert not failed, "\n".join(f"--- rank {rank}\n{logs[rank].read_text()[-4000:]}" for rank in failed)
-    return json.loads(result.read_text())
+    return [child.returncode for child in children]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import Ending, Job, shared_server
 from serve.stub_server import LAUNCH_COMMAND
 from tiny_models import make_model, write_prompts
 
@@ -26,31 +25,21 @@ STAGES = (("rollout",), ("score",), ("train",), ("convert", "trained"))
 
 
 class Worker:
-    """Runs commands in forks of one process, which has imported everything."""
+    """Commands of one recipe."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        command = [sys.executable, str(Path(__file__).with_name("rounds_worker.py"))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
 
-    def run(self, run: str, *words: str, overrides: dict[str, Any] | None = None, kill_at: int | None = None) -> dict[str, Any]:
-        """One command of the recipe; the words behind it are its flags."""
-        order = {
-            "words": [*words[:1], *words[1:2], *fields(self.folder, run, overrides), *words[2:]] if words[0] == "convert" else
-            [words[0], *fields(self.folder, run, overrides), *words[1:]],
-            "below": str(self.folder / run), "kill_at": kill_at, "log": str(self.folder / f"{run}.log"),
-        }  # fmt: skip
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+    def run(self, run: str, *words: str, overrides: dict[str, Any] | None = None, kill_at: int | None = None) -> Ending:
+        """One command; the words behind it are its flags."""
+        named = 2 if words[0] == "convert" else 1
+        words = (*words[:named], *fields(self.folder, run, overrides), *words[named:])
+        job = Job(words, str(self.folder / f"{run}.log"), below=str(self.folder / run), kill_at=kill_at)
+        return shared_server().run(job)[0]
 
     def good(self, run: str, *words: str, **options: Any) -> None:
         answer = self.run(run, *words, **options)
-        assert answer["code"] == 0, self.log(run)
+        assert answer.code == 0, self.log(run)
 
     def separate(self, run: str, *numbers: int, **options: Any) -> None:
         """The commands of these rounds, one after the other."""
@@ -63,15 +52,12 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     folder = tmp_path_factory.mktemp("rounds")
     make_model(folder / "student", seed=0)
     make_model(folder / "teacher", seed=1)
     write_prompts(folder / "prompts.jsonl", 24)
-    worker = Worker(folder)
-    yield worker
-    worker.process.stdin.close()  # pyright: ignore
-    worker.process.wait(30)
+    return Worker(folder)
 
 
 def fields(folder: Path, run: str, overrides: dict[str, Any] | None = None) -> list[str]:
@@ -157,8 +143,8 @@ def test_every_round_s_rollouts_are_the_students_own_and_the_chain_is_recorded(w
 def operations(worker: Worker) -> int:
     """File operations of all rounds in one set of processes."""
     answer = worker.run("alive", "rounds")
-    assert answer["code"] == 0, worker.log("alive")
-    return answer["operations"]
+    assert answer.code == 0, worker.log("alive")
+    return answer.operations
 
 
 def test_one_set_of_processes_makes_the_same(worker: Worker, calm: dict[str, Any], operations: int) -> None:
@@ -173,11 +159,11 @@ def test_killed_anywhere_either_way_goes_on_to_the_same(worker: Worker, calm: di
     kills = 0
     for kill in range(6):
         answer = worker.run("killed", "rounds", kill_at=rng.randrange(1, operations // 5))
-        kills += answer["killed"]
-        assert answer["killed"] or answer["code"] == 0, worker.log("killed")
+        kills += answer.killed
+        assert answer.killed or answer.code == 0, worker.log("killed")
         if kill == 2:
             worker.separate("killed", 1)
-        if not answer["killed"]:
+        if not answer.killed:
             break
     assert kills >= 3
     worker.good("killed", "rounds")
@@ -190,7 +176,7 @@ def test_a_last_checkpoint_that_is_made_again_is_known_by_its_weights(worker: Wo
     shutil.rmtree(worker.folder / "remade/opd/checkpoints")
     for words in (("train", "--round", "1"), ("rollout", "--round", "2"), ("score", "--round", "2")):
         worker.good("remade", *words)
-    assert worker.run("remade", "train", "--round", "2")["code"] == 2
+    assert worker.run("remade", "train", "--round", "2").code == 2
     assert "'megatron-opd convert trained RECIPE --round 1' says whether they are one" in worker.log("remade")
     worker.good("remade", "convert", "trained", "--round", "1")
     worker.good("remade", "rounds")
@@ -214,7 +200,7 @@ def test_launched_servers_take_each_round_s_weights(worker: Worker) -> None:
     worker.good("servers-alive", "rounds", overrides=servers)
     assert everything(worker.folder, "servers-alive", 2) == everything(worker.folder, "servers", 2)
     refused = worker.run("servers-alive", "rounds", "--url", "http://127.0.0.1:1", overrides={"rounds.count": 2})
-    assert refused["code"] == 2
+    assert refused.code == 2
     assert "a server at an address serves one model" in worker.log("servers-alive")
 
 

@@ -7,11 +7,11 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import Job, shared_server
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
@@ -20,7 +20,6 @@ from megatron_opd.lineage import fingerprint_model
 from megatron_opd.pipeline.plan import NOT_FINISHED
 from megatron_opd.train.resume import OutputLock
 
-WORKER = Path(__file__).with_name("run_worker.py")
 STAGES = [
     "inputs",
     "generate",
@@ -342,51 +341,27 @@ def test_rounds(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert in_rounds(run) != in_rounds(tmp_path / "together")
 
 
-class Forks:
-    """Commands in forks of one process that has imported everything."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def run(self, command: list[str], log: Path, kill_after: float | None = None) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"words": command, "log": str(log), "kill_after": kill_after}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    worker = Forks()
-    yield worker
-    worker.process.kill()
-    worker.process.wait()
-
-
-def kill_often(forks: Forks, inputs: Path, tmp_path: Path, *, kills: int, rng: random.Random) -> None:
+def kill_often(inputs: Path, tmp_path: Path, *, kills: int, rng: random.Random) -> None:
     tmp_path.mkdir(exist_ok=True)
     run, log = tmp_path / "run", tmp_path / "log"
-    command = ["run", *words(inputs, run)]
+    job = Job(["run", *words(inputs, run)], str(log))
     for _ in range(kills):
-        answer = forks.run(command, log, rng.uniform(0.05, 2.0))
-        assert answer["killed"] or answer["code"] == 0, log.read_text()[-3000:]
-        if not answer["killed"]:  # it came to its end: what is killed next is a run that makes the last stages again
+        answer = shared_server().run(job, kill_after=rng.uniform(0.05, 2.0))[0]
+        assert answer.killed or answer.code == 0, log.read_text()[-3000:]
+        if not answer.killed:  # it came to its end: what is killed next is a run that makes the last stages again
             for path in (run / "eval/opd.json", run / "report/report.html"):
                 path.unlink()
-    assert forks.run(command, log)["code"] == 0, log.read_text()[-3000:]
+    assert shared_server().run(job)[0].code == 0, log.read_text()[-3000:]
 
 
-def test_killed_anywhere_it_comes_to_the_same(finished: Path, inputs: Path, tmp_path: Path, forks: Forks) -> None:
-    kill_often(forks, inputs, tmp_path, kills=6, rng=random.Random(0))
+def test_killed_anywhere_it_comes_to_the_same(finished: Path, inputs: Path, tmp_path: Path) -> None:
+    kill_often(inputs, tmp_path, kills=6, rng=random.Random(0))
     assert results(tmp_path / "run") == results(finished)
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(finished: Path, inputs: Path, tmp_path: Path, forks: Forks) -> None:
+def test_killed_twenty_times(finished: Path, inputs: Path, tmp_path: Path) -> None:
     rng = random.Random(1)
     for round_ in range(4):
-        kill_often(forks, inputs, tmp_path / str(round_), kills=20, rng=rng)
+        kill_often(inputs, tmp_path / str(round_), kills=20, rng=rng)
         assert results(tmp_path / str(round_) / "run") == results(finished)

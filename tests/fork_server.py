@@ -1,0 +1,170 @@
+"""Runs commands and scripts in forks of one process that has imported what takes long: a run then costs no imports.
+
+The server is this file as a program: a line on its stdin is an order, a line on its stdout the answer. `ForkServer` is its client.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+OPERATIONS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
+# In this order: megatron_opd.model.parallel prepares megatron.core.
+IMPORTED = (
+    "megatron_opd.model.parallel", "megatron_opd.train.rounds", "megatron_opd.train.logp", "megatron_opd.calibrate", "megatron_opd.convert.commands",
+    "megatron_opd.evaluate.report", "megatron_opd.serve.transformers_engine",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "qwen3_moe")),
+)  # fmt: skip
+_POLL_SECONDS = 0.003
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process: a megatron-opd command, or with `script` a program; `log` has its output.
+
+    kill_at: kill -9 comes before the n-th file operation on a path with `below` in it, be it of the process or of one that it started.
+    """
+
+    words: Sequence[str]
+    log: str
+    script: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    below: str | None = None
+    kill_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended: `code` is None of a killed one; `operations` were made on files below `Job.below`."""
+
+    code: int | None
+    operations: int
+
+    @property
+    def killed(self) -> bool:
+        return self.code is None
+
+
+class ForkServer:
+    """Starts the server, which is ready when it has imported `IMPORTED`."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, *jobs: Job, kill_after: float | None = None, timeout: float = 600) -> list[Ending]:
+        """Run jobs beside one another until all have ended. After `kill_after` seconds they are killed, after `timeout` so and AssertionError raised."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        print(
+            json.dumps({"jobs": [asdict(job) for job in jobs], "seconds": timeout if kill_after is None else kill_after}),
+            file=stdin,
+            flush=True,
+        )
+        answer = json.loads(stdout.readline())
+        assert kill_after is not None or not answer["late"], f"not done after {timeout} s: {[job.log for job in jobs]}"
+        return [Ending(**ending) for ending in answer["endings"]]
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@cache
+def shared_server() -> ForkServer:
+    """The one of this test run."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
+def _work(job: Job, count: Any) -> int:
+    """In the fork."""
+    os.setsid()
+    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
+        os.dup2(os.open(path, flags), number)
+    os.dup2(1, 2)
+    os.environ |= job.environment
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in OPERATIONS and job.below in str(arguments[0]):  # pyright: ignore
+            with count.get_lock():
+                count.value += 1
+                if count.value == job.kill_at:
+                    os.killpg(0, signal.SIGKILL)
+
+    if job.below is not None:
+        sys.addaudithook(hook)
+    if job.script is None:
+        from megatron_opd.cli import main
+
+        return main(list(job.words))
+    sys.argv = [job.script, *job.words]
+    sys.path.insert(0, str(Path(job.script).parent))
+    runpy.run_path(job.script, run_name="__main__")
+    return 0
+
+
+def _fork(job: Job, count: Any) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        code = _work(job, count)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve() -> None:
+    for name in IMPORTED:
+        importlib.import_module(name)
+    context = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        order = json.loads(line)
+        jobs = [Job(**job) for job in order["jobs"]]
+        counts = [context.Value("q", 0) for _ in jobs]
+        running = {_fork(job, count): number for number, (job, count) in enumerate(zip(jobs, counts, strict=True))}
+        codes: dict[int, int | None] = {}
+        end, late = time.monotonic() + order["seconds"], False
+        while running:
+            for pid in list(running):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    codes[running.pop(pid)] = None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            if running and not late and time.monotonic() > end:
+                late = True
+                for pid in running:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+            time.sleep(_POLL_SECONDS if running else 0)
+        # A count's lock may have died with its holder.
+        endings = [{"code": codes[number], "operations": count.get_obj().value} for number, count in enumerate(counts)]
+        print(json.dumps({"endings": endings, "late": late}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
