@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -108,14 +108,16 @@ def _pieces(
     Of a parameter that is stored in several parts (gate and up of a feed-forward layer) each part has its own.
     """
     outline = torch.empty(parameter.shape, device="meta")
-    described = replace(sharded, data=outline, **({} if isinstance(sharded, ShardedTensorFactory) else {"dtype": outline.dtype}))
-    parts = nested_values(described.build()) if isinstance(described, ShardedTensorFactory) else [described]
+    if isinstance(sharded, ShardedTensorFactory):
+        parts: list[ShardedTensor] = list(nested_values(replace(sharded, data=outline).build()))
+    else:
+        parts = [replace(sharded, data=outline, dtype=outline.dtype)]
     # Each rank's part is another: none is a replica of one on another rank of the data-parallel group.
-    replica_id = (*sharded.replica_id[:2], 0)
-    for part in sorted(parts, key=lambda part: part.data.storage_offset()):
-        assert part.data.is_contiguous(), f"{part.key} is no contiguous part of its parameter"
-        begin = part.data.storage_offset()
-        inside = (max(start, begin) - begin, min(stop, begin + part.data.numel()) - begin)
+    replica_id = (*cast(tuple[int, ...], sharded.replica_id)[:2], 0)
+    for part, view in sorted(((part, cast(torch.Tensor, part.data)) for part in parts), key=lambda pair: pair[1].storage_offset()):
+        assert view.is_contiguous(), f"{part.key} is no contiguous part of its parameter"
+        begin = int(view.storage_offset())
+        inside = (max(start, begin) - begin, min(stop, begin + view.numel()) - begin)
         at = begin + inside[0] - start
         ahead = part.prepend_axis_num
         for offsets, sizes in boxes(part.local_shape, *inside):

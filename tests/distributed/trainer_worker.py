@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import fp8_utils, parallel_state
 from rounded import Rounded, dequantized, quantize_matrices_
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
