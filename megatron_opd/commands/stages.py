@@ -53,6 +53,9 @@ def add_to(stages: Stages) -> None:
     check.add_argument("--gpu", choices=sorted(GPUS), help="which GPUs, for --gpus and --nodes (default: h100)")
     check.add_argument("--gpu-memory", type=a_gib, metavar="GIB", help="memory of one GPU, if it is another than that kind's")
     check.add_argument(
+        "--node-memory", type=a_gib, metavar="GIB", help="a node's own memory: refused if a save or the optimizer needs more"
+    )
+    check.add_argument(
         "--model", type=a_path, metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
     )
     check.add_argument("--rollouts", type=a_positive, default=64, metavar="N", help="with --model: rollouts to compare on")
@@ -130,9 +133,9 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
 
         gpu = GPUS[args.gpu or "h100"]
         gpu = replace(gpu, memory_gib=args.gpu_memory or gpu.memory_gib)
-        print("\n".join(estimate_recipe(recipe, allocation_of(args.gpus, args.nodes), gpu)))
+        print("\n".join(estimate_recipe(recipe, allocation_of(args.gpus, args.nodes, args.node_memory), gpu)))
         return 0
-    for option, value in (("--gpu-memory", args.gpu_memory), ("--gpu", args.gpu)):
+    for option, value in (("--gpu-memory", args.gpu_memory), ("--node-memory", args.node_memory), ("--gpu", args.gpu)):
         if value is not None:
             raise UserError(f"{option} is for the estimate, which needs the number of GPUs too: add --gpus N")
     if args.stage == "inputs":

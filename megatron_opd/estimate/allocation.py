@@ -20,10 +20,11 @@ Role = Literal["teacher", "student"]
 
 @dataclass(frozen=True)
 class Allocation:
-    """`nodes` nodes of `per_node` GPUs."""
+    """`nodes` nodes of `per_node` GPUs, and what memory each has beside theirs, if that is known."""
 
     nodes: int
     per_node: int
+    memory_gib: float | None = None
 
     @property
     def gpus(self) -> int:
@@ -33,16 +34,16 @@ class Allocation:
         return f"{self.gpus} GPUs ({self.nodes} nodes of {self.per_node})" if self.nodes > 1 else f"{self.gpus} GPUs"
 
 
-def allocation_of(gpus: int | None, nodes: int | None) -> Allocation:
+def allocation_of(gpus: int | None, nodes: int | None, memory_gib: float | None = None) -> Allocation:
     """`gpus` in all, on `nodes`; one of them may be None: nodes have 8 GPUs, fewer where there are fewer in all. Raises UserError."""
     assert gpus is not None or nodes is not None
     if gpus is None:
-        return Allocation(nodes or 1, GPUS_PER_NODE)
+        return Allocation(nodes or 1, GPUS_PER_NODE, memory_gib)
     if nodes is None:
         nodes = gpus // GPUS_PER_NODE if gpus % GPUS_PER_NODE == 0 else 1
     if gpus % nodes:
         raise UserError(f"--gpus {gpus} is the number in all, and not a multiple of --nodes {nodes}; give nodes of the same number of GPUs")
-    return Allocation(nodes, gpus // nodes)
+    return Allocation(nodes, gpus // nodes, memory_gib)
 
 
 def check_allocation(recipe: Recipe, allocation: Allocation) -> list[str]:

@@ -93,7 +93,7 @@ class Estimator:
         self.recipe, self.allocation, self.gpu = recipe, allocation, gpu
         self.notes = check_allocation(recipe, allocation)
         asked = Allocation(recipe.slurm.nodes, recipe.slurm.gpus_per_node)
-        self.slurm = recipe.slurm if allocation == asked else None  # where slurm/pipeline.sh asks for these GPUs
+        self.slurm = recipe.slurm if replace(allocation, memory_gib=None) == asked else None  # where slurm/pipeline.sh asks for these GPUs
         self.student = student_of(recipe)
         assert self.student.arch is not None
         self.arch: Architecture = self.student.arch
@@ -268,7 +268,7 @@ class Estimator:
         layout = Layout.of(config, gpus)
         steps, per = self._steps(name, config, sampler, lengths)
         speed = predict_speed(arch, config, layout, tokens=lengths.tokens, steps=steps, gpu=self.gpu)
-        self.lines += list(_training_lines(name, config, layout, lengths, memory, self.gpu, arch))
+        self.lines += list(_training_lines(name, config, lengths, memory, self.gpu, arch, self.allocation))
         self.lines.append(
             f"  speed: {speed.tokens_per_second.text()} tokens/s, {speed.step_seconds.text()} s a step; {steps:,} steps"
             + (f" for each {PER:,} prompts" if per else "")
@@ -297,16 +297,20 @@ class Estimator:
 
 
 def _training_lines(
-    name: str, config: TrainerConfig, layout: Layout, lengths: Lengths, memory: Memory, gpu: Gpu, arch: Architecture
+    name: str, config: TrainerConfig, lengths: Lengths, memory: Memory, gpu: Gpu, arch: Architecture, allocation: Allocation
 ) -> Iterator[str]:
     yield f"{name}: {lengths.tokens.text()} tokens a rollout ({lengths.source})"
     yield f"  memory: {memory.total / GIB:.1f} of {gpu.memory_gib:g} GiB on the fullest GPU ({describe(memory)})"
-    if memory.host:
-        yield f"  memory of all nodes together, for the optimizer: about {memory.host * layout.gpus / GIB:.0f} GiB"
-    save, convert = save_memory(arch, config), conversion_memory(arch)
-    yield (
-        f"  memory of all nodes together, while a checkpoint is saved or loaded: {save.text(GIB)} GiB more; of one process that converts it: {convert.text(GIB)} GiB"
-    )
+    host, save = memory.host * allocation.per_node, save_memory(arch, config, allocation)
+    parts = f"while a checkpoint is saved or loaded {save / GIB:.0f} GiB" + (f", for the optimizer {host / GIB:.0f} GiB" if host else "")
+    room = "" if allocation.memory_gib is None else f" of {allocation.memory_gib:g} GiB"
+    yield f"  memory of a node: {parts}{room}; of one process that converts a checkpoint {conversion_memory(arch).text(GIB)} GiB"
+    if allocation.memory_gib is not None and host + save > allocation.memory_gib * GIB:
+        offload = f", or lower {name}.optimizer_offload" if host else ""
+        raise UserError(
+            f"{name}: needs about {(host + save) / GIB:.0f} GiB of a node's memory, which has {allocation.memory_gib:g}: {parts}; "
+            f"take more nodes{offload}"
+        )
     yield f"  one checkpoint: {checkpoint_bytes(arch, config) / 1e9:.3g} GB"
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opd.config import ScoreStage, TrainerConfig
+from megatron_opd.estimate.allocation import Allocation
 from megatron_opd.estimate.compute import BF16
-from megatron_opd.estimate.memory import GIB, MOMENT_BYTES
+from megatron_opd.estimate.memory import GIB
 from megatron_opd.estimate.ranges import Range, exactly
 from megatron_opd.estimate.workload import Model
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # Measured (docs/results/bench_store.json): bytes a token of a scored store, of 12 before compression: id, sampler's and teacher's log-prob.
 STORE_BYTES = 7.689
 RAW_BYTES = 12
+STATE_BYTES = 12  # of a parameter in a checkpoint: main weight and Adam's two moments
 SHARD_BYTES = 5 * GIB  # of a converted model's files, at most
 
 
@@ -40,9 +42,12 @@ def model_bytes(model: Model) -> float | None:
 
 
 def checkpoint_bytes(arch: Architecture, config: TrainerConfig) -> float:
-    """Of one checkpoint: weights, main weights and Adam's two moments."""
-    weights = 4 if config.dtype == "float32" else 2
-    return float(arch.num_parameters * (weights + 4 + 2 * MOMENT_BYTES[config.moments_dtype]))
+    """Of one checkpoint: weights, main weights and Adam's two moments, these always in float32."""
+    return float(arch.num_parameters * (_weight_bytes(config) + STATE_BYTES))
+
+
+def _weight_bytes(config: TrainerConfig) -> int:
+    return 4 if config.dtype == "float32" else BF16
 
 
 def num_checkpoints(config: TrainerConfig, steps: int) -> int:
@@ -52,10 +57,16 @@ def num_checkpoints(config: TrainerConfig, steps: int) -> int:
     return min(saves, config.keep_last + 1 + kept)
 
 
-def save_memory(arch: Architecture, config: TrainerConfig) -> Range:
-    """Bytes of the nodes' memory that a save takes, all together: the first data-parallel ranks gather what is written. A writer may copy it once."""
-    size = checkpoint_bytes(arch, config)
-    return Range(size, 2 * size)
+def save_memory(arch: Architecture, config: TrainerConfig, allocation: Allocation) -> float:
+    """Bytes of the fullest node's memory that a save takes until it is written, and a load about as much.
+
+    Each rank holds a copy of its own part of the optimizer's state (of a state that is on the host anyway: of what changes meanwhile); the
+    first data-parallel rank of each tensor-parallel and pipeline rank one of the weights, and these may be on one node.
+    """
+    parallel = config.parallel
+    share = 1 / allocation.nodes
+    weights = min(1.0, allocation.per_node / (parallel.tp * parallel.pp))
+    return arch.num_parameters * (STATE_BYTES * share + _weight_bytes(config) * max(share, weights))
 
 
 def conversion_memory(arch: Architecture) -> Range:

@@ -125,6 +125,11 @@ def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureF
             r"train: needs about \d+ GiB on a GPU, which has 80; .*any of these alone",
         ),
         (["--gpus", "8", "--gpu-memory", "12"], r"sft: needs about \d+ GiB on a GPU, which has 12; .*no single change"),
+        (
+            ["--gpus", "8", "--node-memory", "64"],
+            r"sft: needs about 107 GiB of a node's memory, which has 64: while a checkpoint is saved or loaded 107 GiB; take more nodes$",
+        ),
+        (["--node-memory", "64"], r"--node-memory is for the estimate, which needs the number of GPUs too: add --gpus N"),
         (["--gpus", "8", "models.student=models/unheard-of"], r"models/unheard-of: no config.json, and no model whose sizes are known"),
     ],
 )

@@ -19,7 +19,7 @@ from tiny_models import make_model
 
 from megatron_opd.cli import main
 from megatron_opd.cluster import limit_hours
-from megatron_opd.config import Recipe, ScoreStage, TrainStage
+from megatron_opd.config import ParallelConfig, Recipe, ScoreStage, TrainStage
 from megatron_opd.estimate import compute, storage
 from megatron_opd.estimate.allocation import Allocation, check_allocation, plan_serving
 from megatron_opd.estimate.compute import Sampling, Serving, decode_seconds, prefill_seconds, sampling_hours, scoring_hours, weights_read
@@ -161,7 +161,11 @@ def test_disk_by_hand() -> None:
     config = TrainStage(init="", store="", output="", save_every=25)
     assert storage.checkpoint_bytes(QWEN3_8B, config) == pytest.approx(114.7e9, rel=1e-3)  # 14 x 8.19e9
     assert storage.checkpoint_bytes(QWEN3_8B, config.model_copy(update={"dtype": "float32"})) == pytest.approx(131.1e9, rel=1e-3)
-    assert storage.checkpoint_bytes(QWEN3_8B, config.model_copy(update={"moments_dtype": "bfloat16"})) == pytest.approx(81.9e9, rel=1e-3)
+    assert storage.checkpoint_bytes(QWEN3_8B, config.model_copy(update={"moments_dtype": "bfloat16"})) == pytest.approx(114.7e9, rel=1e-3)
+    # A node of two: half of the state, and all weights; of a pipeline over them half of these too, or of a group as large as both.
+    for nodes, sizes, bytes_a_parameter in ((1, {}, 14), (2, {"tp": 4}, 8), (2, {"tp": 8, "pp": 2}, 7)):
+        spread = config.model_copy(update={"parallel": ParallelConfig(**sizes)})
+        assert storage.save_memory(QWEN3_8B, spread, Allocation(nodes, 8)) == pytest.approx(bytes_a_parameter * 8.19e9, rel=1e-3)
     assert [storage.num_checkpoints(config, steps) for steps in (10, 50, 150)] == [1, 2, 3]
     assert storage.num_checkpoints(config.model_copy(update={"keep_every": 50}), 150) == 6
 
