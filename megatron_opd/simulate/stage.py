@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import platform
 import tempfile
@@ -23,8 +22,6 @@ from megatron_opd.simulate.devices import GIB
 import torch  # isort: skip
 
 REST_BYTES = 3 * GIB  # CUDA context, cuBLAS and NCCL buffers: what estimate/memory.py adds, an assumption
-PROMPT_TOKENS = 256  # of each sequence, where nobody says otherwise: estimate/workload.py's
-_LONGEST_SFT = 16384  # tokens of a sequence of sft where the recipe does not cut them
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def simulate_stage(
     config.check_ranks(stage, ranks)
     gpu = gpu or GPUS["h100"]
     arch = _architecture(recipe, layers)
-    lengths = list(lengths) if lengths is not None else default_lengths(stage, config)
+    lengths = list(lengths) if lengths is not None else default_lengths(recipe, stage)
     started = time.monotonic()
     limit = int(gpu.memory_gib * GIB) - REST_BYTES
     with contextlib.ExitStack() as stack:
@@ -127,7 +124,7 @@ def simulate_stage(
         calls = _calls()
         calls.clear()
         trainee, parameters = _build(ledger, arch, config, settings or {})
-        _steps(ledger, trainee, arch, config, stage, lengths, micro_batches=micro_batches, steps=steps)
+        _steps(ledger, trainee, arch, recipe, stage, lengths, micro_batches=micro_batches, steps=steps)
         step_phase = ledger.phase
         counted = {
             "flops": ledger.flops,
@@ -171,13 +168,21 @@ def simulate_stage(
     )
 
 
-def default_lengths(stage: str, config: TrainerConfig) -> list[int]:
-    """A full micro-batch of the longest sequences that the recipe allows, and a last one that fills it."""
-    longest = config.max_response_tokens + PROMPT_TOKENS if config.max_response_tokens else _LONGEST_SFT
-    budget = config.micro_batch_tokens // config.token_multiple * config.token_multiple
-    longest = min(longest, budget) // config.token_multiple * config.token_multiple
-    lengths = [longest] * (budget // longest)
-    return lengths + ([rest] if (rest := budget - sum(lengths)) else [])
+def default_lengths(recipe: Recipe, stage: str) -> list[int]:
+    """A full micro-batch of the longest sequences that the stage's store has, or may have, and a last one that fills it."""
+    from megatron_opd.estimate.workload import PROMPT_TOKENS, trained_lengths
+
+    config: TrainerConfig = getattr(recipe, stage)
+    sampler = recipe.generate if stage == "sft" else recipe.rollout
+    multiple = config.token_multiple
+    budget = config.micro_batch_tokens // multiple * multiple
+    if sampler is not None:
+        longest = trained_lengths(config, sampler).longest
+    else:
+        longest = PROMPT_TOKENS + config.max_response_tokens if config.max_response_tokens else budget
+    longest = max(multiple, min(longest, budget) // multiple * multiple)
+    rest = budget % longest
+    return [longest] * (budget // longest) + ([rest] if rest > 1 else [])
 
 
 def _architecture(recipe: Recipe, layers: int | None) -> Any:
@@ -237,49 +242,25 @@ def _build(ledger: Any, arch: Any, config: TrainerConfig, settings: dict[str, An
     return trainee, sum(parameter.numel() for student in students for parameter in student.parameters())
 
 
-def _steps(
-    ledger: Any, trainee: Any, arch: Any, config: TrainerConfig, stage: str, lengths: list[int], *, micro_batches: int, steps: int
-) -> None:
+def _steps(ledger: Any, trainee: Any, arch: Any, recipe: Recipe, stage: str, lengths: list[int], *, micro_batches: int, steps: int) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_opd.simulate.batches import make_batch, make_source
     from megatron_opd.train.loss import make_loss, sft_loss
     from megatron_opd.train.step import train_step
 
-    loss = sft_loss if stage == "sft" else make_loss(config.loss)  # pyright: ignore[reportAttributeAccessIssue]
-    device = torch.device("cuda", torch.cuda.current_device())
+    config: TrainerConfig = getattr(recipe, stage)
+    loss = sft_loss if stage == "sft" else make_loss(recipe.train.loss)
+    source = make_source(recipe, stage, arch, lengths, cp_rank=parallel_state.get_context_parallel_rank())
     for number in range(steps):
         ledger.start_step(f"step {number}")
-        batches = [_micro_batch(config, stage, lengths).to(device) for _ in range(micro_batches)]
+        batches = [_on_the_way(make_batch(source)) for _ in range(micro_batches)]
         train_step(trainee, arch, loss, batches, seed=config.seed, chunk_tokens=config.chunk_tokens)
 
 
-def _micro_batch(config: TrainerConfig, stage: str, lengths: list[int]) -> Any:
-    """One, as train/batches.py makes it, in the host's memory."""
-    from megatron_opd.train.batches import MicroBatch
-
-    cp = config.parallel.cp
-    num_tokens = sum(lengths)
-    num_rows = sum(max(1, length - PROMPT_TOKENS) for length in lengths) // cp
-    ints = functools.partial(torch.zeros, dtype=torch.int64)
-    floats = functools.partial(torch.zeros, dtype=torch.float32)
-    distils = stage == "train"
-    return MicroBatch(
-        tokens=ints(1, num_tokens // cp),
-        positions=ints(1, num_tokens // cp),
-        cu_seqlens=torch.zeros(len(lengths) + 1, dtype=torch.int32),
-        rows=ints(num_rows),
-        labels=ints(num_rows),
-        response_positions=ints(num_rows),
-        weights=floats(num_rows),
-        student_logp=floats(num_rows),
-        teacher_logp=floats(num_rows) if distils else None,
-        topk_ids=None,
-        topk_logp=None,
-        overlap_ids=None,
-        denominator=num_rows,
-        max_seqlen=max(lengths),
-        num_sequences=len(lengths),
-        num_tokens=num_tokens,
-        sum_squared_lengths=sum(length * length for length in lengths),
-    )
+def _on_the_way(batch: Any) -> Any:
+    """As train/job.py hands it to the step."""
+    return batch.to(torch.device("cuda", torch.cuda.current_device()))
 
 
 class _Saved(BaseException):
@@ -332,9 +313,9 @@ def _by_part(peaks: dict[str, int], step_phase: str) -> dict[str, int]:
 
 
 def _versions(uses_te: bool) -> dict[str, str]:
-    import megatron.core
+    from megatron.core import package_info
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "megatron-core": megatron.core.package_info.__shortversion__}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "megatron-core": package_info.__shortversion__}
     if uses_te:
         found["transformer-engine"] = importlib.metadata.version("transformer-engine")
     return found
