@@ -127,7 +127,7 @@ def simulate_stage(
         calls = _calls()
         calls.clear()
         trainee, parameters = _build(ledger, arch, config, settings or {})
-        _steps(ledger, trainee, arch, config, stage, lengths, micro_batches=micro_batches, steps=steps)
+        _steps(ledger, trainee, arch, recipe, stage, lengths, micro_batches=micro_batches, steps=steps)
         step_phase = ledger.phase
         counted = {
             "flops": ledger.flops,
@@ -238,8 +238,9 @@ def _build(ledger: Any, arch: Any, config: TrainerConfig, settings: dict[str, An
 
 
 def _steps(
-    ledger: Any, trainee: Any, arch: Any, config: TrainerConfig, stage: str, lengths: list[int], *, micro_batches: int, steps: int
+    ledger: Any, trainee: Any, arch: Any, recipe: Recipe, stage: str, lengths: list[int], *, micro_batches: int, steps: int
 ) -> None:
+    config: TrainerConfig = getattr(recipe, stage)
     from megatron_opd.train.loss import make_loss, sft_loss
     from megatron_opd.train.step import train_step
 
@@ -247,12 +248,12 @@ def _steps(
     device = torch.device("cuda", torch.cuda.current_device())
     for number in range(steps):
         ledger.start_step(f"step {number}")
-        batches = [_micro_batch(config, stage, lengths).to(device) for _ in range(micro_batches)]
+        batches = [_micro_batch(config, stage, lengths, top_k=recipe.score.top_k).to(device) for _ in range(micro_batches)]
         train_step(trainee, arch, loss, batches, seed=config.seed, chunk_tokens=config.chunk_tokens)
 
 
-def _micro_batch(config: TrainerConfig, stage: str, lengths: list[int]) -> Any:
-    """One, as train/batches.py makes it, in the host's memory."""
+def _micro_batch(config: TrainerConfig, stage: str, lengths: list[int], *, top_k: int) -> Any:
+    """One, as train/batches.py makes it, in the host's memory. Of a store with candidates, their overlap is measured on the first sequence."""
     from megatron_opd.train.batches import MicroBatch
 
     cp = config.parallel.cp
@@ -261,6 +262,8 @@ def _micro_batch(config: TrainerConfig, stage: str, lengths: list[int]) -> Any:
     ints = functools.partial(torch.zeros, dtype=torch.int64)
     floats = functools.partial(torch.zeros, dtype=torch.float32)
     distils = stage == "train"
+    needs_topk = distils and config.loss.needs_topk  # pyright: ignore[reportAttributeAccessIssue]
+    measured = max(1, lengths[0] - PROMPT_TOKENS) // cp if distils and top_k else 0
     return MicroBatch(
         tokens=ints(1, num_tokens // cp),
         positions=ints(1, num_tokens // cp),
@@ -271,9 +274,9 @@ def _micro_batch(config: TrainerConfig, stage: str, lengths: list[int]) -> Any:
         weights=floats(num_rows),
         student_logp=floats(num_rows),
         teacher_logp=floats(num_rows) if distils else None,
-        topk_ids=None,
-        topk_logp=None,
-        overlap_ids=None,
+        topk_ids=ints(num_rows, top_k) if needs_topk else None,
+        topk_logp=floats(num_rows, top_k) if needs_topk else None,
+        overlap_ids=ints(measured, top_k) if measured else None,
         denominator=num_rows,
         max_seqlen=max(lengths),
         num_sequences=len(lengths),

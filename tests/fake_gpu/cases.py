@@ -28,13 +28,15 @@ class Case:
     layers: int = 2
     micro_batches: int = 2
     gpu: str = "h100"
+    top_k: int = 0  # the teacher's candidates in the store
     with_te: bool = True
     versions: tuple[str, ...] = (OLDEST, NEWEST)
 
     @property
     def recipe(self) -> Recipe:
         models = {"student": f"models/{self.model}", "teacher": "models/Qwen3-32B"}
-        return build_recipe({"name": "fake_gpu", "models": models, self.stage: STEP | self.fields})
+        sections = {"score": {"top_k": self.top_k}, self.stage: STEP | self.fields}
+        return build_recipe({"name": "fake_gpu", "models": models} | sections)
 
     @property
     def config(self) -> TrainerConfig:
@@ -49,7 +51,7 @@ class Case:
         return self.rank // (self.gpus // self.config.parallel.pp)
 
     def to_json(self) -> dict[str, Any]:
-        names = ("stage", "gpus", "rank", "layers", "micro_batches", "gpu", "with_te", "model", "fields", "id")
+        names = ("stage", "gpus", "rank", "layers", "micro_batches", "gpu", "top_k", "with_te", "model", "fields", "id")
         return {name: getattr(self, name) for name in names}
 
 
@@ -76,7 +78,7 @@ DENSE_CASES = [
     Case("tp1", layout(tp=1)),
     Case("tp2-tied", layout(tp=2), model="Qwen3-4B"),
     Case("tp4-no-sequence-parallel", layout(tp=4, sequence_parallel=False)),
-    Case("k64", TP4 | {"loss": {"name": "reverse_kl"}}),
+    Case("k64", TP4 | {"loss": {"name": "reverse_kl"}}, top_k=64),
     Case("pp2-first", PP2, layers=4, micro_batches=4),
     Case("pp2-last", PP2, rank=4, layers=4, micro_batches=4),
     Case("vpp2-first", VPP2, layers=4, micro_batches=4),

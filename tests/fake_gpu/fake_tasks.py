@@ -67,12 +67,12 @@ def save_and_load(case: dict[str, Any], folder: str) -> dict[str, Any]:
         checkpoint_shapes.shelf() as shelf,
     ):
         trainee, parameters = stage._build(ledger, arch, config, {})
-        stage._steps(ledger, trainee, arch, config, wanted.stage, lengths, micro_batches=wanted.micro_batches, steps=1)
+        stage._steps(ledger, trainee, arch, wanted.recipe, wanted.stage, lengths, micro_batches=wanted.micro_batches, steps=1)
         ledger.start_step("save")
         checkpoint_shapes.save(trainee, Path(folder))
         ledger.start_step("load")
         load_checkpoint(Path(folder), trainee)
-        stage._steps(ledger, trainee, arch, config, wanted.stage, lengths, micro_batches=wanted.micro_batches, steps=1)
+        stage._steps(ledger, trainee, arch, wanted.recipe, wanted.stage, lengths, micro_batches=wanted.micro_batches, steps=1)
         return {
             "parameters": parameters,
             "tensors": shelf.tensors,
@@ -95,3 +95,11 @@ def whole_run(tree: dict[str, Any], stage: str, *, rank: int, size: int, steps: 
             recipe = build_recipe(tree | {stage: tree[stage] | {"steps": last}})
             found.append(runs.run(recipe, stage, rank=rank, size=size, shelf=shelf))
     return found
+
+
+def shipped(name: str, stage: str, *, gpus: int, rank: int, micro_batches: int) -> dict[str, Any]:
+    """A step of a shipped recipe as it is."""
+    from megatron_opd.recipe_files import load_recipe
+    from megatron_opd.simulate.stage import simulate_stage
+
+    return simulate_stage(load_recipe(name), stage, ranks=gpus, rank=rank, micro_batches=micro_batches).to_json()
