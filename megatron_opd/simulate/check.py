@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_opd.config import Recipe, TrainerConfig
 from megatron_opd.errors import UserError
-from megatron_opd.estimate.memory import GIB, Layout, stage_memory
-from megatron_opd.estimate.workload import student_of, trained_lengths
+from megatron_opd.estimate.workload import student_of
 from megatron_opd.gpus import Gpu
 from megatron_opd.pipeline.stages import list_stages
 from megatron_opd.simulate.needs import build_guard, find_transformer_engine, no_transformer_engine
 from megatron_opd.simulate.report import describe
-from megatron_opd.simulate.result import Simulation
 
 _TAIL = 15  # lines of a failed simulation that are shown
 
@@ -89,7 +81,7 @@ def _jobs(recipe: Recipe, request: Request) -> list[tuple[str, int]]:
     return jobs
 
 
-def student_arch(recipe: Recipe):  # noqa: ANN201  an Architecture, whose module is loaded when it is needed
+def student_arch(recipe: Recipe):
     arch = student_of(recipe).arch
     assert arch is not None
     return arch

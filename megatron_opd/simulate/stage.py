@@ -9,82 +9,18 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import Recipe, TrainerConfig
 from megatron_opd.errors import UserError
+from megatron_opd.estimate.memory import FIXED_BYTES
 from megatron_opd.gpus import GPUS, Gpu
 from megatron_opd.simulate import gpu as simulated  # before torch
 from megatron_opd.simulate.devices import GIB
+from megatron_opd.simulate.result import Message, Simulation
 
 import torch  # isort: skip
-
-REST_BYTES = 3 * GIB  # CUDA context, cuBLAS and NCCL buffers: what estimate/memory.py adds, an assumption
-
-
-@dataclass(frozen=True)
-class Message:
-    """One collective operation of a step: calls and bytes (the whole buffer) of one rank."""
-
-    operation: str
-    group: str
-    ranks: int
-    calls: int
-    bytes: int
-    spans_nodes: bool
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """What one rank holds, waits for, copies, computes and sends. Bytes, FLOPs and counts; those of a step are of the last one."""
-
-    recipe: str
-    stage: str
-    ranks: int
-    rank: int
-    layers: int
-    layout: dict[str, int]
-    gpu: str
-    gpu_bytes: int
-    rest_bytes: int
-    lengths: list[int]
-    micro_batches: int
-    steps: int
-    parameters: int
-    peak_bytes: int
-    peak_phase: str
-    peaks: dict[str, int]  # 'build', 'step', 'save' where it was asked for: bytes on the GPU
-    host_peaks: dict[str, int]  # the same, of tensors in the host's memory
-    by_place: list[tuple[str, int]]
-    flops: float
-    messages: list[Message]
-    waits: dict[str, int]
-    copies: dict[str, int]
-    calls: dict[str, int]  # of Transformer Engine's compiled functions
-    runs_out: dict[str, Any] | None  # phase, bytes and place where the GPU would have run out; None if it would not
-    stood_in_for: list[str]
-    versions: dict[str, str]
-    seconds: float
-
-    @property
-    def blocking_copies(self) -> dict[str, int]:
-        return {what: count for what, count in self.copies.items() if "BLOCKING" in what}
-
-    @property
-    def pageable_copies(self) -> dict[str, int]:
-        return {what: count for what, count in self.copies.items() if "pageable" in what}
-
-    def to_json(self) -> dict[str, Any]:
-        """For json.dump; `from_json` reads it."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(tree: dict[str, Any]) -> Simulation:
-        messages = [Message(**message) for message in tree["messages"]]
-        places = [(place, size) for place, size in tree["by_place"]]
-        return Simulation(**(tree | {"messages": messages, "by_place": places}))
 
 
 def simulate_stage(
@@ -116,7 +52,7 @@ def simulate_stage(
     arch = _architecture(recipe, layers)
     lengths = list(lengths) if lengths is not None else default_lengths(recipe, stage)
     started = time.monotonic()
-    limit = int(gpu.memory_gib * GIB) - REST_BYTES
+    limit = int(gpu.memory_gib * GIB) - FIXED_BYTES
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(simulated.world(rank=rank, size=ranks, gpu=gpu, limit=limit))
         names = stack.enter_context(stand_ins(ledger, arch, config, lengths))
@@ -137,10 +73,11 @@ def simulate_stage(
             _save(ledger, trainee, recipe, config)
         uses_te = bool(calls)
         del trainee
-    if not uses_te:
-        names.append("Transformer Engine is not used: Megatron-Core's local layers")
-    else:
-        names.append("Transformer Engine's compiled half: shapes and dtypes of results, no numbers")
+    names.append(
+        "Transformer Engine's compiled half gives shapes and dtypes of results"
+        if uses_te
+        else "Transformer Engine is not used: Megatron-Core's local layers"
+    )
     return Simulation(
         recipe=recipe.name,
         stage=stage,
@@ -150,7 +87,7 @@ def simulate_stage(
         layout=_layout(config, ranks),
         gpu=gpu.name,
         gpu_bytes=int(gpu.memory_gib * GIB),
-        rest_bytes=REST_BYTES,
+        rest_bytes=FIXED_BYTES,
         lengths=lengths,
         micro_batches=micro_batches,
         steps=steps,
@@ -254,13 +191,8 @@ def _steps(ledger: Any, trainee: Any, arch: Any, recipe: Recipe, stage: str, len
     source = make_source(recipe, stage, arch, lengths, cp_rank=parallel_state.get_context_parallel_rank())
     for number in range(steps):
         ledger.start_step(f"step {number}")
-        batches = [_on_the_way(make_batch(source)) for _ in range(micro_batches)]
+        batches = [make_batch(source).pinned() for _ in range(micro_batches)]
         train_step(trainee, arch, loss, batches, seed=config.seed, chunk_tokens=config.chunk_tokens)
-
-
-def _on_the_way(batch: Any) -> Any:
-    """As train/job.py hands it to the step."""
-    return batch.to(torch.device("cuda", torch.cuda.current_device()))
 
 
 class _Saved(BaseException):
