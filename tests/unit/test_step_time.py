@@ -126,8 +126,8 @@ def test_every_assumption_goes_from_worse_to_better() -> None:
 
 
 def test_what_makes_a_step_longer() -> None:
-    def total(flops: float = 1e15, size: float = 1e10, **words: Any) -> Range:
-        return predict_step(flops, {"tp": size}, **({"gpu": H100} | words)).total
+    def total(flops: float = 1e15, size: float = 1e10, gpu: str = "h100", **words: Any) -> Range:
+        return predict_step(flops, {"tp": size}, gpu=gpu, **words).total
 
     here = total()
     longer = [total(flops=2e15), total(size=2e10), total(over_nodes={"tp"}), total(pp=4), total(waits=100), total(updated=1e12)]
