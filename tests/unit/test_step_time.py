@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -207,3 +208,21 @@ def test_the_tool_lists_settings_that_fit(monkeypatch: pytest.MonkeyPatch, capsy
     assert len([line for line in lines if line.startswith("| ")]) == 1 + 1 + 3
     assert lines[4].startswith("| opd_8b train | tp 2, dp 4; 8192 tokens; recompute none |")
     assert (tmp_path / "out.json").read_text().startswith('{\n "command": "python compare_layouts.py opd_8b train')
+
+
+def test_the_table_of_the_docs_is_of_these_recipes() -> None:
+    """docs/results/layouts.json has their settings, and simulated peaks near the closed form's; docs/training.md has its rows."""
+    compare, root = tool(), Path(__file__).resolve().parents[2]
+    rows = json.loads((root / "docs/results/layouts.json").read_text())["rows"]
+    assert {(row["recipe"], row["stage"]) for row in rows} == {
+        (name, stage) for name in [*SHIPPED, *PAPER, *H200] for stage in ("sft", "train")
+    }
+    page = (root / "docs/training.md").read_text()
+    for row in rows:
+        arch, config, gpus = compare.read(row["recipe"], row["stage"], [])
+        found = compare.judge(arch, config, gpus, GPUS[row["gpu"].lower()], compare.TOKENS[row["stage"]])
+        assert row["setting"] == found.describe()
+        assert row["seconds"] == pytest.approx([found.time.total.low, found.time.total.high], abs=0.01)
+        assert f"| {row['recipe']} {row['stage']} | {row['setting']} |" in page
+        if "simulated" in row:
+            assert row["simulated"]["peak_gib"] == pytest.approx(row["peak_gib"], rel=0.03)
