@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Distil Qwen3-32B on a scored store, on four nodes (TP 8 x PP 2 x DP 2).
+# Distil Qwen3-32B on a scored store, on four nodes (TP 4 x PP 2 x DP 4).
 #   sbatch slurm/opd_32b_4nodes.sh [RECIPE] [FIELD=VALUE ...]
 #SBATCH --job-name=opd_32b_4nodes
 #SBATCH --nodes=4
