@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from opd_kernels import ChunkLoss, linear_loss, topk_overlap
 from opd_kernels.linear import Observer
 
-from megatron_opd.config import Fp8Config, ParallelConfig
+from megatron_opd.config import Fp8Config, ParallelConfig, TrainerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.model.accumulation import Fusion, choose_fusion, fuse_accumulation_, has_apex
 from megatron_opd.model.architecture import MADE_IN_PLACE, Architecture
@@ -209,9 +209,24 @@ def build_chunks(arch: Architecture, config: TransformerConfig, *, longest: int 
         fused = sum(map(fuse_accumulation_, chunks))
         assert fused, "no layer of Transformer Engine has fuse_wgrad_accumulation"
         config.gradient_accumulation_fusion = True
-    if torch.cuda.is_available():
-        logger.info("weight gradients of a micro-batch: %s", f"added in float32 by {fusion}" if fusion else "rounded, then added")
     return chunks
+
+
+def describe_layers(arch: Architecture, stage: TrainerConfig) -> list[str]:
+    """For people: which layers and attention this machine's GPU gets, and how weight gradients are added up. Raises as `build_chunks`."""
+    dtype = getattr(torch, "bfloat16" if stage.dtype == "auto" else stage.dtype)
+    if not uses_transformer_engine():
+        layers = f"layers: Megatron-Core's, as Transformer Engine is not installed; attention: PyTorch's {_own_attention(dtype)}"
+    else:
+        p = stage.parallel
+        chosen = core_attention(arch, tp=p.tp, cp=p.cp, dtype=dtype, deterministic=stage.deterministic, longest=stage.micro_batch_tokens)
+        layers = f"{'WARNING: ' if chosen.ours else ''}layers: Transformer Engine's; attention: {chosen.why}"
+    fusion = _fusion(dtype)
+    if fusion:
+        sums = f"by {fusion} in the matrix product"
+    else:
+        sums = "as they are" if dtype == torch.float32 else "rounded to 16 bits each, as neither Transformer Engine nor apex is installed"
+    return [layers, f"weight gradients of micro-batches are added up {sums}"]
 
 
 def _fusion(dtype: torch.dtype) -> Fusion | None:
@@ -254,15 +269,14 @@ def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | N
             deterministic=config.deterministic_mode,
             longest=longest,
         )
-        logger.log(logging.WARNING if chosen.ours else logging.INFO, "layers: Transformer Engine; attention: %s", chosen.why)
+        logger.info("layers: Transformer Engine; attention: %s", chosen.why)
         block: Any = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
         )
         if chosen.ours:
             block.submodules.self_attention.submodules.core_attention = ModuleSpec(module=PackedAttention)
         return block
-    flash = torch.cuda.is_available() and config.params_dtype != torch.float32 and varlen_attention() is not None
-    logger.info("layers: Megatron-Core local spec, attention by PyTorch's %s", "varlen_attn" if flash else "SDPA")
+    logger.info("layers: Megatron-Core local spec, attention by PyTorch's %s", _own_attention(config.params_dtype))
     layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     norm: Any = RMSNorm  # what a spec may hold differs between versions
     parts: Any = layer.submodules
@@ -274,6 +288,10 @@ def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | N
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
+
+
+def _own_attention(dtype: torch.dtype) -> str:
+    return "varlen_attn" if torch.cuda.is_available() and dtype != torch.float32 and varlen_attention() is not None else "SDPA"
 
 
 def uses_transformer_engine() -> bool:
