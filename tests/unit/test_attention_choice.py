@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import megatron_opd.model  # noqa: F401  before megatron.core
+from megatron_opd.config import ParallelConfig, TrainStage
 from megatron_opd.errors import UserError
-from megatron_opd.model.attention import ask_transformer_engine, choose_attention
+from megatron_opd.known_models import known_config
+from megatron_opd.model.architecture import parse_architecture
+from megatron_opd.model.attention import CoreAttention, ask_transformer_engine, choose_attention
 from megatron_opd.model.layers import order_strictly
 
 A100, H100 = (8, 0), (9, 0)
@@ -129,3 +132,25 @@ def test_one_node_of_the_backward_pass_runs_under_the_strict_setting() -> None:
         assert torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("ours", "begins"), [(True, "WARNING: layers: Transformer Engine's"), (False, "layers: Transformer Engine's")])
+def test_people_are_told_what_a_gpu_gets(monkeypatch: pytest.MonkeyPatch, ours: bool, begins: str) -> None:
+    from megatron_opd.model import student
+
+    config = known_config("Qwen/Qwen3-8B")
+    assert config is not None
+    asked: dict[str, Any] = {}
+
+    def chosen(arch: Any, **options: Any) -> CoreAttention:
+        asked.update(options)
+        return CoreAttention(ours, "the reason")
+
+    monkeypatch.setattr(student, "core_attention", chosen)
+    monkeypatch.setattr(student, "uses_transformer_engine", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    stage = TrainStage(micro_batch_tokens=12288, parallel=ParallelConfig(tp=4, cp=2), deterministic=True)
+    layers, sums = student.describe_layers(parse_architecture(config, "config.json"), stage)
+    assert layers == f"{begins}; attention: the reason"
+    assert "by Transformer Engine" in sums
+    assert asked == {"tp": 4, "cp": 2, "dtype": torch.bfloat16, "deterministic": True, "longest": 12288}
