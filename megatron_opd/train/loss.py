@@ -11,6 +11,7 @@ sum over the candidates alone it does not gain by leaving them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -126,8 +127,7 @@ def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def jsd(student: torch.Tensor, teacher: torch.Tensor, *, beta: float) -> torch.Tensor:
     """beta KL(pi_T, m) + (1 - beta) KL(pi_S, m) with m = beta pi_T + (1 - beta) pi_S. Source: GKD, arXiv 2306.13649, equation 1."""
-    shares = torch.tensor([beta, 1 - beta], dtype=student.dtype, device=student.device).log()
-    mixture = torch.logaddexp(teacher + shares[0], student + shares[1])
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
     return beta * reverse_kl(teacher, mixture) + (1 - beta) * reverse_kl(student, mixture)
 
 
