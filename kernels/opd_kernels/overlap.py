@@ -32,10 +32,10 @@ def topk_overlap(
     top_NK = _largest(real_NV, k)
     columns_NK, own_NK = shard.local_ids(ids)
     at_ids_NK = real_NV.gather(1, columns_NK).masked_fill(~own_NK, -torch.inf) if shard.num_real else torch.full_like(top_NK, -torch.inf)
-    if tp_group is not None and (world := dist.get_world_size(tp_group)) > 1:
-        everybody = top_NK.new_empty(world * len(ids), k)
-        dist.all_gather_into_tensor(everybody, top_NK, group=tp_group)
-        top_NK = everybody.view(world, len(ids), k).transpose(0, 1).flatten(1).topk(k, dim=1).values
+    if tp_group is not None and dist.get_world_size(tp_group) > 1:
+        everybody = [torch.empty_like(top_NK) for _ in range(dist.get_world_size(tp_group))]
+        dist.all_gather(everybody, top_NK, group=tp_group)
+        top_NK = torch.cat(everybody, 1).topk(k, dim=1).values
         dist.all_reduce(at_ids_NK, op=dist.ReduceOp.MAX, group=tp_group)
     return (at_ids_NK >= top_NK[:, -1:]).float().mean(1)
 
