@@ -38,12 +38,13 @@ _READS_NOTHING = {"new_full", "new_zeros", "new_ones", "full_like", "zeros_like"
 
 @dataclass(frozen=True)
 class Op:
-    """One operation that a GPU would be sent: bytes of its inputs and of its outputs, each counted once."""
+    """One operation that a GPU would be sent: bytes of its inputs and of its outputs, each counted once. rows: of a Triton kernel's logits."""
 
     name: str
     bytes_read: int
     bytes_written: int
     flops: int = 0
+    rows: int = 0
 
 
 class Recorder(TorchDispatchMode):
@@ -69,10 +70,6 @@ class Recorder(TorchDispatchMode):
         if name not in _FREE and not func.is_view:
             self.ops.append(_operation(name, func, args, kwargs, results))
         return out
-
-    def launch(self, name: str, bytes_read: int, bytes_written: int) -> None:
-        """A Triton kernel, which no dispatch mode sees."""
-        self.ops.append(Op(name, bytes_read, bytes_written))
 
     def largest(self, dtype: torch.dtype) -> int:
         """Elements of the largest tensor of `dtype` that was made, 0 without any."""
@@ -131,24 +128,24 @@ class _Launch:
         def launch(*args: Any, **kwargs: Any) -> None:
             options = {"num_warps", *triton_kernels.OPTIONS}
             bound = inspect.signature(self.kernel.fn).bind(*args, **{name: value for name, value in kwargs.items() if name not in options})
-            self.recorder.launch(self.kernel.fn.__name__, *kernel_bytes(self.kernel.fn.__name__, bound.arguments))
+            # No dispatch mode sees a Triton kernel.
+            self.recorder.ops.append(kernel_operation(self.kernel.fn.__name__, bound.arguments))
 
         return launch
 
 
-def kernel_bytes(name: str, arguments: dict[str, Any]) -> tuple[int, int]:
-    """Bytes that a launch reads and writes. Logits at single columns, and values of one row in a tensor [K,N], cost a sector each."""
+def kernel_operation(name: str, arguments: dict[str, Any]) -> Op:
+    """A launch with these arguments. Logits at single columns, and values of one row in a tensor [K,N], cost a sector each."""
     logits = arguments["z_ptr"] if "z_ptr" in arguments else arguments["out_ptr"]
-    rows, item = len(logits), logits.element_size()
-    k = arguments.get("K", 0)
-    ids, per_row = 8 * k * rows, 4 * rows
-    scattered = SECTOR_BYTES * k * rows
+    rows, item, k = len(logits), logits.element_size(), arguments.get("K", 0)
+    ids, per_row, scattered = 8 * k * rows, 4 * rows, SECTOR_BYTES * k * rows
     if name == "stats_kernel":
-        return rows * arguments["num_real"] * item + ids + scattered, 3 * per_row + scattered
-    if name == "gradient_kernel":
-        return rows * logits.shape[1] * item + 4 * per_row, rows * logits.shape[1] * item
-    # A part of a sector is written by reading it, changing it and writing it.
-    return ids + 4 * k * rows + 2 * scattered + 4 * per_row, scattered
+        moved = rows * arguments["num_real"] * item + ids + scattered, 3 * per_row + scattered
+    elif name == "gradient_kernel":
+        moved = rows * arguments["V"] * item + 4 * per_row, rows * arguments["V"] * item
+    else:  # a part of a sector is written by reading it, changing it and writing it
+        moved = ids + 4 * k * rows + 2 * scattered + 4 * per_row, scattered
+    return Op(name, *moved, rows=rows)
 
 
 @contextlib.contextmanager
