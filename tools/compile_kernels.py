@@ -161,11 +161,16 @@ def instructions(sass: str) -> list[tuple[int, str]]:
     return [(int(address, 16), code) for address, code in found]
 
 
+def branches(sass: str) -> list[tuple[int, int]]:
+    """Addresses of each branch and of its target."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s.*\bBRA\b.*?\b0x([0-9a-f]+)", sass, re.MULTILINE)
+    return [(int(origin, 16), int(target, 16)) for origin, target in found]
+
+
 def longest_loop(sass: str) -> range:
     """Addresses from a branch's target to a branch back to it; empty without a loop."""
     addresses = [address for address, _ in instructions(sass)]
-    branches = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s.*\bBRA\b.*?\b0x([0-9a-f]+)", sass, re.MULTILINE)
-    spans = [range(int(target, 16), int(origin, 16) + 1) for origin, target in branches]
+    spans = [range(target, origin + 1) for origin, target in branches(sass)]
     return max((span for span in spans if len(span) > 1), key=lambda span: sum(address in span for address in addresses), default=range(0))
 
 

@@ -6,6 +6,7 @@ Rates are of data sheets and of NVIDIA's guides (`GPUS`, `PIPES`); what is reach
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,12 +88,16 @@ def kind(code: str) -> str:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's machine code. `once`, `loop`: instructions by kind, outside of its loop and in one turn of it, and bytes of wide loads."""
+    """A kernel's machine code: instructions by kind, outside of its loop and in one turn of it.
+
+    last: of a program of `gradient_kernel` whose columns are not all real or not all there, which takes the other side of a branch.
+    """
 
     name: str
     measured: compiler.Compiled
     once: Counter[str]
     loop: Counter[str]
+    last: Counter[str]
     unrolled: int  # of `chosen_kernel`'s loop over the ids
     load_bytes: int  # that a thread has under way at once: of a turn of the loop, or of the kernel; a sector where it loads single values
 
@@ -100,19 +105,16 @@ class Code:
     def of(cls, variant: compiler.Variant, arch: int) -> Code:
         compiled, sass = compiler.disassemble(variant, arch)
         span = compiler.longest_loop(sass)
-        once: Counter[str] = Counter()
-        loop: Counter[str] = Counter()
-        wide = 0
-        for address, code in compiler.instructions(sass):
-            if code == "NOP":
-                continue
-            passes = 4 if ".128" in code else 1  # 128 bytes a clock of the first-level cache
-            here = loop if address in span else once
-            here[kind(code)] += 1
-            here["passes"] += passes * (kind(code) in ("load", "store", "shuffle"))
-            wide += 16 * (code.startswith("LDG") and ".128" in code and (address in span or not span))
+        paths = [compiler.instructions(sass)]
+        if variant.kernel == "gradient_kernel":
+            paths = sorted(_two_paths(sass), key=len)
+        loop = _counted(code for address, code in paths[0] if address in span)
+        once = _counted(code for address, code in paths[0] if address not in span)
+        last = _counted(code for _, code in paths[-1])
+        wide = sum(16 * (code.startswith("LDG") and ".128" in code) for address, code in paths[0] if address in span or not span)
         unrolled = loop["load"] // 2 if variant.kernel == "chosen_kernel" else 1
-        return cls(variant.kernel, compiler.measure(compiled, sass, variant, arch), once, loop, max(unrolled, 1), wide or SECTOR_BYTES)
+        found = compiler.measure(compiled, sass, variant, arch)
+        return cls(variant.kernel, found, once, loop, last, max(unrolled, 1), wide or SECTOR_BYTES)
 
     def programs_at_once(self) -> tuple[int, str]:
         """Programs on a multiprocessor, and what limits them."""
@@ -129,8 +131,33 @@ class Code:
 
     def instructions(self, vocab: int, k: int) -> dict[str, float]:
         """Instructions of a warp, by kind, in one program: its last, partial tile is counted whether there is one or not."""
+        if self.name == "gradient_kernel":
+            programs = -(-vocab // compiler.kernels.BACKWARD_BLOCK)
+            whole = vocab // compiler.kernels.BACKWARD_BLOCK / programs
+            return {name: whole * self.once[name] + (1 - whole) * self.last[name] for name in self.once | self.last}
         turns = {"stats_kernel": vocab // (compiler.kernels.FORWARD_TILE * 8), "chosen_kernel": k // self.unrolled}.get(self.name, 0)
         return {name: self.once[name] + turns * self.loop[name] for name in self.once | self.loop}
+
+
+def _counted(codes: Iterable[str]) -> Counter[str]:
+    """By kind; "passes": clocks of the load/store units, where 16 bytes a lane are four times 128 bytes."""
+    counts: Counter[str] = Counter()
+    for code in codes:
+        if code != "NOP":
+            counts[kind(code)] += 1
+            counts["passes"] += (4 if ".128" in code else 1) * (kind(code) in ("load", "store", "shuffle"))
+    return counts
+
+
+def _two_paths(sass: str) -> list[list[tuple[int, str]]]:
+    """The instructions of either side of the branch that goes beyond an exit. Raises ValueError if there is none."""
+    found = compiler.instructions(sass)
+    for origin, target in compiler.branches(sass):
+        exits = [address for address, code in found if code == "EXIT" and origin < address < target]
+        if exits:
+            ahead = [(address, code) for address, code in found if address <= max(exits)]
+            return [ahead, [(address, code) for address, code in found if address <= origin or address >= target]]
+    raise ValueError("gradient_kernel has no branch beyond an exit: a kernel without the two paths of whole and partial blocks")
 
 
 @dataclass(frozen=True)

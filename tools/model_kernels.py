@@ -52,7 +52,7 @@ def compiled(ids: Sequence[int], gpus: Sequence[Gpu]) -> Codes:
 
 def head_seconds(ops: Sequence[head_ops.Op], gpu: Gpu, codes: Codes, vocab: int, k: int, reached: Reached) -> dict[str, float]:
     """Seconds of the products, of each kernel, and of the small operations."""
-    seconds = dict.fromkeys(("products", *KERNELS, "small operations"), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(("products", *KERNELS, "small operations"), 0.0)
     for op in ops:
         moved = op.bytes_read + op.bytes_written
         from_memory = moved / (gpu.bandwidth * reached.bandwidth)
