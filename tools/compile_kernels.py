@@ -106,21 +106,33 @@ def variants(fast: bool) -> Iterator[Variant]:
             yield Variant("gradient_kernel", z, k, entropy, mask)
 
 
-def compile_variant(variant: Variant, arch: int, **options: Any) -> Compiled:
-    """Compile for sm_`arch` and measure. Raises RuntimeError with the assembler's output if it refuses."""
+def disassemble(variant: Variant, arch: int, **options: Any) -> tuple[Any, str]:
+    """What triton makes of `variant` for sm_`arch`, and its machine code (SASS) as text."""
     source, warps = variant.source()
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, **kernels.OPTIONS, **options})
     with tempfile.TemporaryDirectory() as folder:
-        assembler = _assemble(compiled.asm["ptx"], arch, Path(folder))
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        sass = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
+        return compiled, subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_variant(variant: Variant, arch: int, **options: Any) -> Compiled:
+    """Compile for sm_`arch` and measure. Raises RuntimeError with the assembler's output if it refuses."""
+    return measure(*disassemble(variant, arch, **options), variant, arch)
+
+
+def measure(compiled: Any, sass: str, variant: Variant, arch: int) -> Compiled:
+    """Read the machine code. Raises RuntimeError with the assembler's output if it refuses."""
+    with tempfile.TemporaryDirectory() as folder:
+        assembler = _assemble(compiled.asm["ptx"], arch, Path(folder))
     registers = re.search(r"Used (\d+) registers", assembler)
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", assembler)
     assert registers is not None, assembler
     assert spills is not None, assembler
-    codes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    codes = [code for _, code in instructions(sass)]
     assert codes, sass
+    loop = longest_loop(sass)
 
     def count(pattern: str) -> int:
         return sum(re.match(pattern, code) is not None for code in codes)
@@ -131,9 +143,9 @@ def compile_variant(variant: Variant, arch: int, **options: Any) -> Compiled:
         spill_stores=int(spills[2]),
         spill_loads=int(spills[3]),
         shared=compiled.metadata.shared,
-        warps=warps,
+        warps=variant.source()[1],
         instructions=sum(code != "NOP" for code in codes),
-        loop_instructions=_longest_loop(sass),
+        loop_instructions=sum(address in loop for address, _ in instructions(sass)),
         wide_loads=count(r"LDG\.E.*\.128"),
         wide_stores=count(r"STG\.E.*\.128"),
         loads=count(r"LDG"),
@@ -143,12 +155,32 @@ def compile_variant(variant: Variant, arch: int, **options: Any) -> Compiled:
     )
 
 
-def _longest_loop(sass: str) -> int:
-    """Instructions from a branch's target to a branch back to it."""
-    addresses = [int(address, 16) for address in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+\S", sass, re.MULTILINE)]
-    branches = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s.*\bBRA\b.*?\b0x([0-9a-f]+)", sass, re.MULTILINE)
-    spans = [(int(target, 16), int(origin, 16)) for origin, target in branches]
-    return max((sum(start <= address <= end for address in addresses) for start, end in spans if start < end), default=0)
+def instructions(sass: str) -> list[tuple[int, str]]:
+    """Address and operation of each instruction, predicates left out."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    return [(int(address, 16), code) for address, code in found]
+
+
+def branches(sass: str) -> list[tuple[int, int]]:
+    """Addresses of each branch and of its target."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s.*\bBRA\b.*?\b0x([0-9a-f]+)", sass, re.MULTILINE)
+    return [(int(origin, 16), int(target, 16)) for origin, target in found]
+
+
+def longest_loop(sass: str) -> range:
+    """Addresses from a branch's target to a branch back to it; empty without a loop."""
+    addresses = [address for address, _ in instructions(sass)]
+    spans = [range(target, origin + 1) for origin, target in branches(sass)]
+    return max((span for span in spans if len(span) > 1), key=lambda span: sum(address in span for address in addresses), default=range(0))
+
+
+def assemblers() -> dict[str, str]:
+    """Releases of the two assemblers that triton takes, by name."""
+    found = {}
+    for name, tool in (("ptxas", knobs.nvidia.ptxas), ("ptxas-blackwell", knobs.nvidia.ptxas_blackwell)):
+        said = subprocess.run([tool.path, "--version"], capture_output=True, text=True, check=True).stdout
+        found[name] = said.rpartition("release ")[2].partition(",")[0]
+    return found
 
 
 def _assemble(ptx: str, arch: int, folder: Path) -> str:
@@ -196,7 +228,8 @@ def main() -> int:
                 flush=True,
             )
     if arguments.output is not None:
-        record = {"triton": triton.__version__, "torch": torch.__version__, "command": " ".join(["python", *sys.argv]), "kernels": rows}
+        versions = {"triton": triton.__version__, **assemblers(), "torch": torch.__version__}
+        record = {**versions, "command": " ".join(["python", *sys.argv]), "kernels": rows}
         arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for fault in bad:
         print(f"FAULT {fault}", file=sys.stderr)

@@ -172,6 +172,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.save_for_backward(dx_NH, None if into_main_grad else dw_VH, weight)
         ctx.head, ctx.shape, ctx.into_main_grad, ctx.spent = head, hidden.shape, into_main_grad, False
         ctx.mark_non_differentiable(logp_NK, entropy_N)
+        ctx.set_materialize_grads(False)  # no zeros for these two
         return total, logp_NK, entropy_N
 
     @staticmethod
@@ -215,7 +216,7 @@ def _add_product_(total_VH: torch.Tensor, dz_CV: torch.Tensor, x_CH: torch.Tenso
     """total += dz^T x, in the precision of `total`."""
     if total_VH.dtype == dz_CV.dtype:
         total_VH.addmm_(dz_CV.t(), x_CH)
-    elif dz_CV.is_cuda and total_VH.dtype == torch.float32 and _has_mixed_addmm():
+    elif _mixes(total_VH, dz_CV):
         torch.addmm(total_VH, dz_CV.t(), x_CH, out_dtype=torch.float32, out=total_VH)
     else:
         # In blocks of columns, so that what is upcast is small. On a CPU the product itself is of the upcast factors.
@@ -226,6 +227,11 @@ def _add_product_(total_VH: torch.Tensor, dz_CV: torch.Tensor, x_CH: torch.Tenso
                 total_VH[block] += dz_CV[:, block].t() @ x_CH
             else:
                 total_VH[block].addmm_(dz_CV[:, block].t().to(total_VH.dtype), x_CH.to(total_VH.dtype))
+
+
+def _mixes(total_VH: torch.Tensor, dz_CV: torch.Tensor) -> bool:
+    """Whether a product of 16-bit matrices is added to an fp32 sum in one operation."""
+    return dz_CV.is_cuda and total_VH.dtype == torch.float32 and _has_mixed_addmm()
 
 
 @cache

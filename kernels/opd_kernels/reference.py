@@ -52,7 +52,7 @@ def write_gradient_(
         if shard.num_real:
             dz_NR.scatter_add_(1, local_NK[block], rows.g_logp_NK[block].where(own_NK[block], 0.0))
         dz_NR /= shard.temperature
-        out[block, shard.num_real :] = 0
+        out[block, shard.num_real :].zero_()
         out[block, : shard.num_real] = (dz_NR if mask is None else dz_NR.where(mask[:, None], 0.0)).to(out.dtype)
 
 

@@ -109,16 +109,23 @@ def gradient_kernel(
     HAS_MASK: tl.constexpr, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)
     out = out_ptr + row * stride_out + column
     if HAS_MASK:
         if tl.load(mask_ptr + row) == 0:
             tl.store(out, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=column < V)
             return
-    z = tl.load(z_ptr + row * stride_z + column, mask=column < V, other=0.0).to(tl.float32)
-    dz = _gradient(z, row, lse_ptr, entropy_ptr, g_sum_ptr, g_entropy_ptr, inv_temperature, WITH_ENTROPY)
-    dz = tl.where(column < num_real, dz, 0.0)
-    tl.store(out, dz.to(out_ptr.dtype.element_ty), mask=column < V)
+    z_block = z_ptr + row * stride_z + column
+    if first + BLOCK <= num_real:
+        z = tl.load(z_block).to(tl.float32)
+        dz = _gradient(z, row, lse_ptr, entropy_ptr, g_sum_ptr, g_entropy_ptr, inv_temperature, WITH_ENTROPY)
+        tl.store(out, dz.to(out_ptr.dtype.element_ty))
+    else:
+        z = tl.load(z_block, mask=column < V, other=0.0).to(tl.float32)
+        dz = _gradient(z, row, lse_ptr, entropy_ptr, g_sum_ptr, g_entropy_ptr, inv_temperature, WITH_ENTROPY)
+        dz = tl.where(column < num_real, dz, 0.0)
+        tl.store(out, dz.to(out_ptr.dtype.element_ty), mask=column < V)
 
 
 @triton.jit

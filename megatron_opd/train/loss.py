@@ -11,6 +11,7 @@ sum over the candidates alone it does not gain by leaving them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -126,8 +127,7 @@ def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def jsd(student: torch.Tensor, teacher: torch.Tensor, *, beta: float) -> torch.Tensor:
     """beta KL(pi_T, m) + (1 - beta) KL(pi_S, m) with m = beta pi_T + (1 - beta) pi_S. Source: GKD, arXiv 2306.13649, equation 1."""
-    of_teacher, of_student = (torch.full_like(student[:1, :1], share).log() for share in (beta, 1 - beta))  # made there, not sent there
-    mixture = torch.logaddexp(teacher + of_teacher, student + of_student)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
     return beta * reverse_kl(teacher, mixture) + (1 - beta) * reverse_kl(student, mixture)
 
 
