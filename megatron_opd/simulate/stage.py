@@ -237,18 +237,15 @@ def _build(ledger: Any, arch: Any, config: TrainerConfig, settings: dict[str, An
     return trainee, sum(parameter.numel() for student in students for parameter in student.parameters())
 
 
-def _steps(
-    ledger: Any, trainee: Any, arch: Any, recipe: Recipe, stage: str, lengths: list[int], *, micro_batches: int, steps: int
-) -> None:
+def _steps(ledger: Any, trainee: Any, arch: Any, recipe: Recipe, stage: str, lengths: list[int], *, micro_batches: int, steps: int) -> None:
     config: TrainerConfig = getattr(recipe, stage)
     from megatron_opd.train.loss import make_loss, sft_loss
     from megatron_opd.train.step import train_step
 
     loss = sft_loss if stage == "sft" else make_loss(config.loss)  # pyright: ignore[reportAttributeAccessIssue]
-    device = torch.device("cuda", torch.cuda.current_device())
     for number in range(steps):
         ledger.start_step(f"step {number}")
-        batches = [_micro_batch(config, stage, lengths, top_k=recipe.score.top_k).to(device) for _ in range(micro_batches)]
+        batches = [_micro_batch(config, stage, lengths, top_k=recipe.score.top_k).pinned() for _ in range(micro_batches)]
         train_step(trainee, arch, loss, batches, seed=config.seed, chunk_tokens=config.chunk_tokens)
 
 
