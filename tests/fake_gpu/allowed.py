@@ -27,33 +27,8 @@ def _once(case: Case) -> int:
     return 1
 
 
-def _chunks(case: Case) -> int:
-    return case.config.parallel.vpp
-
-
-def _on_last_stage(times: int) -> Callable[[Case], int]:
-    """So often in each micro-batch of a rank that has the loss."""
-    return lambda case: times * case.micro_batches if case.pipeline_stage == case.config.parallel.pp - 1 else 0
-
-
-def _arrays(case: Case) -> int:
-    """Of micro-batches: tokens, positions, bounds, rows, labels, places, weights, student's numbers; the teacher's; its candidates' two."""
-    arrays = 8 + (case.stage == "train") + 2 * (case.top_k > 0) + (case.top_k > 0)
-    return arrays * case.micro_batches
-
-
-STEP_FILE, MCORE = r"megatron_opd/train/step\.py", r"megatron/core"
 ALLOWED = [
-    Allowed("the step's numbers, read once", rf"tolist  {STEP_FILE}:train_step", _once),
-    Allowed("is the number of tokens above 0", rf"item  {MCORE}/distributed/finalize_model_grads\.py:finalize_model_grads", _chunks),
-    Allowed("the gradient norm, to report it", rf"item  {MCORE}/optimizer/clip_grads\.py:get_grad_norm_fp32 .*{STEP_FILE}:_update", _once),
-    Allowed("the gradient norm again, to clip", rf"item  {MCORE}/optimizer/clip_grads\.py:get_grad_norm_fp32 .*optimizer\.py:step$", _once),
-    Allowed("is the loss finite", rf"item  {STEP_FILE}:_update", _once),
-    Allowed("are all ranks' finite", rf"item  {STEP_FILE}:_finite_on_all_ranks", _once),
-    Allowed("are all ranks' finite: this rank's flag", rf"cpu->cuda BLOCKING 4 B  {STEP_FILE}:_finite_on_all_ranks", _once),
-    Allowed("numbers of Python's among the sums", r"cpu->cuda BLOCKING 8 B  megatron_opd/train/loss\.py:<listcomp> < \S*:pack_sums", _on_last_stage(4)),
-    Allowed("the denominator of a micro-batch", rf"cpu->cuda BLOCKING 4 B  {STEP_FILE}:_loss_sums", _on_last_stage(1)),
-    Allowed("micro-batches, from pageable memory", r"cpu->cuda pageable async \d+ B  megatron_opd/train/batches\.py:", _arrays),
+    Allowed("the step's numbers, read once", r"tolist  megatron_opd/train/update\.py:update", _once),
 ]
 
 

@@ -7,11 +7,11 @@ this rank, a attention width (heads x head size). Bytes are of the whole buffer,
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 from cases import Case
 
 from megatron_opd.estimate.memory import Layout, layers_of_stage, rank_parameters
-from megatron_opd.known_models import KNOWN
 
 BF16, FP32 = 2, 4
 PROMPT = 256  # tokens without a loss at the start of a sequence, as simulate_stage makes them
@@ -28,6 +28,20 @@ def layout_of(case: Case) -> Layout:
     return Layout.of(case.config, case.gpus)
 
 
+class MadeAgain(NamedTuple):
+    """What the backward pass runs again: the products of attention, its scores, the feed-forward or the experts."""
+
+    attention: bool
+    scores: bool
+    feed_forward: bool
+
+
+def made_again(case: Case) -> MadeAgain:
+    full = case.config.recompute == "full"
+    modules = set(case.config.recompute_modules) if case.config.recompute == "selective" else set()
+    return MadeAgain(full, full or "core_attn" in modules, full or bool({"mlp", "moe"} & modules))
+
+
 def bytes_by_group(case: Case) -> Counter[str]:
     """'operation kind' -> bytes of a step in bf16: all that grows with tokens or parameters. Sums, norms and statistics are none of them."""
     config, arch, layout = case.config, case.arch, layout_of(case)
@@ -37,18 +51,23 @@ def bytes_by_group(case: Case) -> Counter[str]:
     whole = BF16 * tokens * arch.hidden_size  # the hidden states of a micro-batch
     layers = layers_of_stage(arch, layout, case.pipeline_stage)
     first, last = case.pipeline_stage == 0, case.pipeline_stage == layout.pp - 1
-    forwards = {"none": 1, "full": 2}[config.recompute]
+    again = made_again(case)
+    # Attention and a dense feed-forward are cut over tp, experts are not: so many of a layer run forward, and so many backward.
+    forwards = 1 + again.attention + (0 if arch.num_experts else 1 + again.feed_forward)
+    backwards = 1 if arch.num_experts else 2
 
     if layout.tp > 1 and config.parallel.sequence_parallel:
-        halves = 1 if arch.num_experts else 2  # attention and a dense feed-forward are cut over tp, experts are not
-        gathered = (
-            layers * halves * (forwards + 2)
-        )  # inputs of both products; in the backward pass the input again, and the output's gradient
-        scattered = layers * halves * (forwards + 1)
-        traffic["all-gather tp"] += case.micro_batches * whole * (gathered + first + last)  # embedding's gradient, the head's input
-        traffic["reduce-scatter tp"] += case.micro_batches * whole * (scattered + first + last)
+        # Forward the input; backward the input again, and the gradient of the output. At the ends the embedding's gradient, the head's input.
+        traffic["all-gather tp"] += case.micro_batches * whole * (layers * (forwards + 2 * backwards) + first + last)
+        traffic["reduce-scatter tp"] += case.micro_batches * whole * (layers * (forwards + backwards) + first + last)
     elif layout.tp > 1:
-        traffic["all-reduce tp"] += case.micro_batches * whole * (2 * layers * (forwards + 1) + first + last)
+        traffic["all-reduce tp"] += case.micro_batches * whole * (layers * (forwards + backwards) + first + last)
+
+    if layout.cp > 1:  # the ring: forward keys and values to each other rank; backward these and their gradients
+        keys_and_values = 2 * BF16 * tokens * arch.num_kv_heads * arch.head_dim // layout.tp
+        around = (layout.cp - 1) * (1 + again.scores + 2)
+        for operation in ("send", "receive"):
+            traffic[f"{operation} cp"] += case.micro_batches * layers * around * keys_and_values
 
     if layout.pp > 1:
         sent = whole // (layout.tp if config.parallel.sequence_parallel else 1)
@@ -73,7 +92,7 @@ def bytes_by_group(case: Case) -> Counter[str]:
         routed = tokens // layout.tp * arch.experts_per_token
         exchange = BF16 * arch.hidden_size + FP32  # a token's hidden state and its probability
         back = BF16 * arch.hidden_size
-        traffic["all-to-all ep"] += case.micro_batches * layers * routed * (forwards + 1) * (exchange + back)
+        traffic["all-to-all ep"] += case.micro_batches * layers * routed * (2 + again.feed_forward) * (exchange + back)
     return Counter({kind: size for kind, size in traffic.items() if size})
 
 
@@ -88,21 +107,13 @@ def flops(case: Case) -> float:
         feed_forward = (arch.experts_per_token * 3 * arch.hidden_size * arch.ffn_size + arch.hidden_size * arch.num_experts) / spread
     else:
         feed_forward = 3 * arch.hidden_size * arch.ffn_size / layout.tp
-    modules = set(config.recompute_modules) if config.recompute == "selective" else set()
-    full = config.recompute == "full"
-    products = 2 * tokens * layers * ((3 + full) * attention + (3 + (full or bool({"mlp", "moe"} & modules))) * feed_forward)
+    again = made_again(case)
+    products = 2 * tokens * layers * ((3 + again.attention) * attention + (3 + again.feed_forward) * feed_forward)
     # Forward two products, backward five: FlashAttention makes the scores again. Half of each is above the diagonal.
     squares = sum(n * n for n in lengths(case)) / layout.cp
-    scores = (2 + 5 + 2 * (full or "core_attn" in modules)) * layers * arch.num_heads * arch.head_dim / layout.tp * squares
+    scores = (2 + 5 + 2 * again.scores) * layers * arch.num_heads * arch.head_dim / layout.tp * squares
     head = 0.0
     if case.pipeline_stage == layout.pp - 1:
         rows = sum(max(1, n - PROMPT) for n in lengths(case)) // layout.cp
         head = 3 * 2 * rows * arch.padded_vocab(layout.tp) / layout.tp * arch.hidden_size
     return case.micro_batches * (products + scores + head)
-
-
-def model_flops(case: Case) -> float:
-    """docs/training.md: 6 W n + 6 L a sum(len^2), of all ranks that share a micro-batch. `layers` are the case's."""
-    squares = sum(n * n for n in lengths(case))
-    assert KNOWN[case.model]
-    return case.micro_batches * case.arch.train_flops(case.config.micro_batch_tokens, squares)
