@@ -86,7 +86,9 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16), [*chunks])
     model_config.finalize_model_grads_func = finalize_gradients
     model_config.grad_scale_func = optimizer.scale_loss
-    model_config.batch_p2p_sync = False  # the host waits for the device at each exchange of a pipeline: for a fault of old versions of PyTorch
+    model_config.batch_p2p_sync = (
+        False  # the host waits for the device at each exchange of a pipeline: for a fault of old versions of PyTorch
+    )
     no_sync: Any = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     model_config.no_sync_func = no_sync
     scheduler = OptimizerParamScheduler(

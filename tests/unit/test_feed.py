@@ -115,6 +115,7 @@ def test_counts_travel_with_the_batch() -> None:
     assert {name: tensor.device for name, tensor in moved.tensors.items()} == dict.fromkeys(batch.tensors, ELSEWHERE)
     logp = torch.full((5,), -1.0)
     sums = pack_sums(torch.tensor(2.0), logp, torch.ones(5), batch, {"clipped": torch.tensor(3)})
-    assert sums[:4].tolist() == [2, 5, 5, 1] and sums[7] == 3 and sums.dtype == torch.float64
+    assert sums[:4].tolist() == [2, 5, 5, 1]
+    assert (sums[7], sums.dtype) == (3, torch.float64)
     sums = pack_sums(*(torch.empty(n, device=ELSEWHERE) for n in ((), (5,), (5,))), moved, {})
     assert sums.device == ELSEWHERE  # no operation joined a tensor of the host to it

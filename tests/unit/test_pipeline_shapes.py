@@ -16,9 +16,7 @@ from megatron_opd.train.pipeline import Shapes
 
 
 def shapes_of(lengths: list[int], rank: int, size: int, chunks: int) -> Shapes:
-    config = SimpleNamespace(
-        tensor_model_parallel_size=1, sequence_parallel=False, hidden_size=8, microbatch_group_size_per_vp_stage=size
-    )
+    config = SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False, hidden_size=8, microbatch_group_size_per_vp_stage=size)
     return Shapes(lengths, config, rank=rank, size=size, num_chunks=chunks)
 
 
