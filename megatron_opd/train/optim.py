@@ -115,7 +115,7 @@ def finalize_gradients(chunks: list[Any], denominator: torch.Tensor | None = Non
     finalize_model_grads(chunks, None, **options)
     if denominator is None:
         return
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(denominator, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
     dist.all_reduce(denominator, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     for chunk in chunks:

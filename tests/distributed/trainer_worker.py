@@ -128,7 +128,8 @@ def planned_shapes(folder: Path) -> dict[str, Any]:
 
     def both(shapes: pipeline.Shapes, *args: Any, **kwargs: Any) -> tuple[list[int], list[int]]:
         planned = answer(shapes, *args, **kwargs)
-        communicator = pipeline.P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), chunk_config[0])
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
+        communicator = pipeline.P2PCommunicator(group, chunk_config[0])
         asked = exchange(communicator, *args, **kwargs)
         assert asked == planned, (asked, planned)
         compared[0] += sum(map(any, planned))

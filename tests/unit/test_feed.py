@@ -117,5 +117,5 @@ def test_counts_travel_with_the_batch() -> None:
     sums = pack_sums(torch.tensor(2.0), logp, torch.ones(5), batch, {"clipped": torch.tensor(3)})
     assert sums[:4].tolist() == [2, 5, 5, 1]
     assert (sums[7], sums.dtype) == (3, torch.float64)
-    sums = pack_sums(*(torch.empty(n, device=ELSEWHERE) for n in ((), (5,), (5,))), moved, {})
+    sums = pack_sums(torch.empty((), device=ELSEWHERE), logp.to(ELSEWHERE), logp.to(ELSEWHERE), moved, {})
     assert sums.device == ELSEWHERE  # no operation joined a tensor of the host to it
