@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,8 +78,6 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     chunks = [
         DistributedDataParallel(model_config, ddp_config, student, disable_bucketing=number > 0) for number, student in enumerate(students)
     ]
-    for chunk in chunks:
-        _count_padding_(chunk)
     if not _fp8_parameters(config):  # torch.distributed does not know these; every rank has read the same files
         for chunk in chunks:
             chunk.broadcast_params()
@@ -104,6 +103,8 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+    # The offloading optimizer is made twice, the first time with copies of all parameters, and hooks hold that one in a cycle.
+    gc.collect()
     return Trainee(chunks, optimizer, scheduler)
 
 
@@ -162,18 +163,6 @@ def optimizer_config(config: TrainerConfig, *, bf16: bool) -> OptimizerConfig:
         **gather_options(config),
         **precision,
     )
-
-
-def _count_padding_(chunk: Any) -> None:
-    """Let a checkpoint keep the padding at the end of buckets.
-
-    Megatron-Core (0.16.1, 0.19.2) leaves it out when it collects the optimizer's state for a fully reshardable checkpoint, and then cuts
-    out parameters by offsets that count it: Adam's moments and main weights would be shifted from the second bucket on.
-    """
-    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _fp8_parameters(config: TrainerConfig) -> bool:

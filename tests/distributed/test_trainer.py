@@ -13,7 +13,7 @@ from tiny_models import make_model
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    for kind in ("qwen3", "qwen3-tied", "qwen2"):
+    for kind in ("qwen3", "qwen3-tied", "qwen2", "qwen3-moe"):
         make_model(folder / kind, kind, layers=4)
     make_model(folder / "student", "qwen3", seed=5, layers=4)
     make_model(folder / "mixture", "qwen3-moe", seed=5, layers=4)
@@ -66,3 +66,14 @@ def test_a_checkpoint_loads_into_layers_with_an_extra_state_but_lacks_no_tensor(
     results = run_ranks("other_layers", 2, folder, worker=TRAINER_WORKER)
     assert results["extra state"] == results["continued"]
     assert "can't be loaded: 4 of the tensors wanted are not in it (first: decoder.final_layernorm.bias)" in results["extra parameter"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "loaded"),
+    [("student", {"tp": 2}, [{"pp": 2, "vpp": 2}, {}]), ("qwen3-moe", {"tp": 2, "ep": 2}, [{"pp": 2, "ep": 2}])],
+)
+def test_what_each_rank_writes_is_what_megatron_gathers(folder: Path, kind: str, saved: dict, loaded: list[dict]) -> None:
+    """The same names and numbers in the files, bit for bit, and so in every layout: checkpoints of older versions go on."""
+    results = run_ranks("gathered", 4, folder, worker=TRAINER_WORKER, kind=kind, saved=saved, loaded=loaded)
+    assert len(results) == 4 + 1 + len(loaded)
+    assert all(results.values()), results

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import fp8_utils, parallel_state
 from rounded import Rounded, dequantized, quantize_matrices_
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.errors import CheckpointError
@@ -20,7 +23,7 @@ from megatron_opd.estimate.memory import Layout, rank_parameters
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.model.layers import RMSNorm
 from megatron_opd.records import Lineage
-from megatron_opd.train import pipeline
+from megatron_opd.train import checkpoint, pipeline
 from megatron_opd.train import step as step_module
 from megatron_opd.train.batches import BatchSource
 from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint, torch_optimizers
@@ -199,7 +202,7 @@ def other_layers(folder: Path) -> dict[str, Any]:
     trainee = build(config, arch)
     train_steps(trainee, arch, config, range(2))
     writer = CheckpointWriter(folder / "out-layers", str(folder / "student"), Lineage(), asynchronous=False)
-    checkpoint = writer.save(trainee, {"step": 2})
+    saved = writer.save(trainee, {"step": 2})
     results: dict[str, Any] = {"continued": train_steps(trainee, arch, config, range(2, 4))}
     RMSNorm.get_extra_state = lambda self: torch.zeros(3, dtype=torch.uint8)
     RMSNorm.set_extra_state = lambda self, state: None
@@ -210,7 +213,7 @@ def other_layers(folder: Path) -> dict[str, Any]:
             chunks[0].decoder.final_layernorm.register_parameter("bias", torch.nn.Parameter(torch.zeros(3)))
         trainee = make_trainee(chunks, config, steps=10)
         try:
-            load_checkpoint(checkpoint, trainee)
+            load_checkpoint(saved, trainee)
         except CheckpointError as error:
             results[name] = str(error)
             continue
@@ -219,5 +222,61 @@ def other_layers(folder: Path) -> dict[str, Any]:
     return results
 
 
+def gathered(folder: Path, kind: str, saved: dict[str, int], loaded: list[dict[str, int]]) -> dict[str, bool]:
+    """What Megatron-Core's own way of writing the optimizer's state, which gathers it, has to do with ours."""
+    arch = read_architecture(folder / kind)
+    config = stage_config(str(folder), init=str(folder / kind), parallel=layout(**saved))
+    trainee = build(config, arch)
+    train_steps(trainee, arch, config, range(2))
+    before = snapshot(trainee)
+    attach, checkpoints = checkpoint.attach, {}
+    for way in ("theirs", "ours"):
+        if way == "theirs":
+            _count_padding_(trainee)
+        checkpoint.attach = attach if way == "ours" else lambda optimizer: None
+        writer = CheckpointWriter(folder / f"out-{way}-{kind}", str(folder / kind), Lineage(), asynchronous=False)
+        checkpoints[way] = writer.save(trainee, {"step": 2})
+    contents = {way: tensors_of(path) for way, path in checkpoints.items()}
+    results = {
+        "names": contents["ours"].keys() == contents["theirs"].keys(),
+        "numbers": all(torch.equal(contents["ours"][key], tensor) for key, tensor in contents["theirs"].items()),
+        "moments": any("exp_avg_sq" in key and tensor.any() for key, tensor in contents["ours"].items()),
+    }
+    for sizes in (saved, *loaded):
+        config = stage_config(str(folder), init=str(folder / kind), parallel=layout(**sizes))
+        found = {}
+        for way, path in checkpoints.items():
+            trainee = build(config, arch)
+            load_checkpoint(path, trainee)
+            found[way] = snapshot(trainee)
+        results[f"{sizes} alike"] = all(map(torch.equal, found["ours"], found["theirs"]))
+        if sizes is saved:
+            results["as before"] = all(map(torch.equal, before, found["ours"]))
+    return {name: not max_over_ranks(float(not value)) for name, value in results.items()}
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    reader = FileSystemReader(path)
+    described = reader.read_metadata().state_dict_metadata
+    found: Any = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    _load_state_dict(found, reader, no_dist=True)
+    return found
+
+
+def _count_padding_(trainee: Trainee) -> None:
+    """Megatron-Core (0.16.1, 0.19.2) leaves the padding of buckets out when it gathers, and then cuts by offsets that count it."""
+    for chunk in trainee.chunks:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+
+
 if __name__ == "__main__":
     main([estimates, skipping, quantized, planned_shapes, one_norm, other_layers])
+    main([estimates, skipping, quantized, other_layers, gathered])

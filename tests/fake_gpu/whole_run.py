@@ -75,25 +75,6 @@ def saves_without_tensors(shelf: checkpoint_shapes.Shelf) -> Iterator[None]:
         yield
 
 
-class Numbers:
-    """What the host reads off the GPU: of a step's sums 1, so that means are numbers, of their last, whether to skip the step, 0; else 1 or 0."""
-
-    def __init__(self) -> None:
-        self.read = 0
-
-    def __call__(self, tensor: Any) -> float | int:
-        import torch
-
-        from megatron_opd.records import LOSS_SUM_NAMES
-
-        if tensor.dtype != torch.float64:
-            return 0.0 if tensor.is_floating_point() else 0
-        if tensor.dim() != 1 or len(tensor) <= len(LOSS_SUM_NAMES):
-            return 1.0
-        self.read = (self.read + 1) % len(tensor)
-        return float(self.read != 0)
-
-
 def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shapes.Shelf) -> dict[str, Any]:
     """One start of a stage, from its checkpoint if it has one. Returns waits, slow copies and messages of all of it."""
     from megatron_opd.simulate.gpu import world
@@ -104,10 +85,13 @@ def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shap
     config = getattr(recipe, stage)
     lengths: list[int] = [0]
     with world(rank=rank, size=size) as ledger:
+        import torch
+
         from megatron_opd.model.architecture import read_architecture
 
         arch = read_architecture(config.init)
-        ledger.scalar = Numbers()
+        # The host reads 1 where sums are, so that means are numbers, and else 0.
+        ledger.scalar = lambda tensor: 1.0 if tensor.dtype == torch.float64 else 0.0 if tensor.is_floating_point() else 0
         with stand_ins(ledger, arch, config, lengths), files_are_real(lengths), saves_without_tensors(shelf):
             {"sft": loop.run_sft, "train": loop.run_train}[stage](recipe)
         return {"waits": dict(ledger.waits), "copies": dict(ledger.copies), "comm": ledger.comm}
