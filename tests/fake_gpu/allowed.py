@@ -48,16 +48,18 @@ ALLOWED = [
 
 def faults(found: Iterable[tuple[str, int]], case: Case, allowed: list[Allowed] = ALLOWED) -> list[str]:
     """What differs between the waits and copies of a step and the list, a line each; [] if nothing does."""
+    seen: Counter[str] = Counter()
+    for text, number in found:
+        seen[re.sub(r":\d+:", ":", text)] += number  # of a file's lines nothing is said
     counts: Counter[int] = Counter()
     lines = []
-    for text, number in found:
-        plain = re.sub(r":\d+:", ":", text)  # of a file's lines nothing is said
-        fitting = [index for index, entry in enumerate(allowed) if re.match(entry.where, plain)]
+    for text, number in seen.items():
+        fitting = [index for index, entry in enumerate(allowed) if re.match(entry.where, text)]
         if len(fitting) != 1:
             lines.append(f"{'no entry' if not fitting else 'several entries'} of allowed.py for {number} x {text}")
         for index in fitting[:1]:
             counts[index] += number
     for index, entry in enumerate(allowed):
-        if counts[index] != entry.count(case):
-            lines.append(f"{counts[index]} instead of {entry.count(case)} x {entry.where} ({entry.reason})")
+        if counts[index] != (wanted := entry.count(case)):
+            lines.append(f"{counts[index]} instead of {wanted} x {entry.where} ({entry.reason})")
     return lines
