@@ -14,7 +14,17 @@ from cases import Case
 from megatron_opd.estimate.memory import Layout, layers_of_stage, rank_parameters
 from megatron_opd.estimate.workload import PROMPT_TOKENS
 
-BF16, FP32 = 2, 4
+BF16, FP8, FP32 = 2, 1, 4
+# Bytes of a value that tensor parallelism gathers for a product, over those of bf16: inputs, gradients of outputs. Scales of blocks of 32 (one
+# byte) and 128 values (four bytes) are 1/32 of a value; gradients of block recipes are sent twice, scaled along rows and along columns.
+_BLOCKS = FP8 * (1 + 1 / 32) / BF16
+GATHERED = {
+    None: (1.0, 1.0),
+    "delayed": (0.5, 0.5),
+    "tensorwise": (0.5, 0.5),
+    "blockwise": (_BLOCKS, 2 * _BLOCKS),
+    "mxfp8": (_BLOCKS, 2 * _BLOCKS),
+}
 
 
 def layout_of(case: Case) -> Layout:
@@ -48,10 +58,16 @@ def bytes_by_group(case: Case) -> Counter[str]:
     # Attention and a dense feed-forward are cut over tp, experts are not: so many of a layer run forward, and so many backward.
     forwards = 1 + again.attention + (0 if arch.num_experts else 1 + again.feed_forward)
     backwards = 1 if arch.num_experts else 2
+    fp8 = config.fp8
+    plain = layers if fp8 is None else fp8.bf16_first_layers * first + fp8.bf16_last_layers * last  # layers in bf16
 
     if layout.tp > 1 and config.parallel.sequence_parallel:
         # Forward the input; backward the input again, and the gradient of the output. At the ends the embedding's gradient, the head's input.
-        traffic["all-gather tp"] += case.micro_batches * whole * (layers * (forwards + 2 * backwards) + first + last)
+        for recipe, count in ((None, plain), (fp8 and fp8.recipe, layers - plain)):
+            inputs, gradients = GATHERED[recipe]
+            gathered = count * ((forwards + backwards) * inputs + backwards * gradients)
+            traffic["all-gather tp"] += round(case.micro_batches * whole * gathered)
+        traffic["all-gather tp"] += case.micro_batches * whole * (first + last)
         traffic["reduce-scatter tp"] += case.micro_batches * whole * (layers * (forwards + backwards) + first + last)
     elif layout.tp > 1:
         traffic["all-reduce tp"] += case.micro_batches * whole * (layers * (forwards + backwards) + first + last)
@@ -71,13 +87,15 @@ def bytes_by_group(case: Case) -> Counter[str]:
         traffic["receive pp"] += (forward + backward) * sent
 
     gradient = BF16 if config.main_grads_dtype == "bfloat16" else FP32
+    # FP8 matrices are gathered as they are; those of mxfp8 in bf16, through the gradients' memory.
+    in_fp8 = parameters.matrix if fp8 and fp8.parameters and fp8.recipe != "mxfp8" else 0
     for count, kind, ranks in (
         (parameters.dense, "dp-cp", layout.dp * layout.cp),
         (parameters.expert, "expert-dp", layout.expert_dp),
     ):
         if ranks > 1 and config.distributed_optimizer:
             traffic[f"reduce-scatter {kind}"] += gradient * count
-            traffic[f"all-gather {kind}"] += BF16 * count
+            traffic[f"all-gather {kind}"] += BF16 * count - (BF16 - FP8) * (in_fp8 if kind == "dp-cp" else 0)
         elif ranks > 1:
             traffic[f"all-reduce {kind}"] += gradient * count
 
