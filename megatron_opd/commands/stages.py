@@ -171,9 +171,13 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
         from megatron_opd.calibrate import check_engines
 
         return check_engines(recipe)
+    import torch
+
     from megatron_opd.data.joined import show_stores
     from megatron_opd.train.readiness import check_start
 
+    if torch.cuda.is_available():
+        torch.cuda.init()  # the notes then say which layers this GPU gets
     number = round_of(recipe, args) if args.stage == "train" else None
     ready = check_start(recipe, args.stage, number=number, ranks=args.ranks, allow_changes=args.continue_with_changes)
     for note in ready.notes:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from megatron_opd.config import Recipe, ScoreStage, SftStage, TrainerConfig, TrainStage
 from megatron_opd.convert.source import open_source
 from megatron_opd.convert.written import read_origin
@@ -50,8 +52,19 @@ def check_stage(recipe: Recipe, name: str, number: int | None = None) -> Readine
     config: TrainerConfig = getattr(seen, name)
     require_made(seen, config.init, *store_list(config.store), scored=name == "train", number=number)
     if name == "sft":
-        return check_sft(recipe.sft, recipe.generate.model if recipe.generate else recipe.models.teacher)
-    return check_train(seen.train, seen.score, rounds=recipe.rounds, number=number)
+        ready = check_sft(recipe.sft, recipe.generate.model if recipe.generate else recipe.models.teacher)
+    else:
+        ready = check_train(seen.train, seen.score, rounds=recipe.rounds, number=number)
+    return replace(ready, notes=[*ready.notes, *_gpu_notes(ready.arch, config)])
+
+
+def _gpu_notes(arch: Architecture, config: TrainerConfig) -> list[str]:
+    """What the layers on this GPU will be; nothing where CUDA is not started, as a launcher must leave the GPU to its ranks."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return []
+    from megatron_opd.model.student import describe_layers
+
+    return describe_layers(arch, config)
 
 
 def check_start(
