@@ -181,29 +181,20 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError("linear_loss: a second backward, but its gradients were made once, in the forward pass")
         ctx.spent = True
         dx_NH, dw_VH, weight = ctx.saved_tensors
-        dw = None
         if ctx.into_main_grad:
             # The weight's gradient is in main_grad already. No wait for the GPU: there the check fails in the kernel's queue.
             torch.ops.aten._assert_async.msg(
                 g_total == 1, "linear_loss has added its gradient to main_grad, so the loss must not be scaled afterwards"
             )
             weight.grad_added_to_main_grad = True
-            dw = _zeros_like(weight)  # something must arrive, or Megatron's hook of the weight runs in another thread
-        else:
-            dw = None if dw_VH is None else dw_VH.mul_(g_total).to(weight.dtype)
-            if dx_NH is not None:
-                dx_NH.mul_(g_total)
-        return None if dx_NH is None else ctx.head.scatter(dx_NH, ctx.shape), dw, None
-
-
-@cache
-def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _zeros_like(weight: torch.Tensor) -> torch.Tensor:
-    """A zero gradient that autograd takes as it is: it would copy an expanded one, and a new one would be written each micro-batch."""
-    return _zeros(weight.shape, weight.dtype, weight.device).detach()
+        elif dx_NH is not None:
+            dx_NH.mul_(g_total)
+        dx = None if dx_NH is None else ctx.head.scatter(dx_NH, ctx.shape)
+        if ctx.into_main_grad:
+            # Something must arrive, or Megatron's hook of the weight runs in another thread; it drops this at once. Zeros, as the gradient
+            # of tied embeddings is added to it; autograd would copy expanded ones. Made last: at a time when little else is there.
+            return dx, torch.zeros_like(weight), None
+        return dx, None if dw_VH is None else dw_VH.mul_(g_total).to(weight.dtype), None
 
 
 def _loss_and_gradients(

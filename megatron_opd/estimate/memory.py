@@ -1,7 +1,6 @@
 """Memory per GPU of a training stage before it runs, from a model of the arithmetic: docs/training.md has it.
 
-Legend: H hidden size, F feed-forward size (an expert's, of a mixture), V padded vocabulary, L layers of a pipeline stage, S tokens of
-a micro-batch on one rank. Sizes are bytes unless the name says otherwise.
+Legend: H hidden size, F feed-forward size (an expert's, of a mixture), D head size. Sizes are bytes unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_opd.config import TrainerConfig
 from megatron_opd.errors import UserError
+from megatron_opd.estimate.activations import SCALED_MOMENTS, WORKSPACE_BYTES, activations
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
@@ -20,7 +20,7 @@ GIB = 2**30
 # CUDA context, cuBLAS and NCCL buffers; and what the caching allocator can't use. Assumptions.
 FIXED_BYTES = 3 * GIB
 FRAGMENTATION = 0.05
-MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 2}  # Transformer Engine keeps FP8 numbers transposed too
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,25 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest GPU."""
+    """Bytes on the fullest GPU at the busiest moment of a step."""
 
     parameters: float
     gradients: float
     optimizer: float
-    activations: float
-    logits: float
+    activations: float  # kept for the backward pass
+    working: float  # of the busiest moment: a layer's backward pass, the LM head and loss, or Adam
+    buffers: float
+    building: float  # at most in all, before the first step
     host: float  # not on the GPU: what optimizer_offload keeps in the node's memory for it
 
     @property
     def parts(self) -> dict[str, float]:
-        """What lies on the GPU."""
-        return {name: value for name, value in vars(self).items() if name != "host"}
+        """What lies on the GPU in a step."""
+        return {name: value for name, value in vars(self).items() if name not in ("building", "host")}
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values()) * (1 + FRAGMENTATION) + FIXED_BYTES
+        return max(sum(self.parts.values()), self.building) * (1 + FRAGMENTATION) + FIXED_BYTES
 
 
 @dataclass(frozen=True)
@@ -115,63 +117,37 @@ def layers_of_stage(arch: Architecture, layout: Layout, stage: int) -> int:
     return sum(arch.stage_layers(layout.pp * layout.vpp)[stage :: layout.pp])
 
 
-def activation_bytes(arch: Architecture, config: TrainerConfig, layout: Layout) -> tuple[float, float]:
-    """(kept for the backward pass, at most, with no recomputation) bytes of a token in one layer, in bf16 with flash attention."""
-    H, F, D, tp = arch.hidden_size, arch.ffn_size, arch.head_dim, layout.tp
-    spread = tp if config.parallel.sequence_parallel else 1  # norms and residuals
-    experts = arch.experts_per_token
-    norms = 2 * 2 * 2 * H / spread  # input and output of both
-    qkv = 2 * D * (arch.num_heads + 2 * arch.num_kv_heads) / tp
-    core = qkv + (2 * D * (arch.num_heads + arch.num_kv_heads) / tp if arch.qk_norm else 0) + (2 * D + 4) * arch.num_heads / tp
-    activation = 2 * F
-    feed_forward = (4 * F + activation) / tp
-    if experts:  # tokens are sent to the experts once each: input, both halves of the first product, the activation
-        feed_forward = experts * (2 * 2 * H + 4 * F + activation) / spread + 4 * arch.num_experts / spread
-    whole = norms + core + feed_forward
-    if config.recompute == "full":
-        return 2 * H / spread, whole
-    saved = 0.0
-    if config.recompute == "selective":
-        modules = config.recompute_modules
-        saved += norms / 2 if "layernorm" in modules else 0
-        saved += feed_forward if {"mlp", "moe"} & set(modules) else 0
-        saved += experts * activation / spread if "moe_act" in modules and "moe" not in modules else 0
-    return whole - saved, whole
-
-
 def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stage: int, *, micro_batches: int) -> Memory:
-    """Bytes on a GPU of pipeline stage `stage`, training in bf16. `micro_batches` of a step, on one rank."""
+    """Bytes on a GPU of pipeline stage `stage`, training in bf16 with Transformer Engine. `micro_batches` of a step, on one rank."""
     parameters = rank_parameters(arch, layout, stage)
     fp8 = config.fp8
     gradient = 2 if config.main_grads_dtype == "bfloat16" else 4
     moment = MOMENT_BYTES[config.moments_dtype]
     state = 4 + 2 * moment  # main weights and Adam's two moments
     shards = (layout.dp * layout.cp, layout.expert_dp) if config.distributed_optimizer else (1, 1)
-    optimizer = state * (parameters.dense / shards[0] + parameters.expert / shards[1])
+    own = parameters.dense / shards[0] + parameters.expert / shards[1]
+    offload = config.optimizer_offload
     fp8_copies = 2 * parameters.matrix if fp8 else 0  # one for each of the two products that read a matrix
     bf16 = parameters.total - (parameters.matrix if fp8 and fp8.parameters else 0)
 
-    tokens = config.micro_batch_tokens / layout.cp
-    kept, whole = activation_bytes(arch, config, layout)
-    in_flight = min(layout.pp - stage, micro_batches)
-    if layout.vpp > 1:
-        in_flight = layout.pp * (1 + (layout.pp - 1) / (layout.pp * layout.vpp))
-    activations = tokens * kept * layers_of_stage(arch, layout, stage) * in_flight
-    # The layer whose backward pass runs: what is made again, its gradients (as large as the largest activation), gathered inputs.
-    activations += tokens * ((whole - kept) + 2 * 2 * arch.hidden_size + 4 * arch.ffn_size / layout.tp)
-    logits = 0.0
-    if stage == layout.pp - 1:
-        rows = min(tokens, config.chunk_tokens or tokens)
-        # bf16 logits that become their own gradient; the whole micro-batch's hidden states, their gradient; a product's output.
-        logits = 2 * rows * arch.padded_vocab(layout.tp) / layout.tp + 3 * 2 * tokens * arch.hidden_size
-    offload = config.optimizer_offload
+    layers = layers_of_stage(arch, layout, stage)
+    held = activations(arch, config, layout, stage, layers=layers, micro_batches=micro_batches)
+    # Adam makes float32 numbers of moments that have a scale, of all at once; no activations are there then.
+    unscaled = own * 8 * (1 - offload) if config.moments_dtype in SCALED_MOMENTS else 0
+    # Products add weight gradients to those above, and hand on one stand-in for each shape of a matrix; experts share theirs.
+    stand_ins = 2 * (parameters.matrix - parameters.expert + parameters.expert / max(1, arch.num_experts // layout.ep)) / max(1, layers)
+    # An optimizer that has a part on the GPU and one on the host makes float32 gradients of its own, and keeps them.
+    gradients_again = 4 * own * (1 - offload) if 0 < offload < 1 and gradient == 2 else 0
     return Memory(
         parameters=2 * bf16 + fp8_copies,
-        gradients=gradient * parameters.total,
-        optimizer=optimizer * (1 - offload),
-        activations=activations,
-        logits=logits,
-        host=offload * 16 * optimizer / state,  # main weights, two moments and gradients of this rank's shard, all fp32
+        gradients=gradient * parameters.total + gradients_again,
+        optimizer=own * state * (1 - offload),
+        activations=held.kept,
+        working=max(held.working, unscaled - held.kept),
+        buffers=WORKSPACE_BYTES * (5 if arch.num_experts else 1) + stand_ins,
+        # While Megatron-Core's buffers for weights and gradients are filled, the weights lie there a second time.
+        building=(2 + 2 + gradient) * parameters.total,
+        host=offload * 16 * own,  # main weights, two moments and gradients of this rank's shard, all fp32
     )
 
 
@@ -230,4 +206,5 @@ def _changes(config: TrainerConfig) -> Iterator[tuple[str, TrainerConfig]]:
 def describe(memory: Memory) -> str:
     """The parts in GiB, on one line."""
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in memory.parts.items())
+    parts += f"; while it is built {memory.building / GIB:.1f}" if memory.building > sum(memory.parts.values()) else ""
     return f"{parts}, fixed {FIXED_BYTES / GIB:.0f}, fragmentation {FRAGMENTATION:.0%}"

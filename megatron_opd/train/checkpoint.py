@@ -26,7 +26,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opd.checksums import check_files, collect_sums, id_of, record_checksums, said_of
@@ -39,6 +38,7 @@ from megatron_opd.lineage import write_lineage
 from megatron_opd.records import Lineage
 from megatron_opd.saved import LATEST, STATE_FILE, STEP_PREFIX, checkpoint_folder, last_saved, step_name, step_of
 from megatron_opd.train.optim import Trainee, optimizer_parts
+from megatron_opd.train.optimizer_state import attach
 from megatron_opd.train.writers import Results, how_it_ended, write_and_sum
 
 # Names that start so are no checkpoints: being written, or being removed.
@@ -222,23 +222,6 @@ def _set_aside(checkpoint: Path) -> Path:
 _ASYNC_STRATEGY: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
 
-def _keep_step() -> None:
-    """torch's AdamW has a 'step' tensor in each state; loading a fully reshardable checkpoint drops it on one side only (KeyError)."""
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state and "step" not in tensors:
-            tensors = {**tensors, "step": state["step"].clone()}
-        original(self, model_param, tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-
-
-_keep_step()
-
-
 def load_checkpoint(checkpoint: Path, trainee: Trainee) -> None:
     """Fill model and optimizer, whatever layout the checkpoint, whose files were checked, was saved with. Raises CheckpointError.
 
@@ -317,14 +300,14 @@ def _content_metadata(trainee: Trainee) -> dict[str, Any]:
     """How the state dict is laid out; 'fully_reshardable' is the optimizer format that any other layout can load."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if trainee.chunks[0].ddp_config.use_distributed_optimizer:
-        # With its state on the CPU, the host's memory is what is short: gather it on one rank, not on all.
-        offloads = any(part.config.optimizer_cpu_offload for part in optimizer_parts(trainee.optimizer))
-        metadata |= {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": offloads}
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable"  # written and read by optimizer_state.py
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return metadata
 
 
 def _sharded_state(trainee: Trainee, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    for part in optimizer_parts(trainee.optimizer):
+        attach(part)
     model_state = {str(number): student.sharded_state_dict(metadata=metadata) for number, student in enumerate(trainee.students)}
     optimizer_state = trainee.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     force_all_tensors_to_non_fp8(model_state)  # in a checkpoint, FP8 parameters are the bfloat16 numbers that they stand for

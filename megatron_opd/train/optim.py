@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,8 +78,6 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     chunks = [
         DistributedDataParallel(model_config, ddp_config, student, disable_bucketing=number > 0) for number, student in enumerate(students)
     ]
-    for chunk in chunks:
-        _count_padding_(chunk)
     if not _fp8_parameters(config):  # torch.distributed does not know these; every rank has read the same files
         for chunk in chunks:
             chunk.broadcast_params()
@@ -86,6 +85,9 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16), [*chunks])
     model_config.finalize_model_grads_func = finalize_gradients
     model_config.grad_scale_func = optimizer.scale_loss
+    model_config.batch_p2p_sync = (
+        False  # the host waits for the device at each exchange of a pipeline: for a fault of old versions of PyTorch
+    )
     no_sync: Any = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     model_config.no_sync_func = no_sync
     scheduler = OptimizerParamScheduler(
@@ -101,6 +103,8 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+    # The offloading optimizer is made twice, the first time with copies of all parameters, and hooks hold that one in a cycle.
+    gc.collect()
     return Trainee(chunks, optimizer, scheduler)
 
 
@@ -112,7 +116,7 @@ def finalize_gradients(chunks: list[Any], denominator: torch.Tensor | None = Non
     finalize_model_grads(chunks, None, **options)
     if denominator is None:
         return
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(denominator, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
     dist.all_reduce(denominator, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     for chunk in chunks:
@@ -159,18 +163,6 @@ def optimizer_config(config: TrainerConfig, *, bf16: bool) -> OptimizerConfig:
         **gather_options(config),
         **precision,
     )
-
-
-def _count_padding_(chunk: Any) -> None:
-    """Let a checkpoint keep the padding at the end of buckets.
-
-    Megatron-Core (0.16.1, 0.19.2) leaves it out when it collects the optimizer's state for a fully reshardable checkpoint, and then cuts
-    out parameters by offsets that count it: Adam's moments and main weights would be shifted from the second bucket on.
-    """
-    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _fp8_parameters(config: TrainerConfig) -> bool:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cases import Case
+from oracle import layout_of, made_again
+
+from megatron_opd.estimate.memory import layers_of_stage
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,19 @@ def _once(case: Case) -> int:
     return 1
 
 
+def _dispatches(case: Case) -> int:
+    """Of tokens to experts, those of layers that are run again included."""
+    layers = layers_of_stage(case.arch, layout_of(case), case.pipeline_stage)
+    return case.micro_batches * layers * (1 + made_again(case).feed_forward) if case.arch.num_experts else 0
+
+
 ALLOWED = [
     Allowed("the step's numbers, read once", r"tolist  megatron_opd/train/update\.py:update", _once),
+    Allowed(
+        "how many tokens every expert is sent: sizes of products and messages",
+        r"event\.synchronize  megatron/core/transformer/moe/token_dispatcher\.py:_maybe_dtoh_and_synchronize",
+        _dispatches,
+    ),
 ]
 
 

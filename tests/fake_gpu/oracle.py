@@ -12,16 +12,9 @@ from typing import NamedTuple
 from cases import Case
 
 from megatron_opd.estimate.memory import Layout, layers_of_stage, rank_parameters
+from megatron_opd.estimate.workload import PROMPT_TOKENS
 
 BF16, FP32 = 2, 4
-PROMPT = 256  # tokens without a loss at the start of a sequence, as simulate_stage makes them
-
-
-def lengths(case: Case) -> list[int]:
-    """Sequences of a micro-batch: as many of the longest as fit, and the rest."""
-    longest = min(4096 + PROMPT if case.stage == "train" else 16384, case.config.micro_batch_tokens)
-    whole, rest = divmod(case.config.micro_batch_tokens, longest)
-    return [longest] * whole + ([rest] if rest else [])
 
 
 def layout_of(case: Case) -> Layout:
@@ -110,10 +103,12 @@ def flops(case: Case) -> float:
     again = made_again(case)
     products = 2 * tokens * layers * ((3 + again.attention) * attention + (3 + again.feed_forward) * feed_forward)
     # Forward two products, backward five: FlashAttention makes the scores again. Half of each is above the diagonal.
-    squares = sum(n * n for n in lengths(case)) / layout.cp
+    squares = sum(n * n for n in case.lengths) / layout.cp
     scores = (2 + 5 + 2 * again.scores) * layers * arch.num_heads * arch.head_dim / layout.tp * squares
     head = 0.0
     if case.pipeline_stage == layout.pp - 1:
-        rows = sum(max(1, n - PROMPT) for n in lengths(case)) // layout.cp
+        # A rank of context parallelism has two of 2 cp pieces of each sequence; the prompt is in the first rank's.
+        prompt = PROMPT_TOKENS if case.rank // layout.tp % layout.cp == 0 else 0
+        rows = sum(n / layout.cp - prompt for n in case.lengths)
         head = 3 * 2 * rows * arch.padded_vocab(layout.tp) / layout.tp * arch.hidden_size
     return case.micro_batches * (products + scores + head)
