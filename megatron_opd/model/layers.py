@@ -1,4 +1,6 @@
-"""Layers for Megatron-Core's local spec, where Transformer Engine is not: RMSNorm, and attention over packed sequences.
+"""RMSNorm and attention over packed sequences for Megatron-Core's local spec, where Transformer Engine is not.
+
+Attention serves in Transformer Engine's layers, too, where these would hold all S x S scores (`attention.choose_attention`).
 
 Legend: S packed tokens, H heads of this rank, D head dimension, B sequences, L longest of them.
 """
@@ -17,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_opd.data.context import context_parallel_tokens
+from megatron_opd.model.rope import Rotation
 
 
 class RMSNorm(torch.nn.Module):
@@ -37,6 +40,7 @@ class RMSNorm(torch.nn.Module):
 class PackedAttention(MegatronModule):
     """Causal attention over sequences packed back to back (THD): see `packed_attention`.
 
+    Queries and keys are turned by `packed_seq_params.rotation` first, where the student has put one there (`rope.Rotation`).
     Under context parallelism the whole pack is gathered and every rank keeps its rows: exact, but with no work saved, so it is for
     tests on CPUs (Transformer Engine's ring is for GPUs).
     """
@@ -73,6 +77,9 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None
         assert packed_seq_params.qkv_format == "thd"
         assert query.dim() == 3, "the trainer packs every micro-batch"
+        turn: Rotation | None = getattr(packed_seq_params, "rotation", None)
+        if turn is not None:
+            query, key = turn.apply(query), turn.apply(key)
         cp, bounds = self.cp_group.size(), packed_seq_params.cu_seqlens_q
         mine: torch.Tensor | None = None
         if cp > 1:
@@ -119,7 +126,20 @@ def _attend_varlen(
     else:
         key, value = _for_every_head(key, value, query.shape[1])
     bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    return attend(query, key, value, bounds, bounds, longest, longest, **options)
+    attended = attend(query, key, value, bounds, bounds, longest, longest, **options)
+    if torch.are_deterministic_algorithms_enabled() and attended.grad_fn is not None:
+        order_strictly(attended.grad_fn)
+    return attended
+
+
+def order_strictly(node: Any) -> None:
+    """Let this node of the backward pass run under the strict setting of deterministic algorithms, and the others as they were set.
+
+    PyTorch's FlashAttention adds in a fixed order under the strict setting alone (`attention_backward.cu`), which refuses other operations.
+    """
+    before = torch.is_deterministic_algorithms_warn_only_enabled()
+    node.register_prehook(lambda gradients: torch.use_deterministic_algorithms(True))
+    node.register_hook(lambda gradients, upstream: torch.use_deterministic_algorithms(True, warn_only=before))
 
 
 def _attend_in_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:

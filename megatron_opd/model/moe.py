@@ -30,6 +30,7 @@ def moe_options(arch: Architecture, parallel: ParallelConfig, *, grouped: bool) 
         "moe_router_topk": arch.experts_per_token,
         "moe_ffn_hidden_size": arch.ffn_size,
         "moe_grouped_gemm": grouped,
+        "moe_permute_fusion": grouped and _permutes(),  # without, two waits a layer for how many tokens were selected
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": 1,
         # Softmax over the chosen logits is the softmax over all of them, divided by the chosen ones' sum.
@@ -39,6 +40,18 @@ def moe_options(arch: Architecture, parallel: ParallelConfig, *, grouped: bool) 
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
     }
+
+
+def _permutes() -> bool:
+    """Whether Transformer Engine has kernels that sort tokens by expert (2.1 and later); Megatron-Core asks for all of them."""
+    names = (
+        "fused_permute",
+        "fused_permute_with_probs",
+        "fused_sort_chunks_by_index",
+        "fused_sort_chunks_by_index_with_probs",
+        "fused_unpermute",
+    )
+    return all(getattr(moe_utils, name, None) is not None for name in names)
 
 
 def mark_experts(model: torch.nn.Module) -> None:

@@ -23,10 +23,13 @@ from opd_kernels.linear import Observer
 
 from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.errors import UserError
+from megatron_opd.model.accumulation import Fusion, choose_fusion, fuse_accumulation_, has_apex
 from megatron_opd.model.architecture import MADE_IN_PLACE, Architecture
+from megatron_opd.model.attention import core_attention
 from megatron_opd.model.fp8 import fp8_options, this_machine
 from megatron_opd.model.layers import PackedAttention, RMSNorm, varlen_attention
 from megatron_opd.model.moe import mark_experts, moe_options
+from megatron_opd.model.rope import rotation
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,15 @@ class Student(GPTModel):
     `linear_loss` then applies the LM head and the loss to the rows that need it, so that logits of prompts are never made, those of
     all tokens never held, and nothing is upcast to fp32 on the way.
     """
+
+    turns_by_position = False  # RoPE by the tokens' positions, in our attention (Transformer Engine has its own)
+
+    def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        if self.turns_by_position:
+            if self.rotary_pos_emb.inv_freq.device != position_ids.device:
+                self.rotary_pos_emb.inv_freq = self.rotary_pos_emb.inv_freq.to(position_ids.device)
+            packed_seq_params.rotation = rotation(position_ids.view(-1), self.rotary_pos_emb.inv_freq, self.config.params_dtype)
+        return super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
@@ -138,10 +150,9 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         bias_dropout_fusion=on_gpu,
         bias_activation_fusion=on_gpu,
-        apply_rope_fusion=uses_transformer_engine(),  # without it, each layer waits for the lengths of its sequences
-        # Fusions that need kernels from apex.
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        apply_rope_fusion=uses_transformer_engine(),  # without it, our attention turns queries and keys
+        masked_softmax_fusion=False,  # our attention and Transformer Engine's have no such softmax
+        gradient_accumulation_fusion=_fusion(dtype) == "apex",  # Transformer Engine's: see build_chunks
         persist_layer_norm=False,
         # Interleaved over gloo (0.16.1), outputs were freed before they were sent.
         deallocate_pipeline_outputs=on_gpu or parallel.vpp == 1,
@@ -184,17 +195,33 @@ def _recompute_options(arch: Architecture, recompute: str, modules: Sequence[str
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
-def build_chunks(arch: Architecture, config: TransformerConfig) -> list[Student]:
-    """This rank's pipeline stages, one but for an interleaved pipeline; parameters not yet loaded. Parallel state must be initialised."""
+def build_chunks(arch: Architecture, config: TransformerConfig, *, longest: int | None = None) -> list[Student]:
+    """This rank's pipeline stages, one but for an interleaved pipeline; parameters not yet loaded. Parallel state must be initialised.
+
+    longest: tokens of the longest sequence that they will see (None: as many as the model takes). Raises UserError for context parallelism
+    on GPUs whose attention would hold all S x S scores.
+    """
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # 0.19 announces HybridModel at each build
     stages = config.virtual_pipeline_model_parallel_size
-    return [_build(arch, config, stage) for stage in (range(stages) if stages else [None])]
+    chunks = [_build(arch, config, stage, longest) for stage in (range(stages) if stages else [None])]
+    fusion = _fusion(config.params_dtype)
+    if fusion == "Transformer Engine":
+        fused = sum(map(fuse_accumulation_, chunks))
+        assert fused, "no layer of Transformer Engine has fuse_wgrad_accumulation"
+        config.gradient_accumulation_fusion = True
+    if torch.cuda.is_available():
+        logger.info("weight gradients of a micro-batch: %s", f"added in float32 by {fusion}" if fusion else "rounded, then added")
+    return chunks
 
 
-def _build(arch: Architecture, config: TransformerConfig, vp_stage: int | None) -> Student:
+def _fusion(dtype: torch.dtype) -> Fusion | None:
+    return choose_fusion(dtype=dtype, on_gpu=torch.cuda.is_available(), transformer_engine=uses_transformer_engine(), apex=has_apex())
+
+
+def _build(arch: Architecture, config: TransformerConfig, vp_stage: int | None, longest: int | None) -> Student:
     student = Student(
         config=config,
-        transformer_layer_spec=_layer_spec(arch, config, vp_stage),
+        transformer_layer_spec=_layer_spec(arch, config, vp_stage, longest),
         vocab_size=arch.padded_vocab(config.tensor_model_parallel_size),
         max_sequence_length=arch.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -208,18 +235,32 @@ def _build(arch: Architecture, config: TransformerConfig, vp_stage: int | None) 
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         vp_stage=vp_stage,
     )
+    if not uses_transformer_engine():
+        student.position_embedding_type = "none"
+        student.turns_by_position = True
     mark_experts(student)
     return student
 
 
-def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | None) -> Any:
+def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | None, longest: int | None) -> Any:
     """Transformer Engine's layers on a GPU that has it, otherwise the local ones with our norm and packed attention."""
     experts = arch.num_experts or None
     if uses_transformer_engine():
-        logger.info("layers: Transformer Engine")
-        return get_gpt_layer_with_transformer_engine_spec(
+        chosen = core_attention(
+            arch,
+            tp=config.tensor_model_parallel_size,
+            cp=config.context_parallel_size,
+            dtype=config.params_dtype,
+            deterministic=config.deterministic_mode,
+            longest=longest,
+        )
+        logger.log(logging.WARNING if chosen.ours else logging.INFO, "layers: Transformer Engine; attention: %s", chosen.why)
+        block: Any = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=arch.qk_norm
         )
+        if chosen.ours:
+            block.submodules.self_attention.submodules.core_attention = ModuleSpec(module=PackedAttention)
+        return block
     flash = torch.cuda.is_available() and config.params_dtype != torch.float32 and varlen_attention() is not None
     logger.info("layers: Megatron-Core local spec, attention by PyTorch's %s", "varlen_attn" if flash else "SDPA")
     layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")

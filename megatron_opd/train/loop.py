@@ -329,7 +329,7 @@ def build_trainee(ready: Readiness, config: TrainerConfig, *, steps: int, device
         fp8=config.fp8,
         deterministic=config.deterministic,
     )
-    students = build_chunks(ready.arch, model_config)
+    students = build_chunks(ready.arch, model_config, longest=config.micro_batch_tokens)
     for student in students:
         student.to(device)
         load_hf_weights(student, ready.arch, config.init)
