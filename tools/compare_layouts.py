@@ -1,13 +1,11 @@
 #!/usr/bin/env python3
 """Which layout of a recipe's training is fastest and fits: python tools/compare_layouts.py opd_8b train [--gpu h200] [--simulate 3]
 
-Without a recipe: all shipped recipes of 8 GPUs and more as they are, simulated
-(--layers 2 4 --json docs/results/layouts.json).
+Without a recipe: all shipped recipes of 8 GPUs and more as they are (--simulate 1 --json docs/results/layouts.json).
 
 Every candidate is a recipe with other `parallel`, `recompute`, `micro_batch_tokens` or `optimizer_offload`; all else stays, so that losses
 differ by rounding alone. Memory and time are those of the closed form (megatron_opd/estimate), for rollouts of --tokens tokens. With
---simulate N the recipe as it is and the fastest N also run on a simulated GPU (rank 0, and of a pipeline the last): at full
-size, or at the two depths of --layers. What fits
+--simulate N the recipe as it is and the fastest N also run at full size on a simulated GPU (rank 0, and of a pipeline the last). What fits
 has tensors x 1.05 (fragmentation) + 3 GiB (CUDA, cuBLAS, NCCL) in 92 % of the GPU's memory; of a mixture's experts, 1.25 times the even
 share of tokens is counted. Prints Markdown, and with --json FILE writes it as JSON too.
 """
@@ -138,58 +136,23 @@ def candidates(arch: Architecture, stage: str, config: TrainerConfig, gpus: int,
                 yield judge(arch, changed, gpus, gpu, tokens)
 
 
-def simulate(recipe: str, stage: str, candidate: Candidate, args: argparse.Namespace, *, gpus: int, gpu: str) -> dict[str, Any]:
-    """Two micro-batches a pipeline stage on a simulated GPU: of the ranks that were looked at the fullest.
+def simulate(recipe: str, stage: str, candidate: Candidate, *, gpus: int, gpu: str) -> dict[str, Any]:
+    """Two micro-batches a pipeline stage on a simulated GPU, in processes of their own: what is kept of the fullest rank.
 
-    With --layers A B these two depths a pipeline stage are simulated, and the student's own is on the line through both: every layer of a stage
-    holds, computes and sends the same. Raises CalledProcessError.
+    Raises CalledProcessError.
     """
-    pp, found = candidate.layout.pp * candidate.layout.vpp, []
-    for rank in [0] if pp == 1 else [0, gpus - 1]:
-        words = [recipe, stage, *candidate.overrides(stage), "--gpus", str(gpus), "--rank", str(rank), "--gpu", gpu]
-        words += ["--micro-batches", str(2 * candidate.layout.pp)]
-        if args.layers is None:
-            found.append(run(words))
-            continue
-        few, more = ([*words, "--layers", str(layers * pp)] for layers in args.layers)
-        layers = [layers * pp for layers in args.layers]
-        found.append(lengthened(run(few), run(more), layers, student_layers(recipe)))
-    return max(found, key=lambda simulation: simulation["peak_bytes"])
-
-
-def run(words: list[str]) -> dict[str, Any]:
-    """A simulation in a process of its own."""
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
-        command = [sys.executable, "-W", "ignore", "-m", "megatron_opd.simulate", *words, "--json", str(result)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(result.read_text())
+        for rank in [0] if candidate.layout.pp == 1 else [0, gpus - 1]:
+            command = [sys.executable, "-W", "ignore", "-m", "megatron_opd.simulate", recipe, stage, *candidate.overrides(stage)]
+            command += ["--gpus", str(gpus), "--rank", str(rank), "--gpu", gpu, "--json", str(result)]
+            subprocess.run([*command, "--micro-batches", str(2 * candidate.layout.pp)], check=True, stdout=subprocess.DEVNULL)
+            found.append(json.loads(result.read_text()))
+    return reduced(max(found, key=lambda simulation: simulation["peak_bytes"]))
 
 
-def lengthened(few: dict[str, Any], more: dict[str, Any], layers: list[int], wanted: int) -> dict[str, Any]:
-    """What two simulations say of another depth."""
-
-    def line(a: float, b: float) -> float:
-        return a + (b - a) * (wanted - layers[0]) / (layers[1] - layers[0])
-
-    peaks = {phase: line(few["peaks"][phase], more["peaks"][phase]) for phase in few["peaks"]}
-    messages = [
-        m | {key: round(line(n[key], m[key])) for key in ("calls", "bytes")} for n, m in zip(*map(by_group, (few, more)), strict=True)
-    ]
-    waits = {"all": round(line(sum(few["waits"].values()), sum(more["waits"].values())))}
-    changed = {"peaks": peaks, "peak_bytes": max(peaks.values()), "flops": line(few["flops"], more["flops"]), "messages": messages}
-    return more | changed | {"waits": waits, "layers": wanted}
-
-
-def by_group(simulation: dict[str, Any]) -> list[dict[str, Any]]:
-    return sorted(simulation["messages"], key=lambda message: (message["operation"], message["group"], message["ranks"]))
-
-
-def student_layers(recipe: str) -> int:
-    return read(recipe, "train", [])[0].num_layers
-
-
-def row(candidate: Candidate, simulation: dict[str, Any] | None) -> dict[str, Any]:
+def row(candidate: Candidate, simulated: dict[str, Any] | None) -> dict[str, Any]:
     """One line of the table: GiB, TFLOP, GiB sent and seconds of one rank and step."""
     found = {
         "setting": candidate.describe(),
@@ -199,23 +162,30 @@ def row(candidate: Candidate, simulation: dict[str, Any] | None) -> dict[str, An
         "seconds": [round(candidate.time.total.low, 2), round(candidate.time.total.high, 2)],
         "split": candidate.time.describe(),
     }
-    if simulation is not None:
-        found["simulated"] = {
-            "peak_gib": round(simulation["peak_bytes"] / GIB, 1),
-            "build_gib": round(simulation["peaks"]["build"] / GIB, 1),
-            "micro_batches": simulation["micro_batches"],
-            "tflop": round(simulation["flops"] / 1e12, 1),
-            "waits": sum(simulation["waits"].values()),
-            "messages": [
-                f"{m['operation']} over {m['group']} ({m['ranks']}): {m['calls']}, {m['bytes'] / GIB:.2f} GiB"
-                for m in simulation["messages"]
-            ],
-        }
-    return found
+    if candidate.config.steps is not None:
+        hours = candidate.config.steps * candidate.layout.gpus / 3600
+        found["gpu_hours"] = [round(candidate.time.total.low * hours, 1), round(candidate.time.total.high * hours, 1)]
+    return found | ({} if simulated is None else {"simulated": simulated})
+
+
+def reduced(simulation: dict[str, Any]) -> dict[str, Any]:
+    """What the table keeps of a simulation."""
+    messages = simulation["messages"]
+    return {
+        "peak_gib": round(simulation["peak_bytes"] / GIB, 1),
+        "build_gib": round(simulation["peaks"]["build"] / GIB, 1),
+        "rank": simulation["rank"],
+        "micro_batches": simulation["micro_batches"],
+        "lengths": simulation["lengths"],
+        "tflop": round(simulation["flops"] / 1e12, 1),
+        "waits": sum(simulation["waits"].values()),
+        "messages": [f"{m['operation']} over {m['group']} ({m['ranks']}): {m['calls']}, {m['bytes'] / GIB:.2f} GiB" for m in messages],
+        "versions": simulation["versions"],
+    }
 
 
 def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| recipe | setting | peak, GiB (simulated) | of the GPU | TFLOP | GiB sent | seconds |\n|---|---|---|---|---|---|---|"
+    yield "| recipe | setting | peak, GiB (simulated) | of the GPU | TFLOP | GiB sent | seconds | GPU hours |\n|---|---|---|---|---|---|---|---|"
     for found in rows:
         simulated = found.get("simulated")
         peak = max(found["peak_gib"], simulated["peak_gib"] if simulated else 0)
@@ -223,8 +193,9 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
         shown = f"{found['peak_gib']}" + (f" ({simulated['peak_gib']})" if simulated else "")
         share = occupied(peak * GIB) / (GPUS[found["gpu"].lower()].memory_gib * GIB)
         low, high = found["seconds"]
+        hours = "{:.3g} to {:.3g}".format(*found["gpu_hours"]) if "gpu_hours" in found else ""
         name = f"{found['recipe']} {found['stage']}".strip()
-        yield f"| {name} | {found['setting']} | {shown} | {share:.0%} | {found['tflop']:,} | {sent} | {low:.2f} to {high:.2f} |"
+        yield f"| {name} | {found['setting']} | {shown} | {share:.0%} | {found['tflop']:,} | {sent} | {low:.1f} to {high:.1f} | {hours} |"
 
 
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -239,21 +210,28 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for number, candidate in enumerate([judge(arch, config, gpus, gpu, tokens), *fitting[: args.best]]):
         wanted = args.simulate and number <= args.simulate
-        found = simulate(args.recipe, args.stage, candidate, args, gpus=gpus, gpu=args.gpu) if wanted else None
+        found = simulate(args.recipe, args.stage, candidate, gpus=gpus, gpu=args.gpu) if wanted else None
         rows.append({"recipe": args.recipe if not number else "", "stage": args.stage, "gpu": gpu.name} | row(candidate, found))
     return rows
 
 
 def shipped(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every stage of the shipped recipes for nodes of GPUs, as it is; names that end in _h200 are for that GPU."""
+    """Every stage of the shipped recipes for nodes of GPUs, as it is; names that end in _h200 are for that GPU.
+
+    What --json FILE already has of a setting is not simulated again; with --simulate the rest is, of the recipes of --only.
+    """
+    before = json.loads(Path(args.json).read_text())["rows"] if args.json and Path(args.json).exists() else []
+    known = {(found["recipe"], found["stage"], found["setting"]): found.get("simulated") for found in before}
 
     def one(name: str, stage: str) -> dict[str, Any]:
         kind = "h200" if name.endswith("_h200") else "h100"
         arch, config, gpus = read(name, stage, [])
         candidate = judge(arch, config, gpus, GPUS[kind], TOKENS[stage])
-        found = row(candidate, simulate(name, stage, candidate, args, gpus=gpus, gpu=kind))
-        print(f"{name} {stage}: done", file=sys.stderr)
-        return {"recipe": name, "stage": stage, "gpu": GPUS[kind].name} | found
+        simulated = known.get((name, stage, candidate.describe()))
+        if simulated is None and args.simulate and name in (args.only or names):
+            simulated = simulate(name, stage, candidate, gpus=gpus, gpu=kind)
+            print(f"{name} {stage}: {simulated['peak_gib']} GiB", file=sys.stderr, flush=True)
+        return {"recipe": name, "stage": stage, "gpu": GPUS[kind].name} | row(candidate, simulated)
 
     names = [name for name in shipped_recipes() if load_recipe(name).engine.kind == "sglang"]
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -277,9 +255,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, help="of a rollout on average, prompt and response (default: train 3000, sft 9000)")
     parser.add_argument("--best", type=int, default=8, help="how many to list (default: 8)")
     parser.add_argument("--simulate", type=int, default=0, metavar="N", help="simulate so many of them, and the recipe as it is")
-    parser.add_argument(
-        "--layers", type=int, nargs=2, metavar=("A", "B"), help="simulate these two depths a pipeline stage, not the whole student"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of all recipes simulate these")
     parser.add_argument("--jobs", type=int, default=1, help="simulations at once, where all recipes are looked at")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_intermixed_args()

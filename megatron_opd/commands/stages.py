@@ -140,7 +140,8 @@ def _simulate(recipe: Recipe, args: argparse.Namespace, gpus: int, gpu: Gpu) -> 
 
 def _check(recipe: Recipe, args: argparse.Namespace) -> int:
     for option in ("rank", "layers", "no_te"):
-        if getattr(args, option) not in (None, False) and not args.simulate:
+        value = getattr(args, option)
+        if value is not None and value is not False and not args.simulate:  # a rank may be 0
             raise UserError(f"--{option.replace('_', '-')} is for a simulation: add --simulate")
     if args.gpus is not None or args.nodes is not None:
         from megatron_opd.estimate.allocation import allocation_of

@@ -37,14 +37,13 @@ def whole_step(found: Simulation, micro_batches: int) -> WholeStep:
     ratio = micro_batches / found.micro_batches
     sent: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    for message in found.messages:
-        if message.operation == "receive" or message.group.endswith("on the host"):
-            continue
+    messages = [message for message in found.messages if message.operation != "receive" and not message.group.endswith("on the host")]
+    for message in messages:
         times = ratio if message.group in _EACH_MICRO_BATCH else 1.0
         sent[message.group] += sent_bytes(message.operation, message.bytes, message.ranks) * times  # pyright: ignore[reportArgumentType]
         calls[message.group] += message.calls * times  # pyright: ignore[reportArgumentType]
     waits = sum(round(count * ratio) if count % found.micro_batches == 0 else count for count in found.waits.values())
-    nodes = frozenset(message.group for message in found.messages if message.spans_nodes)
+    nodes = frozenset(message.group for message in messages if message.spans_nodes)
     return WholeStep(micro_batches, found.flops * ratio, dict(sent), dict(calls), nodes, waits)
 
 

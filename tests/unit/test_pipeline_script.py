@@ -73,7 +73,7 @@ def test_a_recipe_says_what_its_jobs_ask_for(tmp_path: Path) -> None:
     ("words", "expected"),
     [
         (["opd_8b", "sft.parallel.tp=16"], "slurm.nodes = 1 of 8 ranks each: sft.parallel: 8 ranks do not fit tp=16"),
-        (["opd_32b_4nodes", "slurm.nodes=1"], "train.parallel: 8 ranks do not fit tp=8 pp=2"),
+        (["opd_32b_4nodes", "slurm.nodes=1"], "sft.parallel: 8 ranks do not fit tp=8 pp=2"),
         (["opd_8b", "engine.launch.teacher.dp=8"], "engine.launch for the teacher: servers * tp * dp = 1 * 2 * 8 = 16 GPUs"),
         (["opd_8b", "engine.launch=null"], "engine.kind = 'sglang', but no servers"),
         (["opd_8b", "slurm.nodes=100"], "global_batch = 100 is smaller than 200 data-parallel ranks"),
@@ -201,7 +201,7 @@ def test_stages_that_are_not_there_are_refused() -> None:
 def test_nothing_is_submitted_of_a_recipe_that_is_refused(tmp_path: Path) -> None:
     run = pipeline(tmp_path, "opd_32b_4nodes", "slurm.nodes=1")
     assert (run.returncode, run.stdout) == (2, "")
-    assert "train.parallel: 8 ranks do not fit" in run.stderr
+    assert "sft.parallel: 8 ranks do not fit" in run.stderr
     assert "nothing was submitted" in run.stderr
     assert not (tmp_path / "jobs").exists()
 

@@ -340,6 +340,12 @@ def test_servers_that_are_given_go_before_those_of_the_recipe(engine: str, overr
     assert [said in line and line.startswith("served.toml: ") for line in lines] == [True] * bool(said)
 
 
+def test_a_shipped_recipe_extends_a_shipped_one_whatever_files_there_are() -> None:
+    write("opd_8b", 'name = "x"\n[models]\nteacher = "a"\nstudent = "b"\n')
+    assert load_recipe("opd_8b_paper").models.student == "models/Qwen3-8B-Base"
+    assert load_recipe("opd_8b_paper").train.parallel.tp == 4
+
+
 def test_addresses_of_the_command_line_serve_a_shipped_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "opd_8b", "--url", "http://a:1", "--dry-run"]) == 0
     printed = capsys.readouterr()
