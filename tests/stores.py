@@ -44,13 +44,14 @@ def make_scored_store(
     samples: int = 2,
     seed: int = 0,
     top_k: int = 0,
+    sampler_role: str = "student",
 ) -> StoreReader:
     """A whole store, scored by `teacher` under the name 'teacher', with its `top_k` candidates a token."""
     student_fp = sampler if isinstance(sampler, ModelFingerprint) else fingerprint_model(sampler)
     teacher_fp = teacher if isinstance(teacher, ModelFingerprint) else fingerprint_model(teacher)
     rng = np.random.default_rng(seed)
     manifest = StoreManifest(
-        sampler_role="student",
+        sampler_role=sampler_role,
         sampler=student_fp,
         lineage=Lineage(base=student_fp, sft_teacher=teacher_fp),
         prompts=PromptFile(name="prompts.jsonl", sha256="0" * 64, num_prompts=prompts),

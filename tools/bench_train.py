@@ -218,7 +218,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def split_times(clock: Clock, train_step: Any, read: Any, steps: int) -> dict[str, float]:
     """Seconds by part. Our head makes its gradient in the forward pass, so that "head and loss" holds it; recomputation is "backward"."""
-    timed = {"_forward_step": "forward", "_loss_sums": "head and loss", "_update": "optimizer"}
+    timed = {"_forward_step": "forward", "_loss_sums": "head and loss", "update": "optimizer"}
     kept = {name: getattr(step_module, name) for name in timed}
     for name, part in timed.items():
         setattr(step_module, name, clock.timed(part, kept[name]))

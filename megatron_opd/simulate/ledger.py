@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -101,6 +101,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return self._number(func, args[0])
+        if func is aten._foreach_add_.Tensor and args[0][0].device.type == "cpu":
+            return _count_on_host(args[0], args[1], kwargs.get("alpha", 1))
         if func is aten.masked_select.default:  # its size depends on values
             self.wait("masked_select")
             return self._kept(torch.empty(self.selected(*args), dtype=args[0].dtype, device=args[0].device))
@@ -254,6 +256,15 @@ def _zero(tensor: torch.Tensor) -> float | int | bool:
 
 def _unknown_selection(tensor: torch.Tensor, mask: torch.Tensor) -> int:
     raise NotImplementedError(f"masked_select of {tuple(tensor.shape)}: nothing says how many are chosen (Ledger.selected)")
+
+
+def _count_on_host(tensors: Any, other: Any, alpha: float) -> None:
+    """torch._foreach_add_ of numbers on the CPU: how PyTorch's Adam counts its steps, which it then reads. PyTorch would read `other`, too."""
+    for tensor in tensors:
+        before, more = getattr(tensor, "known", None), getattr(other, "known", other)
+        if before is not None and more is not None:
+            with unset_fake_temporarily():
+                tensor.known = before + alpha * more
 
 
 def _keep_numbers(func: Any, args: Any, out: FakeTensor) -> None:

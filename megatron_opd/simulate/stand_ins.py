@@ -34,7 +34,6 @@ def stand_ins(ledger: Ledger, arch: Architecture, config: TrainerConfig, lengths
         stack.enter_context(_triton_launches())
         stack.enter_context(_rope_lengths(ledger, lengths))
         stack.enter_context(_packed_groups(lengths))
-        stack.enter_context(_local_norm(ledger))
         te_functions.FULL_SEQUENCES[:] = lengths
         stack.callback(te_functions.FULL_SEQUENCES.clear)
         if config.parallel.pp > 1:
@@ -101,26 +100,6 @@ def _packed_groups(lengths: Sequence[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _local_norm(ledger: Ledger) -> Iterator[None]:
-    """Without Transformer Engine and apex, Megatron-Core's gradient norm makes a number of each parameter's: a wait for each."""
-    from megatron.core.optimizer import clip_grads
-
-    real: Any = clip_grads.l2_norm_impl
-    if "local_" not in real.__name__:
-        yield
-        return
-
-    def norm(chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool, *args: Any) -> tuple[torch.Tensor, None]:
-        norms = [torch.norm(tensor) for tensor in tensor_lists[0]]
-        for _ in norms:
-            ledger.wait("norm of a parameter's gradient")
-        return torch.stack(norms).norm(), None
-
-    with replaced(clip_grads, "l2_norm_impl", norm):
-        yield
-
-
-@contextlib.contextmanager
 def _neighbours_shapes(lengths: Sequence[int]) -> Iterator[None]:
     """With variable lengths, Megatron-Core's stages tell each other the shapes that they will send; its code runs, and would read zeros."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -150,9 +129,9 @@ def _balanced_experts(ledger: Ledger, arch: Architecture, config: TrainerConfig,
     name = "maybe_move_tensor_to_cpu"
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # No wait: a copy to the host that is asked not to block goes to pinned memory, and the dispatcher waits once, for the event after it.
         if not isinstance(tensor, torch.Tensor) or tensor.device.type == "cpu":
             return tensor
-        ledger.wait("token counts")
         counts = np.full(tensor.numel(), sent // tensor.numel(), dtype=np.int64)
         counts[: sent - counts.sum()] += 1
         return counts.reshape(tuple(tensor.shape))  # NumPy's where Megatron-Core has a CPU tensor, too: a fake one forgets its numbers

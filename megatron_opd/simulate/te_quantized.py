@@ -152,8 +152,8 @@ def swap_first_dims(tensor: Any, *, out: Any = None) -> Any:
 
 
 def fp8_block_scaling_compute_partial_amax(tensor: Any, amax: Any, h: int, w: int, start_offset: int, block_len: int) -> None:
-    wanted = (up(h, block_len) // block_len, up(w, block_len) // block_len)
-    require(tuple(amax.shape) == wanted, f"largest values {tuple(amax.shape)} for blocks {wanted}")
+    rows, columns = up(h, block_len) // block_len, up(w, block_len) // block_len
+    require(tuple(amax.shape) == (rows, up(columns, 4)), f"largest values {tuple(amax.shape)} for blocks {(rows, columns)}")
 
 
 def fp8_block_scaling_partial_cast(

@@ -108,9 +108,10 @@ class Progress:
 
 
 def read_step(job: Job, step: int) -> list[MicroBatch]:
-    """This rank's micro-batches. What is wrong with its data only this rank knows."""
+    """This rank's micro-batches, for a GPU in pinned memory. What is wrong with its data only this rank knows."""
     try:
-        return [batch.to(job.device) for batch in job.source.micro_batches(step)]
+        batches = job.source.micro_batches(step)
+        return [batch.pinned() for batch in batches] if job.device.type == "cuda" else batches
     except UserError as error:
         error.rank = dist.get_rank()
         raise

@@ -154,7 +154,7 @@ class ResourceMeter:
 
 
 def _over_ranks(values: list[float], op: Any) -> list[float]:
-    tensor = torch.tensor(values, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    tensor = torch.tensor(values, dtype=torch.float64)  # between hosts: a GPU would first finish what it has to do
     dist.all_reduce(tensor, op=op)
     return tensor.tolist()
 

@@ -85,6 +85,9 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
     optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16), [*chunks])
     model_config.finalize_model_grads_func = finalize_gradients
     model_config.grad_scale_func = optimizer.scale_loss
+    model_config.batch_p2p_sync = (
+        False  # the host waits for the device at each exchange of a pipeline: for a fault of old versions of PyTorch
+    )
     no_sync: Any = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     model_config.no_sync_func = no_sync
     scheduler = OptimizerParamScheduler(
@@ -113,7 +116,7 @@ def finalize_gradients(chunks: list[Any], denominator: torch.Tensor | None = Non
     finalize_model_grads(chunks, None, **options)
     if denominator is None:
         return
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(denominator, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
     dist.all_reduce(denominator, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     for chunk in chunks:

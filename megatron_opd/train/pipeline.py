@@ -81,7 +81,7 @@ def known_shapes(lengths: Sequence[int], config: Any, *, num_chunks: int, forwar
 
     With a Megatron-Core that does this in a way not known here the exchange stays, with a warning.
     """
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1 or not _is_known():
         yield
         return

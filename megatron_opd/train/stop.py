@@ -68,7 +68,7 @@ class StopRequest:
         """Called on every rank, once a step."""
         waiting = signal.SIGUSR1 in signal.sigpending()  # no other thread took it
         asked = self._signalled or waiting or (dist.get_rank() == 0 and self.file.exists())
-        flags = torch.tensor([float(asked), float(self._interrupted)], device="cuda" if torch.cuda.is_available() else "cpu")
+        flags = torch.tensor([float(asked), float(self._interrupted)])  # between hosts: a GPU would first finish its step
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         by_signal, interrupted = flags.tolist()
         self.interrupted = bool(interrupted)

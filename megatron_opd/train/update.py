@@ -28,10 +28,10 @@ def update(optimizer: Any, sums: torch.Tensor) -> tuple[list[float], float, bool
     """
     optimizer.prepare_grads()
     squares_P = _squared_norms(optimizer, sums.device).double()
-    bad = (~torch.isfinite(torch.cat([sums[:1], squares_P])).all()).double()[None]
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    numbers = torch.cat([sums, squares_P, bad]).tolist()
-    values, squares, skipped = numbers[: len(sums)], numbers[len(sums) : -1], bool(numbers[-1])
+    doubt = (0 * torch.cat([sums[:1], squares_P])).sum(0, keepdim=True)  # 0; NaN if one of them is not finite, and then on every rank
+    dist.all_reduce(doubt)
+    numbers = torch.cat([sums, squares_P, doubt]).tolist()
+    values, squares, skipped = numbers[: len(sums)], numbers[len(sums) : -1], not math.isfinite(numbers[-1])
     norms = [square**0.5 for square in squares]  # in float64, as Megatron does
     grad_norm = norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
     if not skipped:

@@ -1,4 +1,4 @@
-"""The trainer's promises that need several ranks: skipped steps, and the estimator's counts."""
+"""The trainer's promises that need several ranks: skipped steps, the gradient norm, shapes in pipelines, and the estimator's counts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("qwen3", "qwen3-tied", "qwen2", "qwen3-moe"):
         make_model(folder / kind, kind, layers=4)
     make_model(folder / "student", "qwen3", seed=5, layers=4)
+    make_model(folder / "mixture", "qwen3-moe", seed=5, layers=4)
     make_scored_store(folder / "store", sampler=folder / "student", teacher=folder / "qwen3")
     return folder
 
@@ -34,6 +35,23 @@ def test_a_step_that_is_not_finite_leaves_no_trace(folder: Path, distributed_opt
     results = run_ranks("skipping", 4, folder, worker=TRAINER_WORKER, distributed_optimizer=distributed_optimizer)
     assert len(results) == 3 * 6
     assert all(results.values()), results
+
+
+def test_stages_of_a_pipeline_know_the_shapes_that_they_would_ask_for(folder: Path) -> None:
+    """Every answer of the plan beside that of Megatron's exchange, then the step's numbers with the one and with the other."""
+    results = run_ranks("planned_shapes", 4, folder, worker=TRAINER_WORKER)
+    assert results.pop("refused").startswith("pipeline: the stages have made different micro-batches of this step")
+    assert len(results) == 5
+    for name, (same, compared) in results.items():
+        assert same, name
+        assert compared >= 4, name
+
+
+def test_the_gradient_norm_is_computed_once_and_is_megatrons(folder: Path) -> None:
+    """With and without clipping, for one optimizer and for experts beside it."""
+    results = run_ranks("one_norm", 4, folder, worker=TRAINER_WORKER)
+    assert len(results) == 2 * 2 * 2 * 4
+    assert all(results.values()), [name for name, right in results.items() if not right]
 
 
 def test_fp8_parameters_are_loaded_rounded_and_their_main_weights_exact(folder: Path) -> None:

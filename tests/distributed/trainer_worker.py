@@ -23,12 +23,14 @@ from megatron_opd.estimate.memory import Layout, rank_parameters
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.model.layers import RMSNorm
 from megatron_opd.records import Lineage
-from megatron_opd.train import checkpoint
+from megatron_opd.train import checkpoint, pipeline
+from megatron_opd.train import step as step_module
 from megatron_opd.train.batches import BatchSource
 from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint, torch_optimizers
 from megatron_opd.train.loss import opd_loss
 from megatron_opd.train.optim import Trainee, make_trainee
 from megatron_opd.train.step import StepResult, train_step
+from megatron_opd.train.update import update
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
@@ -117,6 +119,82 @@ def quantized(folder: Path, kinds: list[str]) -> dict[str, bool]:
     return {name: not max_over_ranks(float(not value)) for name, value in results.items()}
 
 
+def planned_shapes(folder: Path) -> dict[str, Any]:
+    """[numbers with the plan equal those with the exchange, answers that were compared] in pipelines of unequal micro-batches.
+
+    'refused': what a stage with other micro-batches than its neighbours' says.
+    """
+    arch = read_architecture(folder / "student")
+    answer, exchange = pipeline.Shapes.answer, pipeline.P2PCommunicator._communicate_shapes
+    known = pipeline._is_known
+    compared = [0]
+
+    def both(shapes: pipeline.Shapes, *args: Any, **kwargs: Any) -> tuple[list[int], list[int]]:
+        planned = answer(shapes, *args, **kwargs)
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
+        communicator = pipeline.P2PCommunicator(group, chunk_config[0])
+        asked = exchange(communicator, *args, **kwargs)
+        assert asked == planned, (asked, planned)
+        compared[0] += sum(map(any, planned))
+        return planned
+
+    results: dict[str, Any] = {}
+    for sizes in ({"pp": 2}, {"pp": 4}, {"pp": 2, "vpp": 2}, {"tp": 2, "pp": 2, "vpp": 2}, {"pp": 2, "cp": 2}):
+        config = stage_config(str(folder), parallel=layout(**sizes))
+        batches = source_of(config).micro_batches(0)
+        assert len({batch.tokens.shape[1] for batch in batches}) > 1
+        found = []
+        for way in ("compared", "plan", "exchange"):
+            trainee = build(config, arch)
+            chunk_config = [trainee.students[0].config]
+            compared[0] = 0
+            pipeline.Shapes.answer = both if way == "compared" else answer
+            pipeline._is_known = (lambda: False) if way == "exchange" else known
+            first, second = (train_step(trainee, arch, opd_loss, batches, seed=0) for _ in range(2))
+            found.append([first.sums, first.grad_norm, second.sums, second.grad_norm])
+            if way == "compared":
+                count = compared[0]
+        forward = step_module.forward_backward(trainee.chunks, arch, opd_loss, batches, forward_only=True)
+        pipeline._is_known = known
+        same = torch.equal(forward, step_module.forward_backward(trainee.chunks, arch, opd_loss, batches, forward_only=True))
+        results[" ".join(f"{name}{size}" for name, size in sizes.items())] = [found[0] == found[1] == found[2] and same, count]
+    pipeline.Shapes.answer = answer
+    if parallel_state.get_pipeline_model_parallel_rank() == 1:
+        batches = batches[::-1]
+    try:
+        train_step(trainee, arch, opd_loss, batches, seed=0)
+    except RuntimeError as error:
+        results["refused"] = str(error)
+    return results
+
+
+def one_norm(folder: Path) -> dict[str, bool]:
+    """The step against Megatron's own `optimizer.step()`, which computes the norm again: norms and weights, bit for bit."""
+    results = {}
+    for kind, sizes in (("student", {"tp": 2}), ("mixture", {"ep": 2})):
+        arch = read_architecture(folder / kind)
+        for distributed_optimizer in (True, False):
+            for clip_grad in (0.01, 0.0):
+                options: dict[str, Any] = {"clip_grad": clip_grad, "distributed_optimizer": distributed_optimizer}
+                config = stage_config(str(folder), init=str(folder / kind), parallel=layout(**sizes), **options)
+                ours, megatrons = build(config, arch), build(config, arch)
+                for step in range(2):
+                    batches = source_of(config).micro_batches(step)
+                    norm = train_step(ours, arch, opd_loss, batches, seed=step).grad_norm
+                    step_module.update = megatrons_update
+                    expected = train_step(megatrons, arch, opd_loss, batches, seed=step).grad_norm
+                    step_module.update = update
+                    name = f"{kind} {options} {step}"
+                    results[f"{name} norm"] = norm == expected > 0.01
+                    results[f"{name} weights"] = all(map(torch.equal, snapshot(ours), snapshot(megatrons)))
+    return {name: not max_over_ranks(float(not value)) for name, value in results.items()}
+
+
+def megatrons_update(optimizer: Any, sums: torch.Tensor) -> tuple[list[float], float, bool]:
+    _, grad_norm, _ = optimizer.step()
+    return sums.tolist(), float(grad_norm), False
+
+
 def other_layers(folder: Path) -> dict[str, Any]:
     """A checkpoint loaded into layers that have an extra state, as Transformer Engine's have, or a parameter that it lacks."""
     arch = read_architecture(folder / "student")
@@ -200,4 +278,5 @@ def _count_padding_(trainee: Trainee) -> None:
 
 
 if __name__ == "__main__":
+    main([estimates, skipping, quantized, planned_shapes, one_norm, other_layers])
     main([estimates, skipping, quantized, other_layers, gathered])

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cases import Case
+from oracle import layout_of, made_again
+
+from megatron_opd.estimate.memory import layers_of_stage
 
 
 @dataclass(frozen=True)
@@ -27,48 +30,36 @@ def _once(case: Case) -> int:
     return 1
 
 
-def _chunks(case: Case) -> int:
-    return case.config.parallel.vpp
+def _dispatches(case: Case) -> int:
+    """Of tokens to experts, those of layers that are run again included."""
+    layers = layers_of_stage(case.arch, layout_of(case), case.pipeline_stage)
+    return case.micro_batches * layers * (1 + made_again(case).feed_forward) if case.arch.num_experts else 0
 
 
-def _on_last_stage(times: int) -> Callable[[Case], int]:
-    """So often in each micro-batch of a rank that has the loss."""
-    return lambda case: times * case.micro_batches if case.pipeline_stage == case.config.parallel.pp - 1 else 0
-
-
-def _arrays(case: Case) -> int:
-    """Of micro-batches: tokens, positions, bounds, rows, labels, places, weights, student's numbers; the teacher's; its candidates' two."""
-    arrays = 8 + (case.stage == "train") + 2 * (case.top_k > 0) + (case.top_k > 0)
-    return arrays * case.micro_batches
-
-
-STEP_FILE, MCORE = r"megatron_opd/train/step\.py", r"megatron/core"
 ALLOWED = [
-    Allowed("the step's numbers, read once", rf"tolist  {STEP_FILE}:train_step", _once),
-    Allowed("is the number of tokens above 0", rf"item  {MCORE}/distributed/finalize_model_grads\.py:finalize_model_grads", _chunks),
-    Allowed("the gradient norm, to report it", rf"item  {MCORE}/optimizer/clip_grads\.py:get_grad_norm_fp32 .*{STEP_FILE}:_update", _once),
-    Allowed("the gradient norm again, to clip", rf"item  {MCORE}/optimizer/clip_grads\.py:get_grad_norm_fp32 .*optimizer\.py:step$", _once),
-    Allowed("is the loss finite", rf"item  {STEP_FILE}:_update", _once),
-    Allowed("are all ranks' finite", rf"item  {STEP_FILE}:_finite_on_all_ranks", _once),
-    Allowed("are all ranks' finite: this rank's flag", rf"cpu->cuda BLOCKING 4 B  {STEP_FILE}:_finite_on_all_ranks", _once),
-    Allowed("numbers of Python's among the sums", r"cpu->cuda BLOCKING 8 B  megatron_opd/train/loss\.py:<listcomp> < \S*:pack_sums", _on_last_stage(4)),
-    Allowed("the denominator of a micro-batch", rf"cpu->cuda BLOCKING 4 B  {STEP_FILE}:_loss_sums", _on_last_stage(1)),
-    Allowed("micro-batches, from pageable memory", r"cpu->cuda pageable async \d+ B  megatron_opd/train/batches\.py:", _arrays),
+    Allowed("the step's numbers, read once", r"tolist  megatron_opd/train/update\.py:update", _once),
+    Allowed(
+        "how many tokens every expert is sent: sizes of products and messages",
+        r"event\.synchronize  megatron/core/transformer/moe/token_dispatcher\.py:_maybe_dtoh_and_synchronize",
+        _dispatches,
+    ),
 ]
 
 
 def faults(found: Iterable[tuple[str, int]], case: Case, allowed: list[Allowed] = ALLOWED) -> list[str]:
     """What differs between the waits and copies of a step and the list, a line each; [] if nothing does."""
+    seen: Counter[str] = Counter()
+    for text, number in found:
+        seen[re.sub(r":\d+:", ":", text)] += number  # of a file's lines nothing is said
     counts: Counter[int] = Counter()
     lines = []
-    for text, number in found:
-        plain = re.sub(r":\d+:", ":", text)  # of a file's lines nothing is said
-        fitting = [index for index, entry in enumerate(allowed) if re.match(entry.where, plain)]
+    for text, number in seen.items():
+        fitting = [index for index, entry in enumerate(allowed) if re.match(entry.where, text)]
         if len(fitting) != 1:
             lines.append(f"{'no entry' if not fitting else 'several entries'} of allowed.py for {number} x {text}")
         for index in fitting[:1]:
             counts[index] += number
     for index, entry in enumerate(allowed):
-        if counts[index] != entry.count(case):
-            lines.append(f"{counts[index]} instead of {entry.count(case)} x {entry.where} ({entry.reason})")
+        if counts[index] != (wanted := entry.count(case)):
+            lines.append(f"{counts[index]} instead of {wanted} x {entry.where} ({entry.reason})")
     return lines

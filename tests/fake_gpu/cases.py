@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_opd.config import Recipe, TrainerConfig
+from megatron_opd.estimate.workload import PROMPT_TOKENS
 from megatron_opd.known_models import KNOWN
 from megatron_opd.model.architecture import Architecture, parse_architecture
 from megatron_opd.recipe_files import build_recipe
@@ -45,6 +46,13 @@ class Case:
     @property
     def arch(self) -> Architecture:
         return replace(parse_architecture(KNOWN[self.model], self.model), num_layers=self.layers)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Sequences of a micro-batch, tokens: as many of the longest as fit, and the rest."""
+        longest = min(PROMPT_TOKENS + (self.config.max_response_tokens or 16128), self.config.micro_batch_tokens)
+        whole, rest = divmod(self.config.micro_batch_tokens, longest)
+        return [longest] * whole + ([rest] if rest else [])
 
     @property
     def pipeline_stage(self) -> int:

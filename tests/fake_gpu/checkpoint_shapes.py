@@ -31,6 +31,7 @@ class Shelf:
         self.tensors = {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
         self.bytes = sum(tensor.data.numel() * tensor.data.element_size() for tensor in tensors if tensor.data is not None)
         self.metadata, self.folder = dict(content_metadata), Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "shapes.json").write_text(json.dumps(self.tensors))
         raise Shelved
 

@@ -40,6 +40,7 @@ def step(case: dict[str, Any], *, with_save: bool = False, fault: str | None = N
             rank=wanted.rank,
             layers=wanted.layers,
             micro_batches=wanted.micro_batches,
+            lengths=wanted.lengths,
             gpu=GPUS[wanted.gpu],
             with_save=with_save,
         )
@@ -60,7 +61,7 @@ def save_and_load(case: dict[str, Any], folder: str) -> dict[str, Any]:
 
     wanted = Case(**case)
     config, arch = wanted.config, wanted.arch
-    lengths = stage.default_lengths(wanted.stage, config)
+    lengths = wanted.lengths
     with (
         gpu.world(rank=wanted.rank, size=wanted.gpus, gpu=GPUS[wanted.gpu]) as ledger,
         stand_ins(ledger, arch, config, lengths),

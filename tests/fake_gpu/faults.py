@@ -18,6 +18,7 @@ def injected(name: str | None) -> Iterator[None]:
 def _wrong_keyword() -> Iterator[None]:
     """Transformer Engine's Python half calls its compiled half with a keyword that this has not."""
     import transformer_engine_torch as tex  # pyright: ignore[reportMissingImports]
+
     from megatron_opd.simulate.gpu import replaced
 
     real = tex.generic_gemm
@@ -29,7 +30,6 @@ def _wrong_keyword() -> Iterator[None]:
 def _cpu_tensor() -> Iterator[None]:
     """The positions of sequences stay in the host's memory, where a kernel can't read them."""
     from megatron_opd.simulate.gpu import replaced
-
     from megatron_opd.train import step
 
     real: Any = step.PackedSeqParams
@@ -40,9 +40,8 @@ def _cpu_tensor() -> Iterator[None]:
 @contextlib.contextmanager
 def _cpu_labels() -> Iterator[None]:
     """Ids whose log-probabilities are wanted are in the host's memory when the loss kernel starts."""
-    from megatron_opd.simulate.gpu import replaced
-
     from megatron_opd.model.student import Student
+    from megatron_opd.simulate.gpu import replaced
 
     real: Any = Student.linear_loss
     with replaced(Student, "linear_loss", lambda self, hidden, ids, *args, **kwargs: real(self, hidden, ids.cpu(), *args, **kwargs)):
@@ -53,7 +52,6 @@ def _cpu_labels() -> Iterator[None]:
 def _item_in_the_loop() -> Iterator[None]:
     """A look at the loss of each micro-batch."""
     from megatron_opd.simulate.gpu import replaced
-
     from megatron_opd.train import step
 
     real: Any = step.pack_sums
@@ -70,8 +68,8 @@ def _item_in_the_loop() -> Iterator[None]:
 def _tensor_of_a_number() -> Iterator[None]:
     """A number of Python's becomes a tensor on the GPU in each micro-batch: a blocking copy of a few bytes."""
     import torch
-    from megatron_opd.simulate.gpu import replaced
 
+    from megatron_opd.simulate.gpu import replaced
     from megatron_opd.train import step
 
     real: Any = step.pack_sums

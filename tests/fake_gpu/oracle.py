@@ -7,25 +7,42 @@ this rank, a attention width (heads x head size). Bytes are of the whole buffer,
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 from cases import Case
 
 from megatron_opd.estimate.memory import Layout, layers_of_stage, rank_parameters
-from megatron_opd.known_models import KNOWN
+from megatron_opd.estimate.workload import PROMPT_TOKENS
 
-BF16, FP32 = 2, 4
-PROMPT = 256  # tokens without a loss at the start of a sequence, as simulate_stage makes them
-
-
-def lengths(case: Case) -> list[int]:
-    """Sequences of a micro-batch: as many of the longest as fit, and the rest."""
-    longest = min(4096 + PROMPT if case.stage == "train" else 16384, case.config.micro_batch_tokens)
-    whole, rest = divmod(case.config.micro_batch_tokens, longest)
-    return [longest] * whole + ([rest] if rest else [])
+BF16, FP8, FP32 = 2, 1, 4
+# Bytes of a value that tensor parallelism gathers for a product, over those of bf16: inputs, gradients of outputs. Scales of blocks of 32 (one
+# byte) and 128 values (four bytes) are 1/32 of a value; gradients of block recipes are sent twice, scaled along rows and along columns.
+_BLOCKS = FP8 * (1 + 1 / 32) / BF16
+GATHERED = {
+    None: (1.0, 1.0),
+    "delayed": (0.5, 0.5),
+    "tensorwise": (0.5, 0.5),
+    "blockwise": (_BLOCKS, 2 * _BLOCKS),
+    "mxfp8": (_BLOCKS, 2 * _BLOCKS),
+}
 
 
 def layout_of(case: Case) -> Layout:
     return Layout.of(case.config, case.gpus)
+
+
+class MadeAgain(NamedTuple):
+    """What the backward pass runs again: the products of attention, its scores, the feed-forward or the experts."""
+
+    attention: bool
+    scores: bool
+    feed_forward: bool
+
+
+def made_again(case: Case) -> MadeAgain:
+    full = case.config.recompute == "full"
+    modules = set(case.config.recompute_modules) if case.config.recompute == "selective" else set()
+    return MadeAgain(full, full or "core_attn" in modules, full or bool({"mlp", "moe"} & modules))
 
 
 def bytes_by_group(case: Case) -> Counter[str]:
@@ -37,18 +54,29 @@ def bytes_by_group(case: Case) -> Counter[str]:
     whole = BF16 * tokens * arch.hidden_size  # the hidden states of a micro-batch
     layers = layers_of_stage(arch, layout, case.pipeline_stage)
     first, last = case.pipeline_stage == 0, case.pipeline_stage == layout.pp - 1
-    forwards = {"none": 1, "full": 2}[config.recompute]
+    again = made_again(case)
+    # Attention and a dense feed-forward are cut over tp, experts are not: so many of a layer run forward, and so many backward.
+    forwards = 1 + again.attention + (0 if arch.num_experts else 1 + again.feed_forward)
+    backwards = 1 if arch.num_experts else 2
+    fp8 = config.fp8
+    plain = layers if fp8 is None else fp8.bf16_first_layers * first + fp8.bf16_last_layers * last  # layers in bf16
 
     if layout.tp > 1 and config.parallel.sequence_parallel:
-        halves = 1 if arch.num_experts else 2  # attention and a dense feed-forward are cut over tp, experts are not
-        gathered = (
-            layers * halves * (forwards + 2)
-        )  # inputs of both products; in the backward pass the input again, and the output's gradient
-        scattered = layers * halves * (forwards + 1)
-        traffic["all-gather tp"] += case.micro_batches * whole * (gathered + first + last)  # embedding's gradient, the head's input
-        traffic["reduce-scatter tp"] += case.micro_batches * whole * (scattered + first + last)
+        # Forward the input; backward the input again, and the gradient of the output. At the ends the embedding's gradient, the head's input.
+        for recipe, count in ((None, plain), (fp8 and fp8.recipe, layers - plain)):
+            inputs, gradients = GATHERED[recipe]
+            gathered = count * ((forwards + backwards) * inputs + backwards * gradients)
+            traffic["all-gather tp"] += round(case.micro_batches * whole * gathered)
+        traffic["all-gather tp"] += case.micro_batches * whole * (first + last)
+        traffic["reduce-scatter tp"] += case.micro_batches * whole * (layers * (forwards + backwards) + first + last)
     elif layout.tp > 1:
-        traffic["all-reduce tp"] += case.micro_batches * whole * (2 * layers * (forwards + 1) + first + last)
+        traffic["all-reduce tp"] += case.micro_batches * whole * (layers * (forwards + backwards) + first + last)
+
+    if layout.cp > 1:  # the ring: forward keys and values to each other rank; backward these and their gradients
+        keys_and_values = 2 * BF16 * tokens * arch.num_kv_heads * arch.head_dim // layout.tp
+        around = (layout.cp - 1) * (1 + again.scores + 2)
+        for operation in ("send", "receive"):
+            traffic[f"{operation} cp"] += case.micro_batches * layers * around * keys_and_values
 
     if layout.pp > 1:
         sent = whole // (layout.tp if config.parallel.sequence_parallel else 1)
@@ -59,13 +87,15 @@ def bytes_by_group(case: Case) -> Counter[str]:
         traffic["receive pp"] += (forward + backward) * sent
 
     gradient = BF16 if config.main_grads_dtype == "bfloat16" else FP32
+    # FP8 matrices are gathered as they are; those of mxfp8 in bf16, through the gradients' memory.
+    in_fp8 = parameters.matrix if fp8 and fp8.parameters and fp8.recipe != "mxfp8" else 0
     for count, kind, ranks in (
         (parameters.dense, "dp-cp", layout.dp * layout.cp),
         (parameters.expert, "expert-dp", layout.expert_dp),
     ):
         if ranks > 1 and config.distributed_optimizer:
             traffic[f"reduce-scatter {kind}"] += gradient * count
-            traffic[f"all-gather {kind}"] += BF16 * count
+            traffic[f"all-gather {kind}"] += BF16 * count - (BF16 - FP8) * (in_fp8 if kind == "dp-cp" else 0)
         elif ranks > 1:
             traffic[f"all-reduce {kind}"] += gradient * count
 
@@ -73,7 +103,7 @@ def bytes_by_group(case: Case) -> Counter[str]:
         routed = tokens // layout.tp * arch.experts_per_token
         exchange = BF16 * arch.hidden_size + FP32  # a token's hidden state and its probability
         back = BF16 * arch.hidden_size
-        traffic["all-to-all ep"] += case.micro_batches * layers * routed * (forwards + 1) * (exchange + back)
+        traffic["all-to-all ep"] += case.micro_batches * layers * routed * (2 + again.feed_forward) * (exchange + back)
     return Counter({kind: size for kind, size in traffic.items() if size})
 
 
@@ -88,21 +118,15 @@ def flops(case: Case) -> float:
         feed_forward = (arch.experts_per_token * 3 * arch.hidden_size * arch.ffn_size + arch.hidden_size * arch.num_experts) / spread
     else:
         feed_forward = 3 * arch.hidden_size * arch.ffn_size / layout.tp
-    modules = set(config.recompute_modules) if config.recompute == "selective" else set()
-    full = config.recompute == "full"
-    products = 2 * tokens * layers * ((3 + full) * attention + (3 + (full or bool({"mlp", "moe"} & modules))) * feed_forward)
+    again = made_again(case)
+    products = 2 * tokens * layers * ((3 + again.attention) * attention + (3 + again.feed_forward) * feed_forward)
     # Forward two products, backward five: FlashAttention makes the scores again. Half of each is above the diagonal.
-    squares = sum(n * n for n in lengths(case)) / layout.cp
-    scores = (2 + 5 + 2 * (full or "core_attn" in modules)) * layers * arch.num_heads * arch.head_dim / layout.tp * squares
+    squares = sum(n * n for n in case.lengths) / layout.cp
+    scores = (2 + 5 + 2 * again.scores) * layers * arch.num_heads * arch.head_dim / layout.tp * squares
     head = 0.0
     if case.pipeline_stage == layout.pp - 1:
-        rows = sum(max(1, n - PROMPT) for n in lengths(case)) // layout.cp
+        # A rank of context parallelism has two of 2 cp pieces of each sequence; the prompt is in the first rank's.
+        prompt = PROMPT_TOKENS if case.rank // layout.tp % layout.cp == 0 else 0
+        rows = sum(n / layout.cp - prompt for n in case.lengths)
         head = 3 * 2 * rows * arch.padded_vocab(layout.tp) / layout.tp * arch.hidden_size
     return case.micro_batches * (products + scores + head)
-
-
-def model_flops(case: Case) -> float:
-    """docs/training.md: 6 W n + 6 L a sum(len^2), of all ranks that share a micro-batch. `layers` are the case's."""
-    squares = sum(n * n for n in lengths(case))
-    assert KNOWN[case.model]
-    return case.micro_batches * case.arch.train_flops(case.config.micro_batch_tokens, squares)

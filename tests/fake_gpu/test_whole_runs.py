@@ -19,7 +19,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # what F
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     make_model(folder / "model", "qwen3", layers=4, **SIZES)
-    make_scored_store(folder / "store", sampler=folder / "model", teacher=folder / "model", top_k=8)
+    for stage, role in (("sft", "teacher"), ("train", "student")):
+        make_scored_store(folder / f"{stage}-store", sampler=folder / "model", teacher=folder / "model", top_k=8, sampler_role=role)
     return folder
 
 
@@ -27,7 +28,7 @@ def recipe(files: Path, run_dir: Path, stage: str, **fields: Any) -> dict[str, A
     model = str(files / "model")
     section = {
         "init": model,
-        "store": str(files / "store"),
+        "store": str(files / f"{stage}-store"),
         "output": str(run_dir / stage),
         "global_batch": 8,
         "micro_batch_tokens": 256,
@@ -53,8 +54,7 @@ def test_a_run_from_its_start_to_its_end_and_on(
 ) -> None:
     simulators(version).ask("whole_run", tree=recipe(files, tmp_path, stage, **fields), stage=stage, rank=rank, size=8, steps=[2, 3])
     output = tmp_path / stage
-    if rank == 0:
-        rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows] == [1, 2, 3]
-        assert all(row["energy_joules"] is not None and row["memory_gib"] > 0 for row in rows)
-        assert (output / "checkpoints/latest").read_text() == "step_000003\n"
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert not any(row["skipped"] for row in rows)
+    assert (output / "checkpoints/latest").read_text() == "step_000003\n"

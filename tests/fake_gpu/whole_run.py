@@ -51,7 +51,10 @@ def install_nvml(num_gpus: int = 8) -> None:
 
 @contextlib.contextmanager
 def saves_without_tensors(shelf: checkpoint_shapes.Shelf) -> Iterator[None]:
-    """A save stops where the tensors' files would be written, and is published; what is read of such files is taken as it is."""
+    """A save stops where the tensors' files would be written, and is published; what is read of such files is taken as it is.
+
+    What the first rank does for all, this one does: there is no other.
+    """
     from megatron_opd.simulate.gpu import replaced
     from megatron_opd.train import checkpoint, loop
 
@@ -60,11 +63,15 @@ def saves_without_tensors(shelf: checkpoint_shapes.Shelf) -> Iterator[None]:
     def save(self: Any, trainee: Any, state: dict[str, Any]) -> Path:
         with contextlib.suppress(checkpoint_shapes.Shelved):
             real(self, trainee, state)
-        self._publish(shelf.folder, state)
+        self._publish_alone(shelf.folder, state)
         self._saving = None
         return checkpoint.checkpoint_folder(self.output) / checkpoint.step_name(state["step"])
 
-    with replaced(checkpoint.CheckpointWriter, "save", save), replaced(loop, "find_fault", lambda folder: None):
+    with (
+        replaced(checkpoint.CheckpointWriter, "save", save),
+        replaced(loop, "find_fault", lambda folder: None),
+        replaced(loop, "on_first_rank", lambda function: function()),
+    ):
         yield
 
 
@@ -78,11 +85,13 @@ def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shap
     config = getattr(recipe, stage)
     lengths: list[int] = [0]
     with world(rank=rank, size=size) as ledger:
+        import torch
+
         from megatron_opd.model.architecture import read_architecture
 
         arch = read_architecture(config.init)
-        # One token where sums are read, so that means are numbers; no loss, no norm.
-        ledger.scalar = lambda tensor: 1.0 if str(tensor.dtype) == "torch.float64" else 0.0 if tensor.is_floating_point() else 0
+        # The host reads 1 where sums are, so that means are numbers, and else 0.
+        ledger.scalar = lambda tensor: 1.0 if tensor.dtype == torch.float64 else 0.0 if tensor.is_floating_point() else 0
         with stand_ins(ledger, arch, config, lengths), files_are_real(lengths), saves_without_tensors(shelf):
             {"sft": loop.run_sft, "train": loop.run_train}[stage](recipe)
         return {"waits": dict(ledger.waits), "copies": dict(ledger.copies), "comm": ledger.comm}
