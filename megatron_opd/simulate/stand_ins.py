@@ -1,0 +1,168 @@
+"""Answers to what shapes alone can't say: Triton launches, lengths of sequences, tokens of each expert, shapes that neighbours send.
+
+Each changes one function for as long as the simulation runs, and keeps the rest of the code real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_opd.config import TrainerConfig
+from megatron_opd.model.architecture import Architecture
+from megatron_opd.simulate import te_functions
+from megatron_opd.simulate.gpu import replaced
+from megatron_opd.simulate.ledger import Ledger
+
+# Options of a launch that are no arguments of the kernel.
+_LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
+
+
+@contextlib.contextmanager
+def stand_ins(ledger: Ledger, arch: Architecture, config: TrainerConfig, lengths: Sequence[int]) -> Iterator[list[str]]:
+    """All of them, for micro-batches of sequences of these lengths. Yields what was stood in for, in words."""
+    names = [
+        "Triton kernels are not launched: arguments are bound to the kernel's own, tensors must be on the GPU, results are not computed",
+        "what the host reads off the GPU is 0: losses, norms, flags",
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_triton_launches())
+        stack.enter_context(_rope_lengths(ledger, lengths))
+        stack.enter_context(_packed_groups(lengths))
+        stack.enter_context(_local_norm(ledger))
+        te_functions.FULL_SEQUENCES[:] = lengths
+        stack.callback(te_functions.FULL_SEQUENCES.clear)
+        if config.parallel.pp > 1:
+            stack.enter_context(_neighbours_shapes(lengths))
+            names.append("neighbouring pipeline stages send micro-batches of the same lengths")
+        if arch.num_experts:
+            stack.enter_context(_balanced_experts(ledger, arch, config, lengths))
+            names.append("every expert is sent as many tokens as any other")
+        yield names
+
+
+@contextlib.contextmanager
+def _triton_launches() -> Iterator[None]:
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    def launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        parameters = inspect.signature(self.fn).parameters
+        given = {name: value for name, value in kwargs.items() if name in parameters or name not in _LAUNCH_OPTIONS}
+        bound = inspect.signature(self.fn).bind(*args, **given)
+        for name, value in bound.arguments.items():
+            if isinstance(value, torch.Tensor) and not value.is_cuda:
+                raise RuntimeError(f"kernel {self.fn.__name__}: {name} is on {value.device}, and a kernel reads the GPU's memory alone")
+
+    def tuned(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.fn.run(*args, **(self.configs[0].all_kwargs() | kwargs))
+
+    with replaced(JITFunction, "run", launch), replaced(Autotuner, "run", tuned):
+        yield
+
+
+@contextlib.contextmanager
+def _rope_lengths(ledger: Ledger, lengths: Sequence[int]) -> Iterator[None]:
+    """Megatron-Core's own RoPE reads the lengths of packed sequences off the GPU, one by one."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    unfused: Any = rope_utils._apply_rotary_pos_emb_thd
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        answers = iter(lengths)
+        with replaced(ledger, "scalar", lambda tensor: next(answers, 0)):
+            return unfused(*args, **kwargs)
+
+    with replaced(rope_utils, "_apply_rotary_pos_emb_thd", apply):
+        yield
+
+
+@contextlib.contextmanager
+def _packed_groups(lengths: Sequence[int]) -> Iterator[None]:
+    """The local layers' attention by PyTorch's SDPA groups sequences by their lengths; PyTorch's varlen attention needs no such thing."""
+    from megatron_opd.model import layers
+
+    def groups(packed: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        device, kinds = packed.cu_seqlens_q.device, {}
+        for length in lengths:
+            kinds.setdefault((length - 1).bit_length(), []).append(length)
+        shapes = [(len(members), max(members)) for members in kinds.values()]
+        return [
+            (torch.zeros(shape, dtype=torch.int64, device=device), torch.ones(shape, dtype=torch.bool, device=device)) for shape in shapes
+        ]
+
+    with replaced(layers, "_length_groups", groups):
+        yield
+
+
+@contextlib.contextmanager
+def _local_norm(ledger: Ledger) -> Iterator[None]:
+    """Without Transformer Engine and apex, Megatron-Core's gradient norm makes a number of each parameter's: a wait for each."""
+    from megatron.core.optimizer import clip_grads
+
+    real: Any = clip_grads.l2_norm_impl
+    if "local_" not in real.__name__:
+        yield
+        return
+
+    def norm(chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool, *args: Any) -> tuple[torch.Tensor, None]:
+        norms = [torch.norm(tensor) for tensor in tensor_lists[0]]
+        for _ in norms:
+            ledger.wait("norm of a parameter's gradient")
+        return torch.stack(norms).norm(), None
+
+    with replaced(clip_grads, "l2_norm_impl", norm):
+        yield
+
+
+@contextlib.contextmanager
+def _neighbours_shapes(lengths: Sequence[int]) -> Iterator[None]:
+    """With variable lengths, Megatron-Core's stages tell each other the shapes that they will send; its code runs, and would read zeros."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    exchange: Any = P2PCommunicator._communicate_shapes
+
+    def communicate(
+        self: Any, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
+    ) -> tuple[list[int], list[int]]:
+        exchange(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next)
+        config = self.config
+        parts = config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        shape, none = [sum(lengths) // parts, 1, config.hidden_size], [0, 0, 0]
+        return shape if recv_prev else none, shape if recv_next else none
+
+    with replaced(P2PCommunicator, "_communicate_shapes", communicate):
+        yield
+
+
+@contextlib.contextmanager
+def _balanced_experts(ledger: Ledger, arch: Architecture, config: TrainerConfig, lengths: Sequence[int]) -> Iterator[None]:
+    """Megatron-Core's dispatcher reads off the GPU how many tokens every expert is sent."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    parallel = config.parallel
+    sent = sum(lengths) // parallel.cp // parallel.tp * arch.experts_per_token
+    name = "maybe_move_tensor_to_cpu"
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type == "cpu":
+            return tensor
+        ledger.wait("token counts")
+        counts = np.full(tensor.numel(), sent // tensor.numel(), dtype=np.int64)
+        counts[: sent - counts.sum()] += 1
+        return counts.reshape(tuple(tensor.shape))  # NumPy's where Megatron-Core has a CPU tensor, too: a fake one forgets its numbers
+
+    def selected(tensor: torch.Tensor, mask: torch.Tensor) -> int:
+        return mask.numel() // arch.num_experts * arch.experts_per_token
+
+    with (
+        replaced(moe_utils, name, move),
+        replaced(token_dispatcher, name, move),
+        replaced(ledger, "selected", selected),
+    ):
+        yield
