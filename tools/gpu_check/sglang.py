@@ -68,7 +68,7 @@ def compare(folder: Path, *, small: bool) -> dict[str, Any]:
     options = os.environ.get("OPD_SGLANG_OPTIONS", "--mem-fraction-static 0.6").split()
     python = os.environ.get("OPD_SGLANG_PYTHON", sys.executable)
     launch = LaunchConfig(
-        command=[python, "-m", "sglang.launch_server"], options=options, environment={"PYTHONPATH": ""}, start_seconds=170
+        command=[python, "-m", "sglang.launch_server"], options=options, environment={"PYTHONPATH": ""}, start_seconds=600 if small else 140
     )
     begin = time.perf_counter()
     engine = open_engine(EngineConfig(kind="sglang", launch=launch), model, log_dir=folder / "logs")
