@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from megatron_opd.simulate.needs import find_transformer_engine, no_transformer_engine
 
 from . import step_shape as shape
 from .parts import ROOT
@@ -22,16 +25,30 @@ from .record import git_commit
 
 KEPT = ROOT / "docs" / "results" / "gpu" / "simulated-step.json"
 HOW = "run `make gpu-check-simulated` where PyTorch is a CPU build, and carry the file along"
-LAYERS_BY = {"Transformer Engine": [], "local layers": ["--no-te"]}
+LAYERS_BY = ("Transformer Engine", "local layers")
 
 
-def simulate(options: list[str]) -> dict[str, Any]:
+def environment(layers_by: str) -> dict[str, str]:
+    """The simulation's: its PYTHONPATH has Transformer Engine or has not. Raises SystemExit where there is none."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if layers_by == "local layers":
+        paths = [path for path in paths if not (Path(path) / "transformer_engine").is_dir()]
+    else:
+        found = find_transformer_engine()
+        if found is None:
+            raise SystemExit(no_transformer_engine())
+        paths += [found] if found else []
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def simulate(layers_by: str) -> dict[str, Any]:
     """The numbers of one simulation, in a process of its own. Raises SystemExit with its output."""
+    options = ["--no-te"] if layers_by == "local layers" else []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "simulation.json"
         command = [sys.executable, "-m", "megatron_opd.simulate", shape.RECIPE, shape.STAGE, "--gpus", "1", "--layers", str(shape.LAYERS)]
         command += ["--micro-batches", str(shape.MICRO_BATCHES), "--lengths", json.dumps(shape.LENGTHS), "--json", str(output)]
-        done = subprocess.run([*command, *options, *shape.OVERRIDES], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run([*command, *options, *shape.OVERRIDES], capture_output=True, text=True, cwd=ROOT, env=environment(layers_by))
         if done.returncode or not output.exists():
             raise SystemExit(f"{' '.join(done.args)}: exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
         found = json.loads(output.read_text(encoding="utf-8"))
@@ -49,7 +66,7 @@ def simulate(options: list[str]) -> dict[str, Any]:
 
 def keep() -> None:
     """Simulate both kinds of layers into KEPT."""
-    made = {name: simulate(options) for name, options in LAYERS_BY.items()}
+    made = {name: simulate(name) for name in LAYERS_BY}
     values = {"settings": shape.SETTINGS, "commit": git_commit(ROOT), "layers_by": made}
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     KEPT.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
