@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 
-.PHONY: demo demo-smollm2 test test-slow lint test-mcore test-bridge sglang-venv gpu-check gpu-check-simulated gpu-wheels clean
+.PHONY: demo demo-smollm2 test test-slow lint te mcore test-mcore test-bridge sglang-venv gpu-check gpu-check-simulated gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/megatron-opd demo
@@ -27,10 +27,26 @@ lint: $(VENV)/.test
 	$(VENV)/bin/shellcheck -x .ci/run slurm/*.sh tests/*/*.sh tools/*.sh
 	$(VENV)/bin/hadolint Dockerfile
 
-# The distributed tests on another version of Megatron-Core (its newest; the metadata asks for Python 3.12, 3.11 works).
+# The Python half of Transformer Engine, for steps on a simulated GPU (tests/fake_gpu, check --simulate): no GPU, 0.4 GB. In a folder of its
+# own, so that no other test meets it. `make test` runs tests/fake_gpu where it is, and on a second Megatron-Core after `make mcore`.
+TE ?= 2.20.2
+TE_PACKAGES = transformer-engine==$(TE) transformer-engine-cu13==$(TE) importlib-metadata==10.2.0 zipp==4.1.2 onnxscript==0.7.2 \
+	onnx==1.23.2 nvdlfw-inspect==0.2.2 ml_dtypes==0.6.0 onnx_ir==1.1.0
+te: .te-$(TE)
+.te-$(TE): | $(VENV)/.test
+	rm -rf $@.part
+	$(VENV)/bin/pip install -q --no-deps --target $@.part $(TE_PACKAGES)
+	mv $@.part $@
+
+# Another version of Megatron-Core (its newest; the metadata asks for Python 3.12, 3.11 works), and the distributed tests on it.
 MCORE ?= 0.19.2
-test-mcore: $(VENV)/.test
-	test -d .mcore-$(MCORE) || $(VENV)/bin/pip install -q --no-deps --ignore-requires-python --target .mcore-$(MCORE) megatron-core==$(MCORE)
+mcore: .mcore-$(MCORE)
+.mcore-$(MCORE): | $(VENV)/.test
+	rm -rf $@.part
+	$(VENV)/bin/pip install -q --no-deps --ignore-requires-python --target $@.part megatron-core==$(MCORE)
+	mv $@.part $@
+
+test-mcore: .mcore-$(MCORE)
 	PYTHONPATH=$(CURDIR)/.mcore-$(MCORE) $(VENV)/bin/pytest tests/distributed $(PYTEST_ARGS)
 
 # The conversion against NVIDIA's megatron-bridge, bit for bit; with BRIDGE=0.6.2 the newest. Most of what it wants needs a GPU to run
@@ -70,4 +86,4 @@ $(VENV)/.test: pyproject.toml tools/make_venv.sh
 	touch $@
 
 clean:
-	rm -rf .venv .venv-sglang .mcore-* .bridge-* build *.egg-info
+	rm -rf .venv .venv-sglang .mcore-* .bridge-* .te-* build *.egg-info

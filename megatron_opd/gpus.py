@@ -8,21 +8,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bf16 peak in FLOP/s, memory in GiB as the driver reports it (rounded), and bytes a second to and from that memory."""
+    """Dense peaks in FLOP/s, memory in GiB as the driver reports it (rounded), and bytes a second.
+
+    `bytes_per_second`: to and from the GPU's memory. `nvlink`: out of one GPU to the others of its node, one direction, which is half of
+    the figure of the data sheet. `network`: out of one GPU to other nodes, one direction, by the adapter that a DGX has for each GPU.
+    `fp8_flops` is None where the GPU has no FP8.
+    """
 
     name: str
     bf16_flops: float
     memory_gib: float
     bytes_per_second: float
+    nvlink: float
+    network: float
+    fp8_flops: float | None
 
 
+# Data sheets: NVIDIA A100 (2021), H100 (2023), H200 (2024), HGX B200 (2025); adapters: DGX A100 (HDR, 200 Gb/s), DGX H100, H200 and B200
+# (NDR, 400 Gb/s). Figures "with sparsity" are halved.
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
-        Gpu("A100", 312e12, 80.0, 2.04e12),
-        Gpu("H100", 989e12, 80.0, 3.35e12),
-        Gpu("H200", 989e12, 140.0, 4.8e12),
-        Gpu("B200", 2250e12, 179.0, 7.7e12),
+        Gpu("A100", 312e12, 80.0, 2.04e12, 300e9, 25e9, None),
+        Gpu("H100", 989e12, 80.0, 3.35e12, 450e9, 50e9, 1979e12),
+        Gpu("H200", 989e12, 140.0, 4.8e12, 450e9, 50e9, 1979e12),
+        Gpu("B200", 2250e12, 179.0, 7.7e12, 900e9, 50e9, 4500e12),
     )
 }
 

@@ -52,6 +52,11 @@ def find_recipe(name: str, folder: Path | None = None) -> Source | None:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: not TOML: {error}") from None
         return Source(path, os.path.realpath(path), Path(path).parent, text)
+    return _find_shipped(name)
+
+
+def _find_shipped(name: str) -> Source | None:
+    """A recipe of the package, whatever files there are."""
     bare = name.removesuffix(".toml")
     if bare not in shipped_recipes():
         return None
@@ -116,9 +121,9 @@ def _extended(source: Source, chain: list[Source]) -> tuple[dict[str, Any], list
     chain = [*chain, source]
     where = f"{source.label} extends {extends!r}"
     try:
-        base = find_recipe(expand_path(extends), source.folder)
+        base = _find_shipped(extends) if source.folder is None else find_recipe(expand_path(extends), source.folder)
         if base is None:
-            looked = f"no file {Path(source.folder, extends)}" if source.folder else "no file beside a shipped recipe counts"
+            looked = "no file beside a shipped recipe counts" if source.folder is None else f"no file {Path(source.folder, extends)}"
             raise ConfigError(f"{looked}, and no shipped recipe of that name; there are {', '.join(shipped_recipes())}")
         if any(base.place == other.place for other in chain):
             raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(entry.label for entry in [*chain, base])}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_round, add_servers, flag_overrides, recipe_stage, round_of
 from megatron_opd.config import Recipe, require
 from megatron_opd.errors import UserError
-from megatron_opd.gpus import GPUS
+from megatron_opd.gpus import GPUS, Gpu
 from megatron_opd.pipeline.stages import evaluation_of
 from megatron_opd.recipe_files import apply_overrides, build_recipe
 from megatron_opd.rounds import round_recipe
@@ -52,6 +52,14 @@ def add_to(stages: Stages) -> None:
     )
     check.add_argument("--gpu", choices=sorted(GPUS), help="which GPUs, for --gpus and --nodes (default: h100)")
     check.add_argument("--gpu-memory", type=a_gib, metavar="GIB", help="memory of one GPU, if it is another than that kind's")
+    check.add_argument(
+        "--simulate",
+        action="store_true",
+        help="with --gpus or --nodes: run each training's step on simulated GPUs (docs/simulation.md): memory by place, waits, messages",
+    )
+    check.add_argument("--rank", type=int, metavar="R", help="with --simulate: this rank alone (default: the first of each pipeline stage)")
+    check.add_argument("--layers", type=a_positive, metavar="L", help="with --simulate: fewer layers than the student has, to be quick")
+    check.add_argument("--no-te", action="store_true", help="with --simulate: Megatron-Core's local layers, as without Transformer Engine")
     check.add_argument(
         "--model", type=a_path, metavar="DIR", help="instead of a recipe give a store, and here its student: compares SGLang and Megatron"
     )
@@ -123,15 +131,29 @@ def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
     evaluate(require(recipe.eval, "eval"), recipe)
 
 
+def _simulate(recipe: Recipe, args: argparse.Namespace, gpus: int, gpu: Gpu) -> int:
+    from megatron_opd.simulate.check import Request, simulate_recipe
+
+    overrides = args.overrides + flag_overrides(args)
+    return simulate_recipe(recipe, Request(args.recipe, overrides, gpus, gpu, args.rank, args.layers, not args.no_te))
+
+
 def _check(recipe: Recipe, args: argparse.Namespace) -> int:
+    for option in ("rank", "layers", "no_te"):
+        if getattr(args, option) not in (None, False) and not args.simulate:
+            raise UserError(f"--{option.replace('_', '-')} is for a simulation: add --simulate")
     if args.gpus is not None or args.nodes is not None:
         from megatron_opd.estimate.allocation import allocation_of
         from megatron_opd.estimate.recipe import estimate_recipe
 
         gpu = GPUS[args.gpu or "h100"]
         gpu = replace(gpu, memory_gib=args.gpu_memory or gpu.memory_gib)
+        if args.simulate:
+            return _simulate(recipe, args, allocation_of(args.gpus, args.nodes).gpus, gpu)
         print("\n".join(estimate_recipe(recipe, allocation_of(args.gpus, args.nodes), gpu)))
         return 0
+    if args.simulate:
+        raise UserError("--simulate needs the number of GPUs: add --gpus N")
     for option, value in (("--gpu-memory", args.gpu_memory), ("--gpu", args.gpu)):
         if value is not None:
             raise UserError(f"{option} is for the estimate, which needs the number of GPUs too: add --gpus N")

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 from megatron_opd.config import TrainerConfig
 from megatron_opd.estimate.memory import GIB, Layout
 from megatron_opd.estimate.ranges import Range, between
+from megatron_opd.estimate.step_time import StepTime, predict_work
+from megatron_opd.estimate.traffic import step_work
 from megatron_opd.gpus import Gpu
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
 
-# Assumptions, each (worst, best). Shares of the bf16 peak that a training step and a prefill reach; a mixture's small products reach less.
-UTILISATION = {"dense": (0.25, 0.45), "mixture": (0.10, 0.25)}
+# Assumptions, each (worst, best); those of a training step are in step_time.py. Share of the bf16 peak that a prefill reaches; a mixture's small
+# products reach less.
 PREFILL_UTILISATION = {"dense": (0.25, 0.60), "mixture": (0.10, 0.35)}
 BANDWIDTH_UTILISATION = (0.40, 0.75)  # of the memory's bandwidth, while decoding
 STEP_OVERHEAD = (5e-3, 1e-3)  # seconds of a decoding step that are neither: launches, sampling, messages between GPUs
-FP8_SPEEDUP = 1.4  # at most, of a whole training step
 START_SECONDS = Range(60.0, 600.0)  # until servers, or the ranks of a training, have loaded a model
 MOST_SEQUENCES = 256  # decoded together by one copy of a model
 LEAST_SEQUENCES = 16  # of the longest, for which a copy should have room: fewer leave its GPUs idle
@@ -32,30 +33,27 @@ BF16 = 2  # bytes
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens (prompt and response) a second of all GPUs, seconds a step and GPU hours of the run."""
+    """Tokens (prompt and response) a second of all GPUs, seconds a step, GPU hours of the run, and what a step's time goes into."""
 
     tokens_per_second: Range
     step_seconds: Range
     gpu_hours: Range
     steps: int
+    step: StepTime
 
 
 def predict_speed(arch: Architecture, config: TrainerConfig, layout: Layout, *, tokens: Range, steps: int, gpu: Gpu) -> Speed:
     """Speed of a training. `tokens`: of a rollout on average, prompt and response, as training reads it."""
 
-    def seconds(worst: bool) -> float:
-        mean = tokens.high if worst else tokens.low
-        batch = config.global_batch * mean
-        flops = arch.train_flops(round(batch), round(config.global_batch * mean**2))
-        micro_batches = max(1.0, batch / layout.dp / config.micro_batch_tokens)
-        bubble = 1 + (layout.pp - 1) / (micro_batches * layout.vpp)
-        recompute = 4 / 3 if config.recompute == "full" else 1.0  # one more forward pass, a third of forward and backward
-        share = UTILISATION[_kind(arch)][not worst] * (FP8_SPEEDUP if config.fp8 and not worst else 1.0)
-        return flops * recompute * bubble / (layout.gpus * gpu.bf16_flops * share)
+    def time_of(mean: float) -> StepTime:
+        work = step_work(arch, config, layout, tokens=config.global_batch * mean, squared=config.global_batch * mean**2)
+        kind, fp8 = bool(arch.num_experts), config.fp8 is not None
+        return predict_work(work, gpu=gpu, mixture=kind, fp8=fp8, pp=layout.pp, vpp=layout.vpp)
 
-    step = between(seconds)
-    rates = sorted(config.global_batch * mean / time for mean, time in ((tokens.low, step.low), (tokens.high, step.high)))
-    return Speed(Range(*rates), step, step * (steps * layout.gpus / 3600), steps)
+    time = time_of(tokens.low).until(time_of(tokens.high))
+    step = time.total
+    rates = sorted(config.global_batch * mean / seconds for mean, seconds in ((tokens.low, step.low), (tokens.high, step.high)))
+    return Speed(Range(*rates), step, step * (steps * layout.gpus / 3600), steps, time)
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,7 @@ class Estimator:
             f"  speed: {speed.tokens_per_second.text()} tokens/s, {speed.step_seconds.text()} s a step; {steps:,} steps"
             + (f" for each {PER:,} prompts" if per else "")
         )
+        self.lines.append(f"  a step: {speed.step.describe()}")
         saved = num_checkpoints(config, steps)
         words = " x ".join(f"{key} {getattr(layout, key)}" for key in ("tp", "pp", "cp", "dp")) + (
             f", ep {layout.ep}" if layout.ep > 1 else ""

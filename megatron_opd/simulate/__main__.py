@@ -33,7 +33,7 @@ def _simulate(args: argparse.Namespace) -> None:
         from megatron_opd.simulate import transformer_engine
 
         transformer_engine.install()
-    from megatron_opd.simulate.report import describe
+    from megatron_opd.simulate.report import describe, provenance
     from megatron_opd.simulate.stage import simulate_stage
 
     gpu = GPUS[args.gpu]
@@ -51,7 +51,7 @@ def _simulate(args: argparse.Namespace) -> None:
     )
     if args.json:
         Path(args.json).write_text(json.dumps(simulation.to_json(), indent=1) + "\n")
-    print("\n".join(describe(simulation)))
+    print("\n".join([*describe(simulation), *provenance(simulation)]))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

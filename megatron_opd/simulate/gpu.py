@@ -137,6 +137,11 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> Any:
     return there
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What a fake tensor is unpickled to."""
+    return torch.zeros(shape, dtype=dtype)
+
+
 def _patch_tensors() -> None:
     """What fake tensors lack."""
     module: Any = torch.nn.Module
@@ -156,6 +161,8 @@ def _patch_tensors() -> None:
 
     fake.__torch_dispatch__ = classmethod(dispatch_of_inner)
     fake.tolist = ledger.numbers_of
+    # Transformer Engine pickles the state of delayed scaling into a checkpoint.
+    fake.__reduce_ex__ = lambda self, protocol: (_zeros, (tuple(self.shape), self.dtype))
 
 
 cuda.use_guard(_GUARD)

@@ -4,90 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import Recipe, TrainerConfig
 from megatron_opd.errors import UserError
+from megatron_opd.estimate.memory import FIXED_BYTES
 from megatron_opd.gpus import GPUS, Gpu
 from megatron_opd.simulate import gpu as simulated  # before torch
 from megatron_opd.simulate.devices import GIB
+from megatron_opd.simulate.result import Message, Simulation
 
 import torch  # isort: skip
-
-REST_BYTES = 3 * GIB  # CUDA context, cuBLAS and NCCL buffers: what estimate/memory.py adds, an assumption
-PROMPT_TOKENS = 256  # of each sequence, where nobody says otherwise: estimate/workload.py's
-_LONGEST_SFT = 16384  # tokens of a sequence of sft where the recipe does not cut them
-
-
-@dataclass(frozen=True)
-class Message:
-    """One collective operation of a step: calls and bytes (the whole buffer) of one rank."""
-
-    operation: str
-    group: str
-    ranks: int
-    calls: int
-    bytes: int
-    spans_nodes: bool
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """What one rank holds, waits for, copies, computes and sends. Bytes, FLOPs and counts; those of a step are of the last one."""
-
-    recipe: str
-    stage: str
-    ranks: int
-    rank: int
-    layers: int
-    layout: dict[str, int]
-    gpu: str
-    gpu_bytes: int
-    rest_bytes: int
-    lengths: list[int]
-    micro_batches: int
-    steps: int
-    parameters: int
-    peak_bytes: int
-    peak_phase: str
-    peaks: dict[str, int]  # 'build', 'step', 'save' where it was asked for: bytes on the GPU
-    host_peaks: dict[str, int]  # the same, of tensors in the host's memory
-    by_place: list[tuple[str, int]]
-    flops: float
-    messages: list[Message]
-    waits: dict[str, int]
-    copies: dict[str, int]
-    calls: dict[str, int]  # of Transformer Engine's compiled functions
-    runs_out: dict[str, Any] | None  # phase, bytes and place where the GPU would have run out; None if it would not
-    stood_in_for: list[str]
-    versions: dict[str, str]
-    seconds: float
-
-    @property
-    def blocking_copies(self) -> dict[str, int]:
-        return {what: count for what, count in self.copies.items() if "BLOCKING" in what}
-
-    @property
-    def pageable_copies(self) -> dict[str, int]:
-        return {what: count for what, count in self.copies.items() if "pageable" in what}
-
-    def to_json(self) -> dict[str, Any]:
-        """For json.dump; `from_json` reads it."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(tree: dict[str, Any]) -> Simulation:
-        messages = [Message(**message) for message in tree["messages"]]
-        places = [(place, size) for place, size in tree["by_place"]]
-        return Simulation(**(tree | {"messages": messages, "by_place": places}))
 
 
 def simulate_stage(
@@ -117,9 +50,9 @@ def simulate_stage(
     config.check_ranks(stage, ranks)
     gpu = gpu or GPUS["h100"]
     arch = _architecture(recipe, layers)
-    lengths = list(lengths) if lengths is not None else default_lengths(stage, config)
+    lengths = list(lengths) if lengths is not None else default_lengths(recipe, stage)
     started = time.monotonic()
-    limit = int(gpu.memory_gib * GIB) - REST_BYTES
+    limit = int(gpu.memory_gib * GIB) - FIXED_BYTES
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(simulated.world(rank=rank, size=ranks, gpu=gpu, limit=limit))
         names = stack.enter_context(stand_ins(ledger, arch, config, lengths))
@@ -127,7 +60,7 @@ def simulate_stage(
         calls = _calls()
         calls.clear()
         trainee, parameters = _build(ledger, arch, config, settings or {})
-        _steps(ledger, trainee, arch, config, stage, lengths, micro_batches=micro_batches, steps=steps)
+        _steps(ledger, trainee, arch, recipe, stage, lengths, micro_batches=micro_batches, steps=steps)
         step_phase = ledger.phase
         counted = {
             "flops": ledger.flops,
@@ -140,10 +73,11 @@ def simulate_stage(
             _save(ledger, trainee, recipe, config)
         uses_te = bool(calls)
         del trainee
-    if not uses_te:
-        names.append("Transformer Engine is not used: Megatron-Core's local layers")
-    else:
-        names.append("Transformer Engine's compiled half: shapes and dtypes of results, no numbers")
+    names.append(
+        "Transformer Engine's compiled half gives shapes and dtypes of results"
+        if uses_te
+        else "Transformer Engine is not used: Megatron-Core's local layers"
+    )
     return Simulation(
         recipe=recipe.name,
         stage=stage,
@@ -153,7 +87,7 @@ def simulate_stage(
         layout=_layout(config, ranks),
         gpu=gpu.name,
         gpu_bytes=int(gpu.memory_gib * GIB),
-        rest_bytes=REST_BYTES,
+        rest_bytes=FIXED_BYTES,
         lengths=lengths,
         micro_batches=micro_batches,
         steps=steps,
@@ -171,13 +105,21 @@ def simulate_stage(
     )
 
 
-def default_lengths(stage: str, config: TrainerConfig) -> list[int]:
-    """A full micro-batch of the longest sequences that the recipe allows, and a last one that fills it."""
-    longest = config.max_response_tokens + PROMPT_TOKENS if config.max_response_tokens else _LONGEST_SFT
-    budget = config.micro_batch_tokens // config.token_multiple * config.token_multiple
-    longest = min(longest, budget) // config.token_multiple * config.token_multiple
-    lengths = [longest] * (budget // longest)
-    return lengths + ([rest] if (rest := budget - sum(lengths)) else [])
+def default_lengths(recipe: Recipe, stage: str) -> list[int]:
+    """A full micro-batch of the longest sequences that the stage's store has, or may have, and a last one that fills it."""
+    from megatron_opd.estimate.workload import PROMPT_TOKENS, trained_lengths
+
+    config: TrainerConfig = getattr(recipe, stage)
+    sampler = recipe.generate if stage == "sft" else recipe.rollout
+    multiple = config.token_multiple
+    budget = config.micro_batch_tokens // multiple * multiple
+    if sampler is not None:
+        longest = trained_lengths(config, sampler).longest
+    else:
+        longest = PROMPT_TOKENS + config.max_response_tokens if config.max_response_tokens else budget
+    longest = max(multiple, min(longest, budget) // multiple * multiple)
+    rest = budget % longest
+    return [longest] * (budget // longest) + ([rest] if rest > 1 else [])
 
 
 def _architecture(recipe: Recipe, layers: int | None) -> Any:
@@ -237,49 +179,20 @@ def _build(ledger: Any, arch: Any, config: TrainerConfig, settings: dict[str, An
     return trainee, sum(parameter.numel() for student in students for parameter in student.parameters())
 
 
-def _steps(
-    ledger: Any, trainee: Any, arch: Any, config: TrainerConfig, stage: str, lengths: list[int], *, micro_batches: int, steps: int
-) -> None:
+def _steps(ledger: Any, trainee: Any, arch: Any, recipe: Recipe, stage: str, lengths: list[int], *, micro_batches: int, steps: int) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_opd.simulate.batches import make_batch, make_source
     from megatron_opd.train.loss import make_loss, sft_loss
     from megatron_opd.train.step import train_step
 
-    loss = sft_loss if stage == "sft" else make_loss(config.loss)  # pyright: ignore[reportAttributeAccessIssue]
-    device = torch.device("cuda", torch.cuda.current_device())
+    config: TrainerConfig = getattr(recipe, stage)
+    loss = sft_loss if stage == "sft" else make_loss(recipe.train.loss)
+    source = make_source(recipe, stage, arch, lengths, cp_rank=parallel_state.get_context_parallel_rank())
     for number in range(steps):
         ledger.start_step(f"step {number}")
-        batches = [_micro_batch(config, stage, lengths).to(device) for _ in range(micro_batches)]
+        batches = [make_batch(source).pinned() for _ in range(micro_batches)]
         train_step(trainee, arch, loss, batches, seed=config.seed, chunk_tokens=config.chunk_tokens)
-
-
-def _micro_batch(config: TrainerConfig, stage: str, lengths: list[int]) -> Any:
-    """One, as train/batches.py makes it, in the host's memory."""
-    from megatron_opd.train.batches import MicroBatch
-
-    cp = config.parallel.cp
-    num_tokens = sum(lengths)
-    num_rows = sum(max(1, length - PROMPT_TOKENS) for length in lengths) // cp
-    ints = functools.partial(torch.zeros, dtype=torch.int64)
-    floats = functools.partial(torch.zeros, dtype=torch.float32)
-    distils = stage == "train"
-    return MicroBatch(
-        tokens=ints(1, num_tokens // cp),
-        positions=ints(1, num_tokens // cp),
-        cu_seqlens=torch.zeros(len(lengths) + 1, dtype=torch.int32),
-        rows=ints(num_rows),
-        labels=ints(num_rows),
-        response_positions=ints(num_rows),
-        weights=floats(num_rows),
-        student_logp=floats(num_rows),
-        teacher_logp=floats(num_rows) if distils else None,
-        topk_ids=None,
-        topk_logp=None,
-        overlap_ids=None,
-        denominator=num_rows,
-        max_seqlen=max(lengths),
-        num_sequences=len(lengths),
-        num_tokens=num_tokens,
-        sum_squared_lengths=sum(length * length for length in lengths),
-    )
 
 
 class _Saved(BaseException):
@@ -332,9 +245,9 @@ def _by_part(peaks: dict[str, int], step_phase: str) -> dict[str, int]:
 
 
 def _versions(uses_te: bool) -> dict[str, str]:
-    import megatron.core
+    from megatron.core import package_info
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "megatron-core": megatron.core.package_info.__shortversion__}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "megatron-core": package_info.__shortversion__}
     if uses_te:
         found["transformer-engine"] = importlib.metadata.version("transformer-engine")
     return found

@@ -54,11 +54,29 @@ class MicroBatch:
             return self.labels[:, None]
         return torch.cat([self.labels[:, None], self.topk_ids], 1)
 
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """float64 [3]: denominator, response tokens and sequences. It travels with the batch: a number that a step sends to a GPU is a wait."""
+        return torch.tensor([self.denominator, len(self.rows), self.num_sequences], dtype=torch.float64, device=self.tokens.device)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that is to be on the device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)} | {"counts": self.counts}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
     def to(self, device: torch.device) -> MicroBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        )
+        return self._with({name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()})
+
+    def pinned(self) -> MicroBatch:
+        """In page-locked memory, from where a GPU copies while the host goes on; for hosts with CUDA."""
+        return self._with({name: tensor.pin_memory() for name, tensor in self.tensors.items()})
+
+    def _with(self, tensors: dict[str, torch.Tensor]) -> MicroBatch:
+        counts = tensors.pop("counts")
+        batch = replace(self, **tensors)
+        vars(batch)["counts"] = counts
+        return batch
 
 
 # The overlap with the teacher's candidates is measured on the rollouts whose index is a multiple of this: reading candidates takes time.

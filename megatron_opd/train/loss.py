@@ -126,8 +126,8 @@ def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def jsd(student: torch.Tensor, teacher: torch.Tensor, *, beta: float) -> torch.Tensor:
     """beta KL(pi_T, m) + (1 - beta) KL(pi_S, m) with m = beta pi_T + (1 - beta) pi_S. Source: GKD, arXiv 2306.13649, equation 1."""
-    shares = torch.tensor([beta, 1 - beta], dtype=student.dtype, device=student.device).log()
-    mixture = torch.logaddexp(teacher + shares[0], student + shares[1])
+    of_teacher, of_student = (torch.full_like(student[:1, :1], share).log() for share in (beta, 1 - beta))  # made there, not sent there
+    mixture = torch.logaddexp(teacher + of_teacher, student + of_student)
     return beta * reverse_kl(teacher, mixture) + (1 - beta) * reverse_kl(student, mixture)
 
 
@@ -182,11 +182,12 @@ def pack_sums(
     """
     logp = logp.detach()
     ratio = (logp - batch.student_logp).double().exp()
+    denominator, tokens, sequences = batch.counts
     sums = {
         "loss": loss.detach(),
-        "denominator": batch.denominator,
-        "tokens": len(batch.rows),
-        "sequences": batch.num_sequences,
+        "denominator": denominator,
+        "tokens": tokens,
+        "sequences": sequences,
         "nll": -logp.sum(),
         "entropy": entropy.detach().sum(),
         "ratio": ratio.sum(),
@@ -196,4 +197,5 @@ def pack_sums(
     if batch.teacher_logp is not None:
         gap = batch.teacher_logp - logp
         sums |= {"abs_advantage": gap.abs().sum(), "reverse_kl": -gap.sum()}
-    return torch.stack([torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=logp.device) for name in LOSS_SUM_NAMES])
+    zero = torch.zeros_like(tokens)
+    return torch.stack([sums.get(name, zero).double() for name in LOSS_SUM_NAMES])

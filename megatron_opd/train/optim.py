@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -82,7 +84,7 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
             chunk.broadcast_params()
     logging.getLogger("megatron.core.optimizer").setLevel(logging.ERROR)
     optimizer = get_megatron_optimizer(optimizer_config(config, bf16=model_config.bf16), [*chunks])
-    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.finalize_model_grads_func = finalize_gradients
     model_config.grad_scale_func = optimizer.scale_loss
     no_sync: Any = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     model_config.no_sync_func = no_sync
@@ -100,6 +102,21 @@ def make_trainee(students: Sequence[Student], config: TrainerConfig, *, steps: i
         wd_incr_style="constant",
     )
     return Trainee(chunks, optimizer, scheduler)
+
+
+def finalize_gradients(chunks: list[Any], denominator: torch.Tensor | None = None, **options: Any) -> None:
+    """Reduce the gradients over ranks and divide them by the global denominator, given as int32 [] of this rank on the last stage.
+
+    Megatron's, but that 0.16.1 asks the device for each chunk whether the denominator is 0 (none is then divided).
+    """
+    finalize_model_grads(chunks, None, **options)
+    if denominator is None:
+        return
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(denominator, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    dist.all_reduce(denominator, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / denominator.clamp(min=1))
 
 
 def optimizer_config(config: TrainerConfig, *, bf16: bool) -> OptimizerConfig:

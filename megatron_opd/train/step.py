@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,18 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.model.student import Student
 from megatron_opd.records import LOSS_SUM_NAMES, LossSums
 from megatron_opd.train.batches import MicroBatch
 from megatron_opd.train.drift import Watch, Watched
+from megatron_opd.train.feed import feeds
 from megatron_opd.train.loss import LossFunction, Stored, pack_sums
 from megatron_opd.train.optim import Trainee
+from megatron_opd.train.pipeline import known_shapes
+from megatron_opd.train.update import update
 
 _WATCH = Watch()
 
@@ -50,34 +53,20 @@ def train_step(
     chunk_tokens: int | None = None,
     watch: Watch = _WATCH,
 ) -> StepResult:
-    """Forward, backward, reduction, optimizer. `seed` restarts the random state, so that a step depends on nothing before it."""
+    """Forward, backward, reduction, optimizer. `seed` restarts the random state, so that a step depends on nothing before it.
+
+    micro_batches: on the device, or where `MicroBatch.pinned` puts them: they are then copied while the ones before them compute.
+    """
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     for chunk in trainee.chunks:
         chunk.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     sums = forward_backward(trainee.chunks, arch, loss, micro_batches, chunk_tokens=chunk_tokens, watch=watch)
     learning_rate = _learning_rate(trainee)
-    grad_norm, skipped = _update(trainee, sums[0])
+    values, grad_norm, skipped = update(trainee.optimizer, sums)
     trainee.scheduler.step(increment=1)  # the rate is a function of the step's number, skipped or not
-    values, n = sums.tolist(), len(LOSS_SUM_NAMES)
+    n = len(LOSS_SUM_NAMES)
     return StepResult(LossSums(*values[:n]), Watched.of(values[n:]), grad_norm, learning_rate, skipped)
-
-
-def _update(trainee: Trainee, loss: torch.Tensor) -> tuple[float, bool]:
-    """The optimizer's step, left out if the loss or the gradient norm is not finite. Returns the norm, and whether it was left out."""
-    # Megatron's own step() looks at the norm after it has scaled the gradients with it, and then updates whatever they are.
-    trainee.optimizer.prepare_grads()
-    grad_norm = float(trainee.optimizer.get_grad_norm() or 0.0)
-    skipped = not _finite_on_all_ranks(float(loss), grad_norm, device=loss.device)
-    if not skipped:
-        trainee.optimizer.step()
-    return grad_norm, skipped
-
-
-def _finite_on_all_ranks(*values: float, device: torch.device) -> bool:
-    bad = torch.tensor(float(not all(map(math.isfinite, values))), device=device)
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return not bad.item()
 
 
 def forward_backward(
@@ -95,17 +84,21 @@ def forward_backward(
     The sums are float64 [len(LOSS_SUM_NAMES) + watch.num_sums].
     chunk_tokens: response tokens whose logits are held at once (None: all of a micro-batch).
     """
-    with torch.set_grad_enabled(not forward_only):  # the head makes its gradients in the forward pass
+    device = next(chunks[0].parameters()).device
+    lengths = [batch.tokens.shape[1] for batch in micro_batches]
+    with (
+        torch.set_grad_enabled(not forward_only),  # the head makes its gradients in the forward pass
+        known_shapes(lengths, get_model_config(chunks[0]), num_chunks=len(chunks), forward_only=forward_only),
+    ):
         outputs = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, arch=arch, loss=loss, chunk_tokens=chunk_tokens, watch=watch),
-            data_iterator=[iter(micro_batches) for _ in chunks],
+            data_iterator=feeds(micro_batches, device, num_chunks=len(chunks)),
             model=list(chunks),
             num_microbatches=len(micro_batches),
-            seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
+            seq_length=max(lengths),
             micro_batch_size=1,
             forward_only=forward_only,
         )
-    device = micro_batches[0].tokens.device
     sums = torch.zeros(len(LOSS_SUM_NAMES) + watch.num_sums, dtype=torch.float64, device=device)
     if outputs:  # on the last stage
         sums += torch.stack([output["sums"] for output in outputs]).sum(0)
@@ -173,7 +166,7 @@ def _loss_sums(
     sums = pack_sums(total, logp[:, 0], entropy, batch, extra)
     return (
         total,
-        torch.tensor(batch.denominator, dtype=torch.int, device=total.device),
+        batch.counts[0].to(torch.int),
         {"sums": torch.cat([sums, watch.sums(logp[:, 0], batch, torch.cat(overlaps) if overlaps else None)])},
     )
 

@@ -110,7 +110,7 @@ def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureF
             r"sft\.parallel\.tp = 4 would cut groups .* nodes of 6 GPUs; take one of 1, 2, 3, 6.*; sft\.parallel: 6 ranks do not fit",
         ),
         (
-            ["--gpus", "6", "sft.parallel.tp=2", "train.parallel.tp=3"],
+            ["--gpus", "6", "sft.parallel.tp=2", "sft.recompute=full", "train.parallel.tp=3"],
             r"error: train: tp=3 does not divide the model's 32 attention heads.*tp may be 1, 2, 4, 8\); change train\.parallel$",
         ),
         (
@@ -118,7 +118,7 @@ def test_the_shipped_recipes_fit_their_node(recipe: str, capsys: pytest.CaptureF
             r"error: train: fp8\.bf16_first_layers = 19, but a pipeline stage has 18 layers; change train\.parallel or train\.fp8$",
         ),
         (["--gpu-memory", "80"], r"--gpu-memory is for the estimate, which needs the number of GPUs too: add --gpus N"),
-        (["--gpus", "8", "train.global_batch=1"], r"train\.global_batch = 1 is smaller than 2 data-parallel ranks"),
+        (["--gpus", "8", "train.global_batch=1"], r"train\.global_batch = 1 is smaller than 4 data-parallel ranks"),
         (["--gpus", "8", "train.micro_batch_tokens=4000"], r"train: a rollout may have 4352 tokens .*over micro_batch_tokens = 4000"),
         (
             ["--gpus", "8", "train.parallel.tp=1", "train.recompute=none"],

@@ -116,13 +116,14 @@ def test_what_makes_inference_dearer(work: Sampling, name: str, copies: int) -> 
 
 
 def test_more_gpus_do_not_change_gpu_hours() -> None:
-    """But for the start of servers and the end of a stage, where few responses are left."""
+    """But for the start of servers, the end of a stage, where few responses are left, and messages of a training that now go over the network."""
     recipe = load_recipe("opd_8b", ["train.global_batch=512"])
     small, large = estimate(recipe), estimate(recipe, gpus=32, nodes=4)
     for stage in ("generate", "sft", "train", "score"):
         before, after = hours(small, stage), hours(large, stage)
         start = compute.START_SECONDS * (32 / 3600)
-        assert before.low <= after.low <= before.low + start.low + 1e-9, stage
+        slower = 1.02 if stage in ("sft", "train") else 1.0
+        assert 0.999 * before.low <= after.low <= slower * before.low + start.low + 1e-9, stage
     pipeline = load_recipe("opd_8b", ["train.parallel.pp=2"])
     flat = load_recipe("opd_8b", [])
     assert hours(estimate(pipeline), "train").low > hours(estimate(flat), "train").low, "the bubble"
@@ -200,8 +201,8 @@ def test_a_model_that_is_there_is_measured(tmp_path: Path) -> None:
     [
         (["train.parallel.tp=4"], 1, 6, r"train\.parallel\.tp = 4 would cut groups of ranks at the edge of nodes of 6 GPUs; take one of 1, 2, 3, 6"),
         (["train.parallel.tp=8"], 2, 3, r"train\.parallel\.tp = 8 would cut"),
-        (["train.parallel.pp=3"], 1, 8, r"train\.parallel: 8 ranks do not fit tp=2 pp=3 cp=1 ep=1; start 6 ranks, or a multiple"),
-        (["train.global_batch=2"], 1, 8, r"train\.global_batch = 2 is smaller than 4 data-parallel ranks"),
+        (["train.parallel.pp=3"], 1, 8, r"train\.parallel: 8 ranks do not fit tp=1 pp=3 cp=1 ep=1; start 3 ranks, or a multiple"),
+        (["train.global_batch=2"], 1, 8, r"train\.global_batch = 2 is smaller than 8 data-parallel ranks"),
         (["engine.launch={tp=16}"], 2, 8, r"engine\.launch\.tp = 16, but a server runs on one node, which has 8 GPUs"),
         (["engine.launch={tp=4, servers=2, dp=2}"], 1, 8, r"take 16 GPUs of a node, which has 8; servers \* tp \* dp"),
     ],

@@ -54,7 +54,7 @@ def test_shipped_recipes_fit_their_models(mixture: Architecture, dense: Architec
         for stage in (recipe.sft, recipe.train):
             arch.check_parallel(stage.parallel)
             assert gpus % stage.parallel.min_ranks == 0
-    train = load_recipe("opd_30b_a3b").train
+    train = load_recipe("opd_30b_a3b_paper").train
     assert (train.parallel.tp, train.parallel.ep, train.micro_batch_tokens, train.optimizer_offload) == (4, 8, 12288, 1.0)
 
 
