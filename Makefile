@@ -69,7 +69,7 @@ gpu-check:
 	PYTHONPATH=$(CURDIR)/tools$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m gpu_check $(GPU_CHECK_ARGS)
 
 # Its step, simulated beforehand on a machine without a GPU.
-gpu-check-simulated: $(VENV)/.test
+gpu-check-simulated: $(VENV)/.test te
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tools $(VENV)/bin/python -m gpu_check.simulated --keep
 
 # The wheels that it wants on a machine without a network; HAVE: names, or a pip freeze of that machine.

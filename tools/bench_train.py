@@ -189,6 +189,12 @@ def prepare(config: TrainStage) -> tuple[Trainee, Architecture, BatchSource, tor
     return build_trainee(Readiness(arch, fingerprint, Lineage(), identity, []), config, steps=100, device=device), arch, source, device
 
 
+def read_batches(source: BatchSource, step: int, device: torch.device) -> list[MicroBatch]:
+    """As `train` reads them: pinned where there is a GPU, which copies them while it computes."""
+    batches = source.micro_batches(step)
+    return [batch.pinned() for batch in batches] if device.type == "cuda" else batches
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One side: throughput of undisturbed steps, then the split of as many steps that wait for the GPU between their parts."""
     ours = args.side == "ours"
@@ -205,7 +211,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     clock = Clock()
 
     def read(step: int) -> list[MicroBatch]:
-        return [batch.to(device) for batch in source.micro_batches(step)]
+        return read_batches(source, step, device) if ours else [batch.to(device) for batch in source.micro_batches(step)]
 
     first = train_step(read(0), seed=0)
     seconds = []
@@ -234,7 +240,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def split_times(clock: Clock, train_step: Any, read: Any, steps: int) -> dict[str, float]:
     """Seconds by part. Our head makes its gradient in the forward pass, so that "head and loss" holds it; recomputation is "backward"."""
-    timed = {"_forward_step": "forward", "_loss_sums": "head and loss", "_update": "optimizer"}
+    timed = {"_forward_step": "forward", "_loss_sums": "head and loss", "update": "optimizer"}
     kept = {name: getattr(step_module, name) for name in timed}
     for name, part in timed.items():
         setattr(step_module, name, clock.timed(part, kept[name]))

@@ -320,6 +320,8 @@ def test_a_kept_simulation_of_another_step_is_refused(tmp_path: Path) -> None:
     values = {"settings": step_shape.SETTINGS, "commit": "abc", "layers_by": {"local layers": {"peak_bytes": 5}}}
     kept.write_text(json.dumps(values))
     assert simulated.take(kept, "local layers")["peak_bytes"] == 5
+    with pytest.raises(SystemExit, match="no simulation of Transformer Engine"):
+        simulated.take(kept, "Transformer Engine")
     kept.write_text(json.dumps(values | {"settings": step_shape.SETTINGS | {"layers": 1}}))
     with pytest.raises(SystemExit, match="another step"):
         simulated.take(kept, "local layers")

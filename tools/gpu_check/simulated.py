@@ -65,16 +65,24 @@ def simulate(layers_by: str) -> dict[str, Any]:
 
 
 def keep() -> None:
-    """Simulate both kinds of layers into KEPT."""
-    made = {name: simulate(name) for name in LAYERS_BY}
-    values = {"settings": shape.SETTINGS, "commit": git_commit(ROOT), "layers_by": made}
-    KEPT.parent.mkdir(parents=True, exist_ok=True)
-    KEPT.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    for name, found in made.items():
+    """Simulate both kinds of layers into KEPT. Raises SystemExit with what kept one of them from it, once the other is there."""
+    made, failed = {}, []
+    for name in LAYERS_BY:
+        try:
+            made[name] = found = simulate(name)
+        except SystemExit as reason:
+            failed.append(f"{name}: {reason}")
+            continue
         print(
             f"{name}: peak of a step {found['peak_bytes'] / 2**30:.2f} GiB, host waits {found['waits_total']}, {found['flops'] / 1e12:.1f} TFLOP"
         )
-    print(KEPT)
+    if made:
+        values = {"settings": shape.SETTINGS, "commit": git_commit(ROOT), "layers_by": made}
+        KEPT.parent.mkdir(parents=True, exist_ok=True)
+        KEPT.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        print(KEPT)
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def take(kept: Path, layers_by: str) -> dict[str, Any]:
@@ -84,6 +92,8 @@ def take(kept: Path, layers_by: str) -> dict[str, Any]:
     values = json.loads(kept.read_text(encoding="utf-8"))
     if values["settings"] != shape.SETTINGS:
         raise SystemExit(f"{kept} is of another step than tools/gpu_check/step_shape.py has: {HOW}")
+    if layers_by not in values["layers_by"]:
+        raise SystemExit(f"{kept} has no simulation of {layers_by}: {HOW}")
     return {"simulated": f"with commit {values['commit']}", "layers_by": layers_by, **values["layers_by"][layers_by]}
 
 

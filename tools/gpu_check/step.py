@@ -59,7 +59,7 @@ def measure(folder: Path, tiny: Path | None) -> dict[str, Any]:
     losses = []
 
     def step(number: int) -> None:
-        batches = [batch.to(device) for batch in source.micro_batches(number)]
+        batches = bench_train.read_batches(source, number, device)
         assert [batch.num_tokens for batch in batches] == [budget] * shape.MICRO_BATCHES
         result = train_step(trainee, arch, loss, batches, seed=number, chunk_tokens=config.chunk_tokens)
         losses.append(result.sums.loss / result.sums.denominator)
