@@ -157,8 +157,13 @@ def test_earlier_numbers_outlive_a_call_without_time(tmp_path: Path) -> None:
 def test_what_the_machine_lacks_is_named_and_nothing_is_run(tmp_path: Path) -> None:
     looks = part("machine", "import json, sys; json.dump({'lacking': {'sglang': 'not installed'}}, open(sys.argv[1], 'w'))")
     found, _ = run_all(tmp_path, looks, part("serves", "raise SystemExit('ran')", needs=("torch", "sglang")))
-    assert (found.parts["serves"].status, found.parts["serves"].reason) == ("lacking", "sglang: not installed")
+    assert (found.parts["serves"].status, found.parts["serves"].reason) == ("not run", "sglang: not installed")
     assert not (tmp_path / "logs" / "serves.log").exists()
+
+
+def test_a_program_that_lacks_something_is_not_run(tmp_path: Path) -> None:
+    found, _ = run_all(tmp_path, part("first", f"import sys; print('no file X'); sys.exit({parts.NOT_RUN})"))
+    assert (found.parts["first"].status, found.parts["first"].reason) == ("not run", "no file X")
 
 
 def test_a_broken_record_is_refused(tmp_path: Path) -> None:
@@ -215,7 +220,7 @@ def measured(gpu: str, **changed: Any) -> record.Record:
     known = {"gpu": gpu, "versions": {"torch": "2.11.0"}, "driver": {"driver_version": "580.1"}, "lacking": {"sglang": "not installed"}}
     found = record.Record(Path("."), known)
     for name, result in (results | changed).items():
-        found.parts[name] = record.PartRecord("done" if result else "lacking", "" if result else "no such package", result=result)
+        found.parts[name] = record.PartRecord("done" if result else "not run", "" if result else "no such package", result=result)
     return found
 
 
@@ -244,7 +249,7 @@ def test_bars_without_numbers_stay_open_with_the_reason() -> None:
     assert states["whole head: time"] == "open"
     assert "H200" in found["whole head: time"].reason
     assert states["logits to gradient: bytes a logit (6 x 1.3)"] == "met"
-    assert found["simulated peak off the measured one"].reason == "simulated: lacking, no such package"
+    assert found["simulated peak off the measured one"].reason == "simulated: not run, no such package"
     assert report.exit_code(record.Record(Path(".")), [v for v in found.values() if v.state == "open"]) == 1  # nothing was measured
 
 
@@ -315,15 +320,15 @@ def test_the_machine_is_described_here_too(tmp_path: Path) -> None:
 
 def test_a_kept_simulation_of_another_step_is_refused(tmp_path: Path) -> None:
     kept = tmp_path / "kept.json"
-    with pytest.raises(SystemExit, match="gpu-check-simulated"):
+    with pytest.raises(simulated.NotKept, match="gpu-check-simulated"):
         simulated.take(kept, "local layers")
     values = {"settings": step_shape.SETTINGS, "commit": "abc", "layers_by": {"local layers": {"peak_bytes": 5}}}
     kept.write_text(json.dumps(values))
     assert simulated.take(kept, "local layers")["peak_bytes"] == 5
-    with pytest.raises(SystemExit, match="no simulation of Transformer Engine"):
+    with pytest.raises(simulated.NotKept, match="no simulation of Transformer Engine"):
         simulated.take(kept, "Transformer Engine")
     kept.write_text(json.dumps(values | {"settings": step_shape.SETTINGS | {"layers": 1}}))
-    with pytest.raises(SystemExit, match="another step"):
+    with pytest.raises(simulated.NotKept, match="another step"):
         simulated.take(kept, "local layers")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+NOT_RUN = 77  # exit code of a program that lacks something; the last line of its output says what
 
 
 @dataclass(frozen=True)

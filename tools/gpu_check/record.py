@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-# cut: the time of the whole call was over before its own limit; lacking: something that it needs is not on this machine.
-Status = Literal["done", "failed", "timed out", "cut", "lacking", "to do"]
+# cut: the time of the whole call was over before its own limit; not run: something that it needs is not on this machine.
+Status = Literal["done", "failed", "timed out", "cut", "not run", "to do"]
 FILE = "record.json"
 
 

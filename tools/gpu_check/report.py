@@ -40,7 +40,7 @@ def open_bars(found: Sequence[Verdict]) -> list[str]:
 
 def exit_code(record: Record, found: Sequence[Verdict]) -> int:
     """0 if no bar was missed, at least one was met, and every part is done or can't be run here; else 1."""
-    unfinished = any(part.status not in ("done", "lacking") for part in record.parts.values())
+    unfinished = any(part.status not in ("done", "not run") for part in record.parts.values())
     states = {verdict.state for verdict in found}
     return int(unfinished or "short" in states or "met" not in states)
 

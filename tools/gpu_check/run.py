@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from . import machine, report
 from .bars import BARS, Bar
-from .parts import ROOT, Part, environment
+from .parts import NOT_RUN, ROOT, Part, environment
 from .processes import run_limited
 from .record import PartRecord, Record, git_commit
 
@@ -38,7 +39,7 @@ def run_parts(
             continue
         reason, left = part.lacking(record.machine), deadline - time.monotonic()
         if reason:
-            found = PartRecord("lacking", reason, commit=commit)
+            found = PartRecord("not run", reason, commit=commit)
         elif left < min(part.least, part.limit):
             found = PartRecord("to do", f"{left:.0f} s were left; call again", commit=commit)
         else:
@@ -73,9 +74,11 @@ def run_part(part: Part, folder: Path, *, seconds: float, commit: str, root: Pat
         for file in part.keep:
             if (work / file).exists():
                 shutil.copyfile(work / file, folder / file)
-    shown = [word.replace(name, "WORK") for word in command]
+    shown = ["python" if word == sys.executable else word.replace(name, "WORK") for word in command]
     if ended.code is None:
         status, reason = "timed out", f"after {ended.seconds:.0f} s"
+    elif ended.code == NOT_RUN:
+        return PartRecord("not run", (ended.tail.splitlines() or ["it did not say why"])[-1], ended.seconds, shown, commit, clocks)
     elif ended.code:
         status, reason = "failed", f"exit code {ended.code}"
     elif result is None:

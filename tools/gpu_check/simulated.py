@@ -20,7 +20,7 @@ from typing import Any
 from megatron_opd.simulate.needs import find_transformer_engine, no_transformer_engine
 
 from . import step_shape as shape
-from .parts import ROOT
+from .parts import NOT_RUN, ROOT
 from .record import git_commit
 
 KEPT = ROOT / "docs" / "results" / "gpu" / "simulated-step.json"
@@ -85,15 +85,19 @@ def keep() -> None:
         raise SystemExit("\n".join(failed))
 
 
+class NotKept(Exception):
+    """Why there is no simulation to compare with."""
+
+
 def take(kept: Path, layers_by: str) -> dict[str, Any]:
-    """What `keep` wrote of these layers. Raises SystemExit where there is none, or of another step."""
+    """What `keep` wrote of these layers. Raises NotKept where there is none, or of another step."""
     if not kept.exists():
-        raise SystemExit(f"{kept} is not there: {HOW}")
+        raise NotKept(f"{kept.name} is not there: {HOW}")
     values = json.loads(kept.read_text(encoding="utf-8"))
     if values["settings"] != shape.SETTINGS:
-        raise SystemExit(f"{kept} is of another step than tools/gpu_check/step_shape.py has: {HOW}")
+        raise NotKept(f"{kept.name} is of another step than tools/gpu_check/step_shape.py has: {HOW}")
     if layers_by not in values["layers_by"]:
-        raise SystemExit(f"{kept} has no simulation of {layers_by}: {HOW}")
+        raise NotKept(f"{kept.name} has no simulation of {layers_by}: {HOW}")
     return {"simulated": f"with commit {values['commit']}", "layers_by": layers_by, **values["layers_by"][layers_by]}
 
 
@@ -106,7 +110,12 @@ def main() -> None:
         keep()
         return
     layers_by = "Transformer Engine" if importlib.util.find_spec("transformer_engine") else "local layers"
-    args.output.write_text(json.dumps(take(KEPT, layers_by)), encoding="utf-8")
+    try:
+        found = take(KEPT, layers_by)
+    except NotKept as reason:
+        print(reason)
+        raise SystemExit(NOT_RUN) from None
+    args.output.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
