@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 
-.PHONY: demo demo-smollm2 test test-slow lint te mcore test-mcore test-bridge sglang-venv clean
+.PHONY: demo demo-smollm2 test test-slow lint te mcore test-mcore test-bridge sglang-venv gpu-check gpu-check-simulated gpu-wheels clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/megatron-opd demo
@@ -62,6 +62,20 @@ test-bridge: $(VENV)/.test
 # SGLang pins its own torch and transformers, so it lives in an environment of its own (here: a CPU build for the tests).
 sglang-venv:
 	bash tests/sglang_cpu/install.sh .venv-sglang
+
+# What no CPU can show, on this machine's GPU: at most 9 minutes a call, the next call goes on (docs/gpu.md).
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
+gpu-check:
+	PYTHONPATH=$(CURDIR)/tools$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m gpu_check $(GPU_CHECK_ARGS)
+
+# Its step, simulated beforehand on a machine without a GPU.
+gpu-check-simulated: $(VENV)/.test te
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/tools $(VENV)/bin/python -m gpu_check.simulated --keep
+
+# The wheels that it wants on a machine without a network; HAVE: names, or a pip freeze of that machine.
+HAVE ?= torch,triton
+gpu-wheels: $(VENV)/.test
+	$(VENV)/bin/python tools/gpu_wheels.py build/gpu-wheels --have $(HAVE) $(GPU_WHEELS_ARGS)
 
 $(VENV)/.demo: pyproject.toml tools/make_venv.sh
 	bash tools/make_venv.sh $(VENV) demo

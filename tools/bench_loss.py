@@ -159,10 +159,10 @@ def measure(
     return {"milliseconds": milliseconds, "peak_bytes": peak, "bytes_a_logit": per_element, **errors}
 
 
-def run_all(arguments: argparse.Namespace, device: torch.device) -> tuple[list[dict[str, Any]], float]:
-    """A row for each contestant at each size: its numbers, or why it is absent."""
-    bandwidth = copy_bandwidth(device, arguments.repeats)
-    rows = []
+def run_all(arguments: argparse.Namespace, device: torch.device, record: dict[str, Any]) -> None:
+    """Into `record`, and after each size into its file: a row for each contestant, with its numbers or why it is absent."""
+    bandwidth = record["copy_bytes_a_second"] = copy_bandwidth(device, arguments.repeats)
+    rows = record["rows"] = []
     for size in sizes(arguments):
         problem = make_problem(size, arguments.hidden, device)
         exact = truth(problem)
@@ -178,7 +178,15 @@ def run_all(arguments: argparse.Namespace, device: torch.device) -> tuple[list[d
             print(table_line(row), flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return rows, bandwidth
+        write(record, arguments.output.with_suffix(".json"))
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """The file appears whole, so that a run that is cut leaves the sizes that it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def table_line(row: dict[str, Any]) -> str:
@@ -235,7 +243,6 @@ def main() -> None:
     arguments = parser.parse_args()
     device = parallel.start(ParallelConfig(), seed=0)
     name = torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    rows, bandwidth = run_all(arguments, device)
     versions = {}
     for package in PACKAGES:
         try:
@@ -249,16 +256,14 @@ def main() -> None:
         "git_commit": git_commit(),
         "command": " ".join(["python", *sys.argv]),
         "hidden": arguments.hidden,
-        "copy_bytes_a_second": bandwidth,
-        "rows": rows,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    run_all(arguments, device, record)
+    rows = record["rows"]
     draw(rows, name, arguments.output.with_suffix(".png"))
     absent = {row["contestant"]: row["absent"] for row in rows if "absent" in row and "alone" not in row["absent"]}
     for contestant, reason in absent.items():
         print(f"absent: {contestant}: {reason}")
-    print(f"{arguments.output.with_suffix('.json')} and .png; copy bandwidth {bandwidth / 1e12:.2f} TB/s on {name}")
+    print(f"{arguments.output.with_suffix('.json')} and .png; copy bandwidth {record['copy_bytes_a_second'] / 1e12:.2f} TB/s on {name}")
     parallel.stop()
 
 

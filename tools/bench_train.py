@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,11 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder) / "model", args)
-        make_store(Path(folder) / "store", read_architecture(Path(folder) / "model").vocab_size, args)
+        make_model(Path(folder) / "model", args.model, args.layers)
+        lengths = random_lengths(args.global_batch * (args.steps + 1), args.longest)
+        make_store(Path(folder) / "store", read_architecture(Path(folder) / "model").vocab_size, lengths)
         results = {}
-        for side in ("ours", "reference"):
+        for side in args.sides:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if run.returncode:
@@ -95,21 +97,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not")
     parser.add_argument("--recompute", choices=("none", "full"), default="full", help="of our step; the reference's is always full")
     parser.add_argument("--fp8", metavar="RECIPE", help="our step's matrix products in FP8")
+    parser.add_argument("--sides", nargs="+", choices=("ours", "reference"), default=["ours", "reference"], help="what is measured")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=("ours", "reference"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def make_model(directory: Path, args: argparse.Namespace) -> None:
-    """Random weights in bf16 on a GPU, fp32 on a CPU."""
+def make_model(directory: Path, name: str, layers: int | None) -> None:
+    """Random weights in bf16 on a GPU, fp32 on a CPU. name: of KNOWN, or a config.json; layers: keep as many of its own."""
     on_gpu = torch.cuda.is_available()
     directory.mkdir()
-    values = KNOWN[args.model] if args.model in KNOWN else json.loads(Path(args.model).read_text(encoding="utf-8"))
+    values = KNOWN[name] if name in KNOWN else json.loads(Path(name).read_text(encoding="utf-8"))
     kinds = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}  # which KNOWN has no need to say
     values = {"model_type": kinds.get(values["architectures"][0])} | values
-    if args.layers is not None:
-        values["num_hidden_layers"] = args.layers
+    if layers is not None:
+        values["num_hidden_layers"] = layers
         values.pop("layer_types", None)  # one a layer; transformers makes it
     (directory / "config.json").write_text(json.dumps(values), encoding="utf-8")
     torch.manual_seed(0)
@@ -121,20 +124,28 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
         torch.cuda.empty_cache()  # what this process holds, the measured ones can't have
 
 
-def make_store(path: Path, vocab: int, args: argparse.Namespace) -> None:
+def random_lengths(count: int, longest: int) -> list[tuple[int, int]]:
+    """(prompt tokens, all tokens) of each rollout; lengths as in DAPO-Math, scaled to the longest response."""
     rng = np.random.default_rng(0)
-    count = args.global_batch * (args.steps + 1)
+    found = []
+    for _ in range(count):
+        start = int(rng.integers(min(60, longest), min(400, 2 * longest)))
+        found.append((start, start + max(1, min(longest, int(np.exp(rng.normal(np.log(1100 * longest / 4096), 0.8)))))))
+    return found
+
+
+def make_store(path: Path, vocab: int, lengths: Sequence[tuple[int, int]]) -> None:
+    """Random rollouts with scores, of these (prompt tokens, all tokens)."""
+    rng, count = np.random.default_rng(1), len(lengths)
     tokenizer = TokenizerFingerprint(vocab_sha256="0" * 64, num_tokens=vocab)
     model = ModelFingerprint(name="random", config_sha256="0" * 64, weights_sha256="0" * 64, vocab_size=vocab, tokenizer=tokenizer)
     manifest = StoreManifest(
         sampler_role="student", sampler=model, lineage=Lineage(sft_teacher=model), prompts_per_part=count,
-        prompts=PromptFile(name="random", sha256="0" * 64, num_prompts=count), sampling=SamplingParams(max_new_tokens=args.longest),
+        prompts=PromptFile(name="random", sha256="0" * 64, num_prompts=count), sampling=SamplingParams(max_new_tokens=max(length - start for start, length in lengths)),
     )  # fmt: skip
     location = create_store(str(path), manifest)
     rollouts, scores = [], []
-    for prompt in range(count):
-        start = int(rng.integers(min(60, args.longest), min(400, 2 * args.longest)))
-        length = start + max(1, min(args.longest, int(np.exp(rng.normal(np.log(1100 * args.longest / 4096), 0.8)))))
+    for prompt, (start, length) in enumerate(lengths):
         logp, teacher = (np.full(length, np.nan, np.float32) for _ in range(2))
         logp[start:], teacher[start:] = (-rng.exponential(1.0, length - start) for _ in range(2))
         rollouts.append(Rollout(rng.integers(0, vocab, length).astype(np.int32), start, prompt, 0, Finish.STOP, logp))
@@ -166,6 +177,24 @@ def now() -> float:
     return time.perf_counter()
 
 
+def prepare(config: TrainStage) -> tuple[Trainee, Architecture, BatchSource, torch.device]:
+    """What `train` builds before its first step, without a run's folder and checks; for a store of one rank."""
+    device = parallel.start(config.parallel, seed=0)
+    arch = read_architecture(config.init)
+    source = BatchSource(
+        open_training_stores(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=config.token_multiple
+    )
+    fingerprint = source.reader.manifest.sampler
+    identity = run_identity(config, source.reader, arch, fingerprint, fingerprint)
+    return build_trainee(Readiness(arch, fingerprint, Lineage(), identity, []), config, steps=100, device=device), arch, source, device
+
+
+def read_batches(source: BatchSource, step: int, device: torch.device) -> list[MicroBatch]:
+    """As `train` reads them: pinned where there is a GPU, which copies them while it computes."""
+    batches = source.micro_batches(step)
+    return [batch.pinned() for batch in batches] if device.type == "cuda" else batches
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One side: throughput of undisturbed steps, then the split of as many steps that wait for the GPU between their parts."""
     ours = args.side == "ours"
@@ -174,14 +203,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         init=str(args.folder / "model"), store=str(args.folder / "store"), output=str(args.folder / "out"), global_batch=args.global_batch,
         micro_batch_tokens=args.micro_batch_tokens, recompute=args.recompute if ours else "full", **options,
     )  # fmt: skip
-    device = parallel.start(config.parallel, seed=0)
-    arch = read_architecture(config.init)
-    source = BatchSource(
-        open_training_stores(config.store), config, "teacher", sequence_mean=True, dp_rank=0, dp_size=1, pad_multiple=config.token_multiple
-    )
-    fingerprint = source.reader.manifest.sampler
-    identity = run_identity(config, source.reader, arch, fingerprint, fingerprint)
-    trainee = build_trainee(Readiness(arch, fingerprint, Lineage(), identity, []), config, steps=100, device=device)
+    trainee, arch, source, device = prepare(config)
     train_step: Any = partial(step_module.train_step, trainee, arch, LOSS, chunk_tokens=config.chunk_tokens)
     if not ours:
         train_step = partial(reference_step, trainee, arch)
@@ -189,7 +211,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     clock = Clock()
 
     def read(step: int) -> list[MicroBatch]:
-        return [batch.to(device) for batch in source.micro_batches(step)]
+        return read_batches(source, step, device) if ours else [batch.to(device) for batch in source.micro_batches(step)]
 
     first = train_step(read(0), seed=0)
     seconds = []
@@ -258,11 +280,14 @@ def reference_loss(hidden: torch.Tensor, *, batch: MicroBatch, student: Student,
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    ours, reference = results["ours"], results["reference"]
-    lines = [f"{ours['parameters'] / 1e9:.2f} billion parameters, {ours['device']}", f"{'':<22}{'ours':>12}{'reference':>12}"]
+    first = next(iter(results.values()))
+    lines = [
+        f"{first['parameters'] / 1e9:.2f} billion parameters, {first['device']}",
+        f"{'':<22}{''.join(f'{side:>12}' for side in results)}",
+    ]
 
     def line(name: str, form: Any) -> None:
-        lines.append(f"{name:<22}{form(ours):>12}{form(reference):>12}")
+        lines.append(f"{name:<22}{''.join(f'{form(side):>12}' for side in results.values())}")
 
     line("tokens/s", lambda side: f"{side['tokens_per_second']:,.0f}")
     line("model TFLOP/s", lambda side: f"{side['tflops']:.1f}")
@@ -270,7 +295,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     line("peak memory, GiB", lambda side: f"{side['memory_gib']:.1f}")
     for part in PARTS:
         line(f"  {part}", lambda side, part=part: f"{side['split'][part]:.1%}")
-    lines.append(f"speed-up {ours['tokens_per_second'] / reference['tokens_per_second']:.2f} x")
+    if len(results) == 2:
+        lines.append(f"speed-up {results['ours']['tokens_per_second'] / results['reference']['tokens_per_second']:.2f} x")
     return "\n".join(lines)
 
 
