@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.config import TrainerConfig
-from megatron_opd.estimate.memory import FIXED_BYTES, FRAGMENTATION, GIB, Layout, activation_bytes, layers_of_stage, stage_memory
+from megatron_opd.estimate.activations import layer_bytes
+from megatron_opd.estimate.memory import FIXED_BYTES, FRAGMENTATION, GIB, Layout, layers_of_stage, stage_memory
 from megatron_opd.estimate.step_time import StepTime, predict_work
 from megatron_opd.estimate.traffic import StepWork, step_work
 from megatron_opd.estimate.workload import student_of
@@ -100,10 +101,10 @@ def peak_bytes(arch: Architecture, config: TrainerConfig, layout: Layout, micro_
     stages = [stage_memory(arch, config, layout, stage, micro_batches=max(1, round(micro_batches))) for stage in range(layout.pp)]
     uneven = 0.0
     if arch.num_experts:
-        kept, whole = activation_bytes(arch, config, layout)
         experts = arch.experts_per_token * (4 * arch.hidden_size + 6 * arch.ffn_size) / layout.tp
-        held = experts if kept > experts else 0.0
-        uneven = (IMBALANCE - 1) * config.micro_batch_tokens / layout.cp * (held * layers_of_stage(arch, layout, 0) + whole - kept)
+        again = experts if config.recompute == "full" else min(experts, layer_bytes(arch, config, layout).again)  # of one layer at a time
+        tokens = config.micro_batch_tokens / layout.cp
+        uneven = (IMBALANCE - 1) * tokens * ((experts - again) * layers_of_stage(arch, layout, 0) + again)
     return max(sum(memory.parts.values()) for memory in stages) + uneven
 
 

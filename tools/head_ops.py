@@ -191,12 +191,10 @@ def record_head(
                 part = candidates[: len(logits)]
                 topk_overlap(logits[: len(part)], part, vocab_start=vocab_start, vocab_size=vocab_size, tp_group=tp_group)
 
-        linear._zeros_like(weight)  # made once for a weight, not in each step
         recorder = Recorder()
         with recorder, as_on_a_gpu(recorder) if on_gpu else contextlib.nullcontext():
             total, *_ = linear_loss(
                 hidden, weight, ids, loss, chunk_tokens=chunk_tokens, vocab_start=vocab_start, vocab_size=vocab_size, tp_group=tp_group, observe=observe
             )  # fmt: skip
             total.backward()
-        linear._zeros.cache_clear()
     return recorder
