@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -100,9 +100,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
-            return self._number(func, args[0])
-        if func is aten._foreach_add_.Tensor and args[0][0].device.type == "cpu":
-            return _count_on_host(args[0], args[1], kwargs.get("alpha", 1))
+            return self.read_number(func, args[0])
         if func is aten.masked_select.default:  # its size depends on values
             self.wait("masked_select")
             return self._kept(torch.empty(self.selected(*args), dtype=args[0].dtype, device=args[0].device))
@@ -126,6 +124,8 @@ class Ledger(TorchDispatchMode):
                 self._kept(leaf, pinned=bool(kwargs.get("pin_memory")))
         if isinstance(out, FakeTensor):
             _keep_numbers(func, args, out)
+        if args and func.namespace == "aten" and func._schema.is_mutable:
+            _change_numbers(func, args)
         if func is aten._to_copy.default:
             self._note_copy(args[0], out, bool(kwargs.get("non_blocking")))
         elif func is aten.copy_.default:
@@ -137,7 +137,7 @@ class Ledger(TorchDispatchMode):
             options = {key: value for key, value in kwargs.items() if not key.startswith("out")}
             self.flops += flop_registry[packet](*plain, **options, out_val=out)
 
-    def _number(self, func: Any, tensor: torch.Tensor) -> Any:
+    def read_number(self, func: Any, tensor: torch.Tensor) -> Any:
         """`.item()`: what is known of a tensor on the CPU; the host waits for one on the GPU, and `scalar` says its number."""
         known = getattr(tensor, "known", None)
         known = getattr(tensor, "constant", None) if known is None else known
@@ -258,13 +258,17 @@ def _unknown_selection(tensor: torch.Tensor, mask: torch.Tensor) -> int:
     raise NotImplementedError(f"masked_select of {tuple(tensor.shape)}: nothing says how many are chosen (Ledger.selected)")
 
 
-def _count_on_host(tensors: Any, other: Any, alpha: float) -> None:
-    """torch._foreach_add_ of numbers on the CPU: how PyTorch's Adam counts its steps, which it then reads. PyTorch would read `other`, too."""
-    for tensor in tensors:
-        before, more = getattr(tensor, "known", None), getattr(other, "known", other)
-        if before is not None and more is not None:
-            with unset_fake_temporarily():
-                tensor.known = before + alpha * more
+def _change_numbers(func: Any, args: Any) -> None:
+    """A number that was written down and is changed in place (a step count of torch's Adam) is changed, too; or no longer known."""
+    targets = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+    for target in targets:
+        if getattr(target, "known", None) is None:
+            continue
+        added = args[1] if func.overloadpacket in (aten.add_, aten._foreach_add_) and len(args) > 1 else None
+        if isinstance(added, torch.Tensor):
+            added = getattr(added, "known", None) if isinstance(added, FakeTensor) else added
+        with _disable_current_modes():
+            target.known = None if added is None else target.known + added
 
 
 def _keep_numbers(func: Any, args: Any, out: FakeTensor) -> None:
