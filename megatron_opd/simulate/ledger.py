@@ -72,6 +72,8 @@ class Ledger(TorchDispatchMode):
     def start_step(self, phase: str) -> None:
         """Enter a phase and forget waits, copies, messages and arithmetic; memory goes on."""
         self.phase = phase
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self.now)  # what is held already, if nothing is made
+        self.host_peaks[phase] = max(self.host_peaks.get(phase, 0), self.host_now)
         self.flops = 0.0
         self.waits.clear()
         self.copies.clear()
