@@ -40,11 +40,6 @@ __all__ = ["Ledger", "world"]
 class _Mode(FakeTensorMode):
     avoid_device_init: Any = True  # or torch.tensor(..., device="cuda") would start CUDA, as there seems to be one
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and ledger.active is not None:  # inside of another operation
-            return ledger.active.read_number(func, args[0])
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
 
 @contextlib.contextmanager
 def world(*, rank: int, size: int, gpu: Gpu | None = None, limit: int | None = None) -> Iterator[Ledger]:

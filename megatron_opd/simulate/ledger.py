@@ -72,6 +72,8 @@ class Ledger(TorchDispatchMode):
     def start_step(self, phase: str) -> None:
         """Enter a phase and forget waits, copies, messages and arithmetic; memory goes on."""
         self.phase = phase
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self.now)  # what is held already, if nothing is made
+        self.host_peaks[phase] = max(self.host_peaks.get(phase, 0), self.host_now)
         self.flops = 0.0
         self.waits.clear()
         self.copies.clear()
@@ -100,7 +102,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
-            return self.read_number(func, args[0])
+            return self._number(args[0])
         if func is aten.masked_select.default:  # its size depends on values
             self.wait("masked_select")
             return self._kept(torch.empty(self.selected(*args), dtype=args[0].dtype, device=args[0].device))
@@ -137,14 +139,15 @@ class Ledger(TorchDispatchMode):
             options = {key: value for key, value in kwargs.items() if not key.startswith("out")}
             self.flops += flop_registry[packet](*plain, **options, out_val=out)
 
-    def read_number(self, func: Any, tensor: torch.Tensor) -> Any:
+    def _number(self, tensor: torch.Tensor) -> Any:
         """`.item()`: what is known of a tensor on the CPU; the host waits for one on the GPU, and `scalar` says its number."""
         known = getattr(tensor, "known", None)
         known = getattr(tensor, "constant", None) if known is None else known
+        if known is None and not isinstance(tensor, FakeTensor):
+            known = tensor
         if known is not None:
-            return known.item()
-        if not isinstance(tensor, FakeTensor):
-            return func(tensor)
+            with _disable_current_modes():  # a number that is there: the fake mode would refuse to read it
+                return known.item()
         if tensor.device.type == "cuda":
             self.wait("item")
         return self.scalar(tensor)
@@ -224,7 +227,8 @@ def numbers_of(tensor: torch.Tensor) -> Any:
     """Tensor.tolist of a fake tensor: the host waits once, for all of its numbers."""
     known = getattr(tensor, "known", None)
     if known is not None:
-        return known.tolist()
+        with _disable_current_modes():
+            return known.tolist()
     here = active
     assert here is not None, "a fake tensor's numbers are asked for outside of its world"
     if tensor.device.type == "cuda":
