@@ -81,11 +81,12 @@ def test_on_a_gpu_nothing_waits_and_no_logits_are_copied(head_ops: ModuleType, t
         N, H, V, k, chunk_loss(name), chunk_tokens=C, overlap_rows=700, overlap_ids=CANDIDATES, **shard_of(tp_group)
     )
     assert not found.waits
-    # fp32: a few values for each id of a row. 16 bits: one chunk of logits, made once, and hidden states.
+    # fp32: a few values for each id of a row. 16 bits: one chunk of logits, made once, hidden states, and the zeros that stand for the
+    # weight's gradient, which is in main_grad.
     assert found.largest(torch.float32) <= max(N * k, C * (2 + k), 700 * CANDIDATES)
     assert found.largest(torch.float64) == 0
     large = [shape.numel() for dtype, shape in found.made if dtype == torch.bfloat16 and shape.numel() > N * H]
-    assert large == [C * V]
+    assert large == [C * V, V * H]
     # Each chunk: three products, one pass over the logits forward and one backward.
     chunks = -(-N // C)
     kinds = [op.name for op in found.ops]
@@ -93,7 +94,8 @@ def test_on_a_gpu_nothing_waits_and_no_logits_are_copied(head_ops: ModuleType, t
         2 * chunks,
         *[chunks] * 4,
     ]
-    passes = sum(op.bytes_read + op.bytes_written > C * V / 2 for op in found.ops if op.name not in ("mm", "addmm", "topk"))
+    others = ("mm", "addmm", "topk", "zeros_like")
+    passes = sum(op.bytes_read + op.bytes_written > C * V / 2 for op in found.ops if op.name not in others)
     assert passes == 2 * chunks
 
 
