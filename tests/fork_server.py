@@ -31,6 +31,7 @@ IMPORTED = (
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "qwen3_moe")),
 )  # fmt: skip
 _POLL_SECONDS = 0.003
+_GRACE_SECONDS = 30.0  # of jobs beside one that failed
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class ForkServer:
         )
 
     def run(self, *jobs: Job, kill_after: float | None = None, timeout: float = 600) -> list[Ending]:
-        """Run jobs beside one another until all have ended. After `kill_after` seconds they are killed, after `timeout` so and AssertionError raised."""
+        """Run jobs beside one another until all have ended. After `kill_after` seconds they are killed; after
+        `timeout`, too, with AssertionError; and a while after one of them has failed."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -80,8 +82,10 @@ class ForkServer:
             flush=True,
         )
         answer = json.loads(stdout.readline())
-        assert kill_after is not None or not answer["late"], f"not done after {timeout} s: {[job.log for job in jobs]}"
-        return [Ending(**ending) for ending in answer["endings"]]
+        endings = [Ending(**ending) for ending in answer["endings"]]
+        failed = any(ending.code for ending in endings)
+        assert kill_after is not None or failed or not answer["late"], f"not done after {timeout} s: {[job.log for job in jobs]}"
+        return endings
 
     def close(self) -> None:
         self._process.communicate()
@@ -154,7 +158,9 @@ def _serve() -> None:
             for pid in list(running):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
-                    codes[running.pop(pid)] = None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                    codes[running.pop(pid)] = code = None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                    if code:  # those that wait for it have a while to say so
+                        end = min(end, time.monotonic() + _GRACE_SECONDS)
             if running and not late and time.monotonic() > end:
                 late = True
                 for pid in running:

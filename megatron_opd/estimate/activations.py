@@ -89,6 +89,8 @@ def activations(arch: Architecture, config: TrainerConfig, layout: Layout, stage
     gradient = hidden + (0 if last else hidden)  # of the layer's result; and of the stage's, which its schedule holds
     messages = 0 if layout.vpp == 1 else 2 * hidden  # an interleaved schedule receives one ahead, and holds one that is being sent
     working = tokens * (layer.again + layer.working + gradient + messages)
+    if arch.tied_embeddings and layout.pp == 1:  # what stands for the head's gradient of the weight waits for the embedding's
+        working += 2 * arch.padded_vocab(layout.tp) / layout.tp * arch.hidden_size
     if last:
         working = max(working, _head(arch, config, layout, tokens, hidden))
     return Activations(kept, working)

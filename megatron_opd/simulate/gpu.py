@@ -58,7 +58,7 @@ def world(*, rank: int, size: int, gpu: Gpu | None = None, limit: int | None = N
     counted = Ledger(limit=limit)
     ledger.active = counted
     try:
-        with _objects(), _Mode(allow_non_fake_inputs=True), counted:
+        with _objects(), _resizing(counted), _Mode(allow_non_fake_inputs=True), counted:
             _GUARD.simulated_gpu_register()
             yield counted
     finally:
@@ -66,6 +66,20 @@ def world(*, rank: int, size: int, gpu: Gpu | None = None, limit: int | None = N
         _leave()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def _resizing(counted: Ledger) -> Iterator[None]:
+    """Storages that change their size say so: no operation of PyTorch shows it."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_count(self: Any, size: Any) -> Any:
+        result = resize(self, size)
+        counted.resized(self)
+        return result
+
+    with replaced(torch.UntypedStorage, "resize_", resize_and_count):
+        yield
 
 
 def _leave() -> None:

@@ -15,8 +15,8 @@ from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportMissing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from megatron_opd.simulate.arithmetic import flops_of
 from megatron_opd.simulate.communication import Messages
 from megatron_opd.simulate.places import place
 
@@ -49,6 +49,7 @@ class Ledger(TorchDispatchMode):
         self._at_peak: list[tuple[int, str, str]] = []
         self._snapped = 0.0
         self._storages: dict[int, weakref.ref[Any]] = {}
+        self._numbers: dict[int, int] = {}  # of storages, as _live has them
         self._made = 0
         # host memory of tensors, bytes
         self.host_now = self.host_peak = 0
@@ -120,7 +121,6 @@ class Ledger(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Write an operation down after it was done."""
-        packet = func.overloadpacket
         for leaf in tree_leaves(out):
             if isinstance(leaf, FakeTensor):  # a subclass (FP8) is made of these
                 self._kept(leaf, pinned=bool(kwargs.get("pin_memory")))
@@ -134,10 +134,7 @@ class Ledger(TorchDispatchMode):
             self._note_copy(args[1], args[0], bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2])))
         elif func.namespace == "c10d":
             self.messages.note(func, args, kwargs)
-        if packet in flop_registry:
-            plain = [value for value in args if not isinstance(value, torch.dtype)]
-            options = {key: value for key, value in kwargs.items() if not key.startswith("out")}
-            self.flops += flop_registry[packet](*plain, **options, out_val=out)
+        self.flops += flops_of(func, args, kwargs, out)
 
     def _number(self, tensor: torch.Tensor) -> Any:
         """`.item()`: what is known of a tensor on the CPU; the host waits for one on the GPU, and `scalar` says its number."""
@@ -190,13 +187,25 @@ class Ledger(TorchDispatchMode):
 
     def _keep_on_device(self, storage: Any, key: int) -> None:
         reference = self._storages.get(key)
-        size = -(-storage.nbytes() // _ROUNDING) * _ROUNDING
+        size = _rounded(storage)
         if not size or (reference is not None and reference() is not None):
             return
         self._made += 1
         number = self._made
-        self._live[number] = (size, self.phase, place() if size >= _TRACED else "small tensors")
+        self._live[number] = (0, self.phase, place() if size >= _TRACED else "small tensors")
         self._storages[key] = weakref.ref(storage, lambda _: self._drop_from_device(key, number))
+        self._numbers[key] = number
+        self._grow(number, size)
+
+    def resized(self, storage: Any) -> None:
+        """A storage has another size now: recomputation gives the memory of what it will make again back so, and takes it again."""
+        number = self._numbers.get(storage._cdata)
+        if number is not None:
+            self._grow(number, _rounded(storage) - self._live[number][0])
+
+    def _grow(self, number: int, size: int) -> None:
+        before, phase, where = self._live[number]
+        self._live[number] = (before + size, phase, where)
         self.now += size
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
         if self.limit is not None and self.overrun is None and self.now > self.limit:
@@ -208,7 +217,9 @@ class Ledger(TorchDispatchMode):
 
     def _drop_from_device(self, key: int, number: int) -> None:
         self.now -= self._live.pop(number)[0]
-        self._storages.pop(key, None)
+        if self._numbers.get(key) == number:  # the address may be another storage's by now
+            self._storages.pop(key, None)
+            del self._numbers[key]
 
 
 def note_wait(what: str) -> None:
@@ -246,6 +257,10 @@ def bytes_now() -> int:
 
 def bytes_peak() -> int:
     return active.peak if active is not None else 0
+
+
+def _rounded(storage: Any) -> int:
+    return -(-storage.nbytes() // _ROUNDING) * _ROUNDING
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from megatron_opd.config import TrainerConfig
 from megatron_opd.model.architecture import Architecture
-from megatron_opd.simulate import te_functions
+from megatron_opd.simulate.arithmetic import SEQUENCES
 from megatron_opd.simulate.gpu import replaced
 from megatron_opd.simulate.ledger import Ledger
 
@@ -34,8 +34,8 @@ def stand_ins(ledger: Ledger, arch: Architecture, config: TrainerConfig, lengths
         stack.enter_context(_triton_launches())
         stack.enter_context(_rope_lengths(ledger, lengths))
         stack.enter_context(_packed_groups(lengths))
-        te_functions.FULL_SEQUENCES[:] = lengths
-        stack.callback(te_functions.FULL_SEQUENCES.clear)
+        SEQUENCES[:] = lengths
+        stack.callback(SEQUENCES.clear)
         if config.parallel.pp > 1:
             stack.enter_context(_neighbours_shapes(lengths))
             names.append("neighbouring pipeline stages send micro-batches of the same lengths")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from megatron_opd.simulate.arithmetic import SEQUENCES, attention_flops
 from megatron_opd.simulate.ledger import note_flops
 from megatron_opd.simulate.te_shapes import as_matrix, empty, made_by, require, shape_of, torch_dtype
 
-FULL_SEQUENCES: list[int] = []  # lengths of the pack of the current micro-batch, for the arithmetic of attention
 _CUDNN, _CUBLAS_LT = 92400, 130101  # versions
 
 
@@ -123,14 +123,8 @@ def fused_rope_backward(
 # ---- attention --------------------------------------------------------------------------------------------------------------------------
 
 
-def _attention_flops(q: torch.Tensor, k: torch.Tensor, mask: Any, *, products: int) -> None:
-    """Of `products` matrix products a sequence. With context parallelism a call sees a part of the pack's queries and keys."""
-    tokens = sum(FULL_SEQUENCES)
-    if not tokens:
-        return
-    share = q.shape[0] / tokens * (k.shape[0] / tokens)
-    causal = 0.5 if "CAUSAL" in mask.name else 1.0
-    note_flops(products * 2 * q.shape[-2] * q.shape[-1] * causal * share * sum(length * length for length in FULL_SEQUENCES))
+def _note_attention(q: torch.Tensor, k: torch.Tensor, mask: Any, *, products: int) -> None:
+    note_flops(attention_flops(q, k.shape[0], SEQUENCES, products=products, causal="CAUSAL" in mask.name))
 
 
 def fused_attn_fwd(
@@ -142,7 +136,7 @@ def fused_attn_fwd(
 ) -> list[Any]:  # fmt: skip
     require(cu_seqlens_q.dtype == torch.int32, f"cu_seqlens_q is {cu_seqlens_q.dtype}, int32 is expected")
     require(K.shape == V.shape, f"keys {shape_of(K)} and values {shape_of(V)}")
-    _attention_flops(Q, K, attn_mask_type, products=2)
+    _note_attention(Q, K, attn_mask_type, products=2)
     out = [empty(*Q.shape[:-1], V.shape[-1], dtype=Q.dtype)]
     if is_training:  # softmax statistics [T,H,1], and the state of the random numbers
         out += [empty(Q.shape[0], Q.shape[-2], 1, dtype=torch.float32), empty(2, dtype=torch.int64)]
@@ -156,7 +150,7 @@ def fused_attn_bwd(
     fake_dtype: Any, Aux_CTX_Tensors: Any, cu_seqlens_q_padded: Any, cu_seqlens_kv_padded: Any, s_quantizer: Any, dp_quantizer: Any,
     dqkv_quantizer: Any, cuda_graph: bool,
 ) -> list[Any]:  # fmt: skip
-    _attention_flops(Q, K, attn_mask_type, products=5)
+    _note_attention(Q, K, attn_mask_type, products=5)
     workspace = empty(Q.numel(), dtype=torch.float32)  # cuDNN accumulates the queries' gradient in fp32: at least this
     del workspace
     return [torch.empty_like(Q), torch.empty_like(K), torch.empty_like(V), None, None]

@@ -30,6 +30,6 @@ def test_what_a_gpu_would_refuse_fails(fault: str, error: str, text: str, simula
 
 @pytest.mark.parametrize(("fault", "place"), [("item in the loop", "item"), ("tensor of a number", "cpu->cuda BLOCKING")])
 def test_what_would_slow_the_loop_fails(fault: str, place: str, simulators: Simulators) -> None:
-    found = allowed.faults(faulty_step(simulators, fault).waits_and_slow_copies, CASE)
+    found = allowed.faults(faulty_step(simulators, fault).waits_and_slow_copies, CASE, OLDEST)
     new = [line for line in found if line.startswith("no entry") and f"{CASE.micro_batches} x {place}" in line]
     assert len(new) == 1, found

@@ -15,31 +15,35 @@ RUNS = [(version, case) for version in (OLDEST, NEWEST) for case in CASES if ver
 
 
 @pytest.fixture(params=RUNS, ids=[f"{version}-{case.id}" for version, case in RUNS])
-def run(request: pytest.FixtureRequest, simulators: Simulators) -> tuple[Case, Step]:
+def run(request: pytest.FixtureRequest, simulators: Simulators) -> tuple[str, Case, Step]:
     version, case = request.param
-    return case, simulators(version, with_te=case.with_te).step(case)
+    return version, case, simulators(version, with_te=case.with_te).step(case)
 
 
-def test_the_host_waits_only_where_the_list_says(run: tuple[Case, Step]) -> None:
-    case, step = run
-    assert allowed.faults(step.waits_and_slow_copies, case) == []
+def test_the_host_waits_only_where_the_list_says(run: tuple[str, Case, Step]) -> None:
+    version, case, step = run
+    assert allowed.faults(step.waits_and_slow_copies, case, version) == []
 
 
-def test_memory_is_what_the_estimate_says(run: tuple[Case, Step]) -> None:
-    case, step = run
+def test_memory_is_what_the_estimate_says(run: tuple[str, Case, Step]) -> None:
+    version, case, step = run
     memory = stage_memory(case.arch, case.config, oracle.layout_of(case), case.pipeline_stage, micro_batches=case.micro_batches)
     estimate = sum(memory.parts.values())
-    assert estimate / GIB == pytest.approx(step.peak / GIB, rel=MEMORY), memory.parts
+    agrees = estimate / GIB == pytest.approx(step.peak / GIB, rel=MEMORY)
+    if reason := case.memory_gap.get(version):
+        assert not agrees, f"the estimate agrees now: remove memory_gap of {case.id} ({reason})"
+        pytest.xfail(reason)
+    assert agrees, (estimate / GIB, step.peak / GIB, memory.parts)
 
 
-def test_messages_have_the_bytes_of_the_arithmetic(run: tuple[Case, Step]) -> None:
-    case, step = run
+def test_messages_have_the_bytes_of_the_arithmetic(run: tuple[str, Case, Step]) -> None:
+    _, case, step = run
     wanted, found = oracle.bytes_by_group(case), step.bytes_by_kind
     assert {kind: found.get(kind, 0) for kind in wanted} == pytest.approx(dict(wanted), rel=TRAFFIC)
     others = sum(size for kind, size in found.items() if kind not in wanted)
     assert others <= TRAFFIC * max(sum(wanted.values()), 1), found
 
 
-def test_arithmetic_is_what_the_docs_count(run: tuple[Case, Step]) -> None:
-    case, step = run
+def test_arithmetic_is_what_the_docs_count(run: tuple[str, Case, Step]) -> None:
+    _, case, step = run
     assert step.flops == pytest.approx(oracle.flops(case), rel=FLOPS)
