@@ -58,7 +58,7 @@ def world(*, rank: int, size: int, gpu: Gpu | None = None, limit: int | None = N
     counted = Ledger(limit=limit)
     ledger.active = counted
     try:
-        with _objects(), _resizing(counted), _Mode(allow_non_fake_inputs=True), counted:
+        with _objects(), _storages(counted), _Mode(allow_non_fake_inputs=True), counted:
             _GUARD.simulated_gpu_register()
             yield counted
     finally:
@@ -69,16 +69,20 @@ def world(*, rank: int, size: int, gpu: Gpu | None = None, limit: int | None = N
 
 
 @contextlib.contextmanager
-def _resizing(counted: Ledger) -> Iterator[None]:
-    """Storages that change their size say so: no operation of PyTorch shows it."""
-    resize = torch.UntypedStorage.resize_
+def _storages(counted: Ledger) -> Iterator[None]:
+    """Storages that change their size say so: no operation of PyTorch shows it. What recomputation copies between them has no numbers."""
+    resize, copy = torch.UntypedStorage.resize_, torch.UntypedStorage.copy_
 
     def resize_and_count(self: Any, size: Any) -> Any:
         result = resize(self, size)
         counted.resized(self)
         return result
 
-    with replaced(torch.UntypedStorage, "resize_", resize_and_count):
+    def copy_if_real(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        # FakeTensorMode would remember the call with its arguments, so that the storages stayed for good.
+        return self if self.device.type == "meta" else copy(self, source, *args, **kwargs)
+
+    with replaced(torch.UntypedStorage, "resize_", resize_and_count), replaced(torch.UntypedStorage, "copy_", copy_if_real):
         yield
 
 

@@ -85,7 +85,6 @@ AGAIN = {"recompute": "selective"}
 MESSAGES = "4 % low: an interleaved stage of a layer a chunk holds more messages than the estimate's two"
 LOCAL = "6 % low: the estimate is of Transformer Engine's layers; local ones keep the results of norms, too"
 COPIED = "10 % low: this version gathers into memory of its own, not the gradients'"
-HELD = "10 % low: results that are made again stay, simulated, after their step; whether they would on a GPU is not known"
 
 DENSE_CASES = [
     Case("tp4", TP4),
