@@ -147,7 +147,6 @@ MIXTURE_CASES = [
         "moe-recompute-act-norms",
         EXPERTS | AGAIN | {"recompute_modules": ["moe_act", "layernorm"]},
         model=MIXTURE,
-        memory_gap={OLDEST: HELD},
     ),
     Case("moe-offload-all", EXPERTS | {"precision_aware_optimizer": True, "optimizer_offload": 1.0}, model=MIXTURE),
     Case("moe-fp8-delayed", EXPERTS | {"fp8": {"recipe": "delayed"}}, model=MIXTURE),
