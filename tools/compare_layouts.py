@@ -101,11 +101,13 @@ def peak_bytes(arch: Architecture, config: TrainerConfig, layout: Layout, micro_
     stages = [stage_memory(arch, config, layout, stage, micro_batches=max(1, round(micro_batches))) for stage in range(layout.pp)]
     uneven = 0.0
     if arch.num_experts:
-        experts = arch.experts_per_token * (4 * arch.hidden_size + 6 * arch.ffn_size) / layout.tp
+        experts = arch.experts_per_token * (2 * arch.hidden_size + 6 * arch.ffn_size) / layout.tp
         again = experts if config.recompute == "full" else min(experts, layer_bytes(arch, config, layout).again)  # of one layer at a time
+        working = arch.experts_per_token * 8 * arch.hidden_size / layout.tp
         tokens = config.micro_batch_tokens / layout.cp
-        uneven = (IMBALANCE - 1) * tokens * ((experts - again) * layers_of_stage(arch, layout, 0) + again)
-    return max(sum(memory.parts.values()) for memory in stages) + uneven
+        uneven = (IMBALANCE - 1) * tokens * ((experts - again) * layers_of_stage(arch, layout, 0) + again + working)
+    step = max(sum(memory.parts.values()) for memory in stages) + uneven
+    return max(step, *(memory.building for memory in stages))
 
 
 def judge(arch: Architecture, config: TrainerConfig, gpus: int, gpu: Gpu, tokens: float) -> Candidate:

@@ -76,7 +76,7 @@ def step_work(arch: Architecture, config: TrainerConfig, layout: Layout, *, toke
     updated = offloaded = 0.0
     for kind, (count, ranks) in replicas.items():
         if count and ranks > 1:
-            sent[kind] = _replicas(config, count, ranks)
+            sent[kind] = _replicas(config, count, parameters.matrix if kind == "dp" else 0, ranks)
             calls[kind] = 2 * max(1.0, count / (40e6 + 1e6 * ranks))  # Megatron-Core's buckets
         share = count / (ranks if config.distributed_optimizer else 1)
         state = _UPDATE_BYTES + 4 * MOMENT_BYTES[config.moments_dtype]  # both moments, read and written
@@ -115,7 +115,8 @@ def _stage_flops(arch: Architecture, config: TrainerConfig, layout: Layout, toke
         again += attention / 3 if "core_attn" in config.recompute_modules else 0.0
     ranks = layout.gpus / layout.pp
     last = layers_of_stage(arch, layout, layout.pp - 1)
-    per_layer = (products + attention + again) / arch.num_layers
+    # Of attention's six products (model FLOPs) FlashAttention's backward pass makes one more: the scores again.
+    per_layer = (products + attention * 7 / 6 + again) / arch.num_layers
     return max(layers * per_layer, last * per_layer + head) / ranks
 
 
@@ -169,10 +170,10 @@ def _pipeline(arch: Architecture, config: TrainerConfig, layout: Layout, mine: f
     return number * BF16 * arch.hidden_size * mine / spread, number
 
 
-def _replicas(config: TrainerConfig, count: int, ranks: int) -> float:
-    """Gradients are reduced and weights gathered, or gradients reduced to all."""
+def _replicas(config: TrainerConfig, count: int, matrices: int, ranks: int) -> float:
+    """Gradients are reduced and weights gathered, or gradients reduced to all. `matrices`: parameters of `count` that may be kept in FP8."""
     gradient = 2 if config.main_grads_dtype == "bfloat16" else 4
     if not config.distributed_optimizer:
         return sent_bytes("all-reduce", gradient * count, ranks)
-    weight = 1 if config.fp8 and config.fp8.parameters else BF16
-    return sent_bytes("reduce-scatter", gradient * count, ranks) + sent_bytes("all-gather", weight * count, ranks)
+    in_fp8 = matrices if config.fp8 and config.fp8.parameters and config.fp8.recipe != "mxfp8" else 0  # mxfp8's are gathered in bf16
+    return sent_bytes("reduce-scatter", gradient * count, ranks) + sent_bytes("all-gather", BF16 * count - in_fp8, ranks)

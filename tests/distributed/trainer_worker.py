@@ -278,5 +278,4 @@ def _count_padding_(trainee: Trainee) -> None:
 
 
 if __name__ == "__main__":
-    main([estimates, skipping, quantized, planned_shapes, one_norm, other_layers])
-    main([estimates, skipping, quantized, other_layers, gathered])
+    main([estimates, skipping, quantized, planned_shapes, one_norm, other_layers, gathered])
