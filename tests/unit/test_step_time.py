@@ -211,18 +211,21 @@ def test_the_tool_lists_settings_that_fit(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_table_of_the_docs_is_of_these_recipes() -> None:
-    """docs/results/layouts.json has their settings, and simulated peaks near the closed form's; docs/training.md has its rows."""
+    """docs/results/layouts.json has their settings, and simulated peaks near the closed form's; docs/layouts.md is made of it."""
     compare, root = tool(), Path(__file__).resolve().parents[2]
     rows = json.loads((root / "docs/results/layouts.json").read_text())["rows"]
     assert {(row["recipe"], row["stage"]) for row in rows} == {
         (name, stage) for name in [*SHIPPED, *PAPER, *H200] for stage in ("sft", "train")
     }
-    page = (root / "docs/training.md").read_text()
+    page = (root / "docs/layouts.md").read_text()
+    assert all(line in page for line in compare.markdown(rows))
     for row in rows:
         arch, config, gpus = compare.read(row["recipe"], row["stage"], [])
         found = compare.judge(arch, config, gpus, GPUS[row["gpu"].lower()], compare.TOKENS[row["stage"]])
         assert row["setting"] == found.describe()
         assert row["seconds"] == pytest.approx([found.time.total.low, found.time.total.high], abs=0.01)
-        assert f"| {row['recipe']} {row['stage']} | {row['setting']} |" in page
+        assert row["peak_gib"] == pytest.approx(found.peak / GIB, abs=0.06)
+        assert row["tflop"] == pytest.approx(found.work.flops / 1e12, abs=0.6)
+        assert row["sent_gib"] == pytest.approx({kind: size / GIB for kind, size in found.work.sent.items()}, abs=0.06)
         if "simulated" in row:
             assert row["simulated"]["peak_gib"] == pytest.approx(row["peak_gib"], rel=0.03)
