@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ IMPORTED = (
     "megatron_opd.evaluate.report", "megatron_opd.serve.transformers_engine",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "qwen3_moe")),
 )  # fmt: skip
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 0.003
 _GRACE_SECONDS = 30.0  # of jobs beside one that failed
 
@@ -65,7 +67,8 @@ class ForkServer:
     """Starts the server, which is ready when it has imported `IMPORTED`."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        # What runs on a GPU is started otherwise: a fork could not use it, and Megatron-Core is prepared for CPUs when it is imported.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -83,7 +86,7 @@ class ForkServer:
         )
         answer = json.loads(stdout.readline())
         endings = [Ending(**ending) for ending in answer["endings"]]
-        failed = any(ending.code for ending in endings)
+        failed = any(ending.code != 0 for ending in endings)
         assert kill_after is not None or failed or not answer["late"], f"not done after {timeout} s: {[job.log for job in jobs]}"
         return endings
 
@@ -100,8 +103,9 @@ def shared_server() -> ForkServer:
 
 
 def _work(job: Job, count: Any) -> int:
-    """In the fork."""
+    """In the fork, which ends with the server."""
     os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
         os.dup2(os.open(path, flags), number)
     os.dup2(1, 2)
@@ -159,10 +163,10 @@ def _serve() -> None:
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     codes[running.pop(pid)] = code = None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-                    if code:  # those that wait for it have a while to say so
+                    if code != 0:  # those that wait for it have a while to say so
                         end = min(end, time.monotonic() + _GRACE_SECONDS)
-            if running and not late and time.monotonic() > end:
-                late = True
+            if running and time.monotonic() > end:
+                late = True  # again and again: a fork that is a moment old has no group yet
                 for pid in running:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)

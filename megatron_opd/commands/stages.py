@@ -182,7 +182,10 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
     from megatron_opd.train.readiness import check_start
 
     if torch.cuda.is_available():
-        torch.cuda.init()  # the notes then say which layers this GPU gets
+        try:
+            torch.cuda.init()  # the notes then say which layers this GPU gets
+        except RuntimeError as error:
+            print(f"this GPU can't be asked which layers it gets: {error}")
     number = round_of(recipe, args) if args.stage == "train" else None
     ready = check_start(recipe, args.stage, number=number, ranks=args.ranks, allow_changes=args.continue_with_changes)
     for note in ready.notes:

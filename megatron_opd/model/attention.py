@@ -10,6 +10,7 @@ Legend: S packed tokens.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -30,21 +31,34 @@ class CoreAttention:
     why: str
 
 
-def choose_attention(kind: Kind | None, *, capability: tuple[int, int], cp: int, deterministic: bool = False) -> CoreAttention:
-    """`kind`: what Transformer Engine would take, None where this version can't be asked. Raises UserError where nothing would do."""
+def choose_attention(
+    kind: Kind | None,
+    *,
+    capability: tuple[int, int],
+    cp: int,
+    deterministic: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    has_flash: bool = False,
+) -> CoreAttention:
+    """`kind`: what Transformer Engine would take, None where this version can't be asked; `has_flash`: flash-attn is installed.
+
+    Raises UserError where nothing would do.
+    """
     dotted = ".".join(map(str, capability))
-    if kind is None:
-        if capability >= (9, 0):
-            return CoreAttention(
-                False, f"Transformer Engine's; this version can't be asked which, compute capability {dotted} has a fused one"
-            )
-        kind = "unfused attention"
-    if kind != "unfused attention":
-        return CoreAttention(False, f"Transformer Engine's: {kind}")
     fault = "Transformer Engine would take unfused attention, which holds all S x S scores"
+    if kind is None:
+        if capability >= (9, 0) or has_flash:
+            reason = "flash-attn is installed" if has_flash else f"compute capability {dotted} has a fused one"
+            return CoreAttention(False, f"Transformer Engine's; this version can't be asked which, {reason}")
+        fault = "this version of Transformer Engine can't be asked which attention it would take, and without flash-attn it may hold all S x S scores"
+    elif kind != "unfused attention":
+        return CoreAttention(False, f"Transformer Engine's: {kind}")
     fault += f" (compute capability {dotted}{', deterministic' if deterministic else ''})"
     remedy = _FLASH
-    if capability < (9, 0):
+    if dtype == torch.float32:
+        fault += " in float32"
+        remedy = 'set dtype = "bfloat16"'
+    elif capability < (9, 0):
         remedy += ", or train on GPUs of compute capability 9.0 or higher"
     elif deterministic:
         remedy += ", or set deterministic = false"
@@ -69,7 +83,14 @@ def core_attention(
         deterministic=deterministic,
         longest=longest or arch.max_positions,
     )
-    return choose_attention(kind, capability=torch.cuda.get_device_capability(), cp=cp, deterministic=deterministic)
+    return choose_attention(
+        kind,
+        capability=torch.cuda.get_device_capability(),
+        cp=cp,
+        deterministic=deterministic,
+        dtype=dtype,
+        has_flash=importlib.util.find_spec("flash_attn") is not None,
+    )
 
 
 def ask_transformer_engine(

@@ -258,7 +258,7 @@ def _build(arch: Architecture, config: TransformerConfig, vp_stage: int | None, 
 
 
 def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | None, longest: int | None) -> Any:
-    """Transformer Engine's layers on a GPU that has it, otherwise the local ones with our norm and packed attention."""
+    """Transformer Engine's layers on a GPU that has it, with our packed attention where its own would not do; else local ones with ours and our norm."""
     experts = arch.num_experts or None
     if uses_transformer_engine():
         chosen = core_attention(

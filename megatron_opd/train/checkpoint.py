@@ -128,7 +128,7 @@ class CheckpointWriter:
         """Whether a rank's writer is still at work. Raises CheckpointError on every rank if one has ended before it was done."""
         alive = self._writer is not None and self._writer.is_alive()
         fault = None if alive or self._writer is None else how_it_ended(self._writer, self._results)
-        flags = torch.tensor([float(alive), float(fault is not None)], device="cuda" if torch.cuda.is_available() else "cpu")
+        flags = torch.tensor([float(alive), float(fault is not None)])  # hosts speak to hosts: a GPU is at work
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         writing, failed = flags.tolist()
         if failed:

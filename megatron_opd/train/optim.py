@@ -19,7 +19,7 @@ from megatron_opd.config import TrainerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.model.student import Student, uses_transformer_engine
 
-# Megatron computes the gradient norm only where it clips; this clips nothing.
+# This clips nothing; a limit of 0 would scale all gradients to 0.
 _NO_CLIPPING = 1e30
 
 

@@ -32,7 +32,7 @@ def update(optimizer: Any, sums: torch.Tensor) -> tuple[list[float], float, bool
     dist.all_reduce(doubt)
     numbers = torch.cat([sums, squares_P, doubt]).tolist()
     values, squares, skipped = numbers[: len(sums)], numbers[len(sums) : -1], not math.isfinite(numbers[-1])
-    norms = [square**0.5 for square in squares]  # in float64, as Megatron does
+    norms = [square**0.5 for square in squares]  # in float64, as Megatron-Core does (0.19.2 with Transformer Engine: in float32)
     grad_norm = norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
     if not skipped:
         _clip_(optimizer, grad_norm)

@@ -96,7 +96,8 @@ def snapshot(trainee: Trainee) -> list[torch.Tensor]:
     trainee.gather_weights()
     states = [state for part in torch_optimizers(trainee.optimizer) for state in part.state.values()]
     tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-    return [tensor.detach().clone() for tensor in [*trainee.students[0].parameters(), *tensors]]
+    weights = [weight for student in trainee.students for weight in student.parameters()]
+    return [tensor.detach().clone() for tensor in [*weights, *tensors]]
 
 
 def quantized(folder: Path, kinds: list[str]) -> dict[str, bool]:

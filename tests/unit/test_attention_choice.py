@@ -105,6 +105,9 @@ def test_unfused_attention_over_context_parallel_ranks_is_refused() -> None:
 
 def test_a_version_that_cannot_be_asked_is_judged_by_the_gpu() -> None:
     assert choose_attention(None, capability=A100, cp=1).ours
+    assert "can't be asked" in choose_attention(None, capability=A100, cp=1).why
+    assert not choose_attention(None, capability=A100, cp=2, has_flash=True).ours
+    assert choose_attention("unfused attention", capability=H100, cp=1, dtype=torch.float32).why.endswith('set dtype = "bfloat16"')
     assert not choose_attention(None, capability=H100, cp=1).ours
 
 
