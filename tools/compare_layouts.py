@@ -97,7 +97,8 @@ def occupied(peak: float) -> float:
     return peak * (1 + FRAGMENTATION) + FIXED_BYTES
 
 
-def peak_bytes(arch: Architecture, config: TrainerConfig, layout: Layout, micro_batches: float) -> float:
+def peak_bytes(arch: Architecture, config: TrainerConfig, layout: Layout, micro_batches: float, *, imbalance: float = IMBALANCE) -> float:
+    """On the fullest stage, in a step or while it is built; the fullest rank's experts have `imbalance` times the mean's tokens."""
     stages = [stage_memory(arch, config, layout, stage, micro_batches=max(1, round(micro_batches))) for stage in range(layout.pp)]
     uneven = 0.0
     if arch.num_experts:
@@ -105,7 +106,7 @@ def peak_bytes(arch: Architecture, config: TrainerConfig, layout: Layout, micro_
         again = experts if config.recompute == "full" else min(experts, layer_bytes(arch, config, layout).again)  # of one layer at a time
         working = arch.experts_per_token * 8 * arch.hidden_size / layout.tp
         tokens = config.micro_batch_tokens / layout.cp
-        uneven = (IMBALANCE - 1) * tokens * ((experts - again) * layers_of_stage(arch, layout, 0) + again + working)
+        uneven = (imbalance - 1) * tokens * ((experts - again) * layers_of_stage(arch, layout, 0) + again + working)
     step = max(sum(memory.parts.values()) for memory in stages) + uneven
     return max(step, *(memory.building for memory in stages))
 
