@@ -75,8 +75,8 @@ def saves_without_tensors(shelf: checkpoint_shapes.Shelf) -> Iterator[None]:
         yield
 
 
-def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shapes.Shelf) -> dict[str, Any]:
-    """One start of a stage, from its checkpoint if it has one. Returns waits, slow copies and messages of all of it."""
+def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shapes.Shelf) -> None:
+    """One start of a stage, from its checkpoint if it has one."""
     from megatron_opd.simulate.gpu import world
     from megatron_opd.simulate.stand_ins import stand_ins
     from megatron_opd.train import loop
@@ -94,4 +94,3 @@ def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shap
         ledger.scalar = lambda tensor: 1.0 if tensor.dtype == torch.float64 else 0.0 if tensor.is_floating_point() else 0
         with stand_ins(ledger, arch, config, lengths), files_are_real(lengths), saves_without_tensors(shelf):
             {"sft": loop.run_sft, "train": loop.run_train}[stage](recipe)
-        return {"waits": dict(ledger.waits), "copies": dict(ledger.copies), "comm": ledger.comm}
