@@ -82,17 +82,22 @@ def save_and_load(case: dict[str, Any], folder: str) -> dict[str, Any]:
         }
 
 
-def whole_run(tree: dict[str, Any], stage: str, *, rank: int, size: int, steps: list[int]) -> None:
-    """`sft` or `train` of a recipe, started once for each entry of `steps` (the last step of that start), from its own checkpoints."""
+def whole_run(tree: dict[str, Any], stage: str, *, rank: int, size: int, steps: list[int]) -> list[dict[str, int]]:
+    """`sft` or `train` of a recipe, started once for each entry of `steps` (the last step of that start), from its own checkpoints.
+
+    Returns what whole_run.run does, of all steps.
+    """
     import checkpoint_shapes
     import whole_run as runs
 
     from megatron_opd.recipe_files import build_recipe
 
+    found = []
     with checkpoint_shapes.shelf() as shelf:
         for last in steps:
             recipe = build_recipe(tree | {stage: tree[stage] | {"steps": last}})
-            runs.run(recipe, stage, rank=rank, size=size, shelf=shelf)
+            found += runs.run(recipe, stage, rank=rank, size=size, shelf=shelf)
+    return found
 
 
 def shipped(name: str, stage: str, *, gpus: int, rank: int, micro_batches: int) -> dict[str, Any]:
