@@ -341,6 +341,15 @@ def test_a_kept_simulation_of_another_step_is_refused(tmp_path: Path) -> None:
         simulated.take(kept, "local layers")
 
 
+def test_the_simulation_finds_make_te_s_folder_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    (installed / "transformer_engine").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), "/ours"]))
+    monkeypatch.setattr(simulated, "find_transformer_engine", lambda: "/te")
+    assert simulated.environment("Transformer Engine")["PYTHONPATH"].split(os.pathsep) == ["/te", str(installed), "/ours"]
+    assert simulated.environment("local layers")["PYTHONPATH"] == "/ours"
+
+
 def test_a_transformer_engine_that_does_not_load_makes_no_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.delitem(sys.modules, name, raising=False)
