@@ -12,7 +12,6 @@ class Gpu:
 
     `bytes_per_second`: to and from the GPU's memory. `nvlink`: out of one GPU to the others of its node, one direction, which is half of
     the figure of the data sheet. `network`: out of one GPU to other nodes, one direction, by the adapter that a DGX has for each GPU.
-    `fp8_flops` is None where the GPU has no FP8.
     """
 
     name: str
@@ -21,7 +20,6 @@ class Gpu:
     bytes_per_second: float
     nvlink: float
     network: float
-    fp8_flops: float | None
 
 
 # Data sheets: NVIDIA A100 (2021), H100 (2023), H200 (2024), HGX B200 (2025); adapters: DGX A100 (HDR, 200 Gb/s), DGX H100, H200 and B200
@@ -29,10 +27,10 @@ class Gpu:
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
-        Gpu("A100", 312e12, 80.0, 2.04e12, 300e9, 25e9, None),
-        Gpu("H100", 989e12, 80.0, 3.35e12, 450e9, 50e9, 1979e12),
-        Gpu("H200", 989e12, 140.0, 4.8e12, 450e9, 50e9, 1979e12),
-        Gpu("B200", 2250e12, 179.0, 7.7e12, 900e9, 50e9, 4500e12),
+        Gpu("A100", 312e12, 80.0, 2.04e12, 300e9, 25e9),
+        Gpu("H100", 989e12, 80.0, 3.35e12, 450e9, 50e9),
+        Gpu("H200", 989e12, 140.0, 4.8e12, 450e9, 50e9),
+        Gpu("B200", 2250e12, 179.0, 7.7e12, 900e9, 50e9),
     )
 }
 

@@ -1,7 +1,11 @@
 """Read the functions, arguments and enums of transformer_engine_torch, the compiled half of Transformer Engine, from its sdist's C++ sources.
 
-    pip download --no-deps --no-build-isolation --no-binary :all: transformer-engine-torch==2.20.2 && tar xzf transformer_engine_torch-2.20.2.tar.gz
+    tar xzf transformer_engine_torch-2.20.2.tar.gz
     python tools/te_signatures.py transformer_engine_torch-2.20.2 megatron_opd/simulate/te-2.20.2.json
+
+The sdist's file is on the package index: download it there by hand. `pip download --no-deps --no-build-isolation --no-binary :all:
+transformer-engine-torch==2.20.2` runs its setup.py for the metadata, which fails where PyTorch is a CPU build ("Invalid version: None": there is
+no torch.version.cuda).
 
 megatron_opd/simulate binds every call of a simulated step to these. With --check the file is compared instead of written.
 """
@@ -104,7 +108,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sdist", type=Path, help="folder of the unpacked sdist of transformer-engine-torch")
     parser.add_argument("table", type=Path, help="JSON file to write")
     parser.add_argument("--check", action="store_true", help="compare with the file, and exit with 1 where they differ")

@@ -147,13 +147,17 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
         if value is not None and value is not False and not args.simulate:  # a rank may be 0
             raise UserError(f"--{option.replace('_', '-')} is for a simulation: add --simulate")
     if args.gpus is not None or args.nodes is not None:
-        from megatron_opd.estimate.allocation import allocation_of
+        from megatron_opd.estimate.allocation import allocation_of, check_allocation
         from megatron_opd.estimate.recipe import estimate_recipe
 
         gpu = GPUS[args.gpu or "h100"]
         gpu = replace(gpu, memory_gib=args.gpu_memory or gpu.memory_gib)
         allocation = allocation_of(args.gpus, args.nodes, args.node_memory)
         if args.simulate:
+            if args.node_memory is not None:
+                raise UserError("--node-memory is for the estimate, as a simulation is of one rank: leave it out, or --simulate")
+            for note in check_allocation(recipe, allocation):
+                print(note, flush=True)
             return _simulate(recipe, args, allocation.gpus, gpu)
         print("\n".join(estimate_recipe(recipe, allocation, gpu)))
         return 0

@@ -77,7 +77,7 @@ def _environment(request: Request) -> str:
     found = find_transformer_engine() if request.transformer_engine else ""
     if found is None:
         raise UserError(no_transformer_engine())
-    return os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), found)))
+    return os.pathsep.join(filter(None, (found, os.environ.get("PYTHONPATH"))))
 
 
 def _jobs(recipe: Recipe, request: Request) -> list[tuple[str, int]]:
@@ -107,11 +107,13 @@ def _arch(recipe: Recipe, request: Request) -> Architecture:
 
 
 def _micro_batches(recipe: Recipe, stage: str, gpus: int) -> int:
-    """Of a whole step on one rank, when sequences are as long as they may be."""
+    """Of a whole step on one rank, when sequences are as long as they may be; an interleaved pipeline takes them pp at a time."""
     config: TrainerConfig = getattr(recipe, stage)
     sampler = recipe.generate if stage == "sft" else recipe.rollout
     mean = trained_lengths(config, sampler).tokens.high if sampler is not None else float(config.micro_batch_tokens)
-    return max(1, round(config.global_batch * mean / Layout.of(config, gpus).dp / config.micro_batch_tokens))
+    number = max(1, round(config.global_batch * mean / Layout.of(config, gpus).dp / config.micro_batch_tokens))
+    multiple = config.parallel.pp if config.parallel.vpp > 1 else 1
+    return -(-number // multiple) * multiple
 
 
 def _enough(config: TrainerConfig) -> int:

@@ -63,10 +63,13 @@ class Messages:
     def note(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A c10d operation: its larger side, input or output, counts."""
         group = self._group(args, kwargs)
+        operation = _operation(func._opname)
+        if group.kind == "world" and operation in ("send", "receive"):
+            group = _between_stages(peer=args[2])
         if group.ranks == 1:
             return
         size = max((_bytes(value) for value in (*args, *kwargs.values())), default=0)
-        entry = self.counts.setdefault(f"{_operation(func._opname)} over {group.kind} ({group.ranks})", [0, 0])
+        entry = self.counts.setdefault(f"{operation} over {group.kind} ({group.ranks})", [0, 0])
         entry[0] += 1
         entry[1] += size
         self.groups[group.kind] = group
@@ -88,6 +91,11 @@ def _describe(process_group: Any) -> Group:
     kind: str = _KINDS.get(description.removesuffix("_GLOO")) or description.removesuffix("_GROUP").lower()
     nodes = {rank // GPUS_PER_NODE for rank in dist.get_process_group_ranks(process_group)}
     return Group(f"{kind} on the host" if gloo else kind, process_group.size(), len(nodes) > 1)
+
+
+def _between_stages(*, peer: int) -> Group:
+    """Of a pipeline of two stages, whose one direction Megatron-Core sends through the group of all ranks, so that both ways overlap."""
+    return Group("pp", 2, peer // GPUS_PER_NODE != dist.get_rank() // GPUS_PER_NODE)
 
 
 def _operation(name: str) -> str:

@@ -91,13 +91,6 @@ class Ledger(TorchDispatchMode):
             table[f"[{phase}] {where}"] += size
         return table.most_common(top)
 
-    def by_phase(self) -> dict[str, int]:
-        """Bytes held at the peak by the phase that made them."""
-        table: Counter[str] = Counter()
-        for size, phase, _ in self._at_peak:
-            table[phase] += size
-        return dict(table)
-
     # ---- every operation ----------------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

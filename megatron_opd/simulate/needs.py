@@ -1,4 +1,4 @@
-"""What a simulation needs besides the project's own packages: a C++ compiler, and Transformer Engine's Python half. No torch here."""
+"""What a simulation needs besides the project's own packages: a CPU build of torch, a C++ compiler, Transformer Engine's Python half. No torch here."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ HERE = Path(__file__).parent
 GUARD_SOURCE = HERE / "guard.cpp"
 CHECKOUT = HERE.parents[1]
 TABLE_VERSION = "2.20.2"  # of Transformer Engine, whose compiled half te-VERSION.json describes
+# As in the Makefile: with them it can be imported, whose own needs are not wanted here.
+TE_PACKAGES = (
+    *(f"transformer-engine=={TABLE_VERSION}", f"transformer-engine-cu13=={TABLE_VERSION}", "importlib-metadata==10.2.0", "zipp==4.1.2"),
+    *("onnxscript==0.7.2", "onnx==1.23.2", "nvdlfw-inspect==0.2.2", "ml_dtypes==0.6.0", "onnx_ir==1.1.0"),
+)
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -37,32 +42,48 @@ def find_compiler() -> str:
 def find_transformer_engine() -> str | None:
     """A path to add to PYTHONPATH so that `transformer_engine` is found; "" where it is found already, None where there is none.
 
-    Beside the environment's own, folders `.te-VERSION` of the checkout count (`make te`).
+    The folder of the checkout that `make te` makes, `.te-VERSION`, goes before another version than the table's; so put the path first.
     """
-    if importlib.util.find_spec("transformer_engine") is not None:
+    found = importlib.util.find_spec("transformer_engine") is not None
+    if found and _installed_version() == TABLE_VERSION:
         return ""
     folder = CHECKOUT / f".te-{TABLE_VERSION}"
-    return str(folder) if (folder / "transformer_engine").is_dir() else None
+    if (folder / "transformer_engine").is_dir():
+        return str(folder)
+    return "" if found else None
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_transformer_engine() -> None:
     """Raise UserError unless the Transformer Engine that this process finds is the one that the table of its functions is of."""
-    try:
-        version = importlib.metadata.version("transformer-engine")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(no_transformer_engine()) from None
+    version = _installed_version()
+    if version is None:
+        raise UserError(no_transformer_engine())
     if version != TABLE_VERSION:
         raise UserError(
-            f"Transformer Engine {version} is installed, and the functions of {TABLE_VERSION} are what can be stood in for: make te, or read "
-            "those of another version with tools/te_signatures.py"
+            f"Transformer Engine {version} is installed, and the functions of {TABLE_VERSION} are what can be stood in for: "
+            f"{_how_to_install()}; or read those of another version with tools/te_signatures.py"
         )
 
 
 def no_transformer_engine() -> str:
     return (
-        f"a simulation of Transformer Engine's layers needs its Python half, {TABLE_VERSION} (no GPU, about 1 GB of disk): make te; "
+        f"a simulation of Transformer Engine's layers needs its Python half, {TABLE_VERSION} (no GPU, 0.4 GB of disk): {_how_to_install()}; "
         "or simulate Megatron-Core's local layers with --no-te"
     )
+
+
+def _how_to_install() -> str:
+    """`make te` in a checkout; without one, what it does."""
+    if (CHECKOUT / "Makefile").is_file():
+        return "make te"
+    return f"pip install --no-deps --target FOLDER {' '.join(TE_PACKAGES)}, and FOLDER first in PYTHONPATH"
 
 
 def torch_folder() -> Path:
@@ -73,8 +94,19 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
+def check_torch() -> None:
+    """Raise UserError for a torch that is built for CUDA: the guard takes the place of CUDA's own, and can't stand beside it."""
+    built_for = re.search(r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", (torch_folder() / "version.py").read_text(), re.MULTILINE)
+    if built_for:
+        raise UserError(
+            f"a simulation needs a PyTorch without CUDA, this one is built for CUDA {built_for[1]}: install torch's CPU build in an "
+            "environment of its own"
+        )
+
+
 def build_guard() -> Path:
-    """The compiled guard for this torch, kept in the user's cache. Raises UserError if it does not compile."""
+    """The compiled guard for this torch, kept in the user's cache. Raises UserError for a torch with CUDA, or if it does not compile."""
+    check_torch()
     torch = torch_folder()
     digest = hashlib.sha256()
     for part in (GUARD_SOURCE.read_bytes(), (torch / "version.py").read_bytes(), str(torch).encode()):

@@ -1,4 +1,4 @@
-"""Answers to what shapes alone can't say: Triton launches, lengths of sequences, tokens of each expert, shapes that neighbours send.
+"""Answers to what shapes alone can't say: Triton launches, lengths of sequences, tokens of each expert.
 
 Each changes one function for as long as the simulation runs, and keeps the rest of the code real.
 """
@@ -32,13 +32,9 @@ def stand_ins(ledger: Ledger, arch: Architecture, config: TrainerConfig, lengths
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_triton_launches())
-        stack.enter_context(_rope_lengths(ledger, lengths))
         stack.enter_context(_packed_groups(lengths))
         SEQUENCES[:] = lengths
         stack.callback(SEQUENCES.clear)
-        if config.parallel.pp > 1:
-            stack.enter_context(_neighbours_shapes(lengths))
-            names.append("neighbouring pipeline stages send micro-batches of the same lengths")
         if arch.num_experts:
             stack.enter_context(_balanced_experts(ledger, arch, config, lengths))
             names.append("every expert is sent as many tokens as any other")
@@ -66,22 +62,6 @@ def _triton_launches() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _rope_lengths(ledger: Ledger, lengths: Sequence[int]) -> Iterator[None]:
-    """Megatron-Core's own RoPE reads the lengths of packed sequences off the GPU, one by one."""
-    from megatron.core.models.common.embeddings import rope_utils
-
-    unfused: Any = rope_utils._apply_rotary_pos_emb_thd
-
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        answers = iter(lengths)
-        with replaced(ledger, "scalar", lambda tensor: next(answers, 0)):
-            return unfused(*args, **kwargs)
-
-    with replaced(rope_utils, "_apply_rotary_pos_emb_thd", apply):
-        yield
-
-
-@contextlib.contextmanager
 def _packed_groups(lengths: Sequence[int]) -> Iterator[None]:
     """The local layers' attention by PyTorch's SDPA groups sequences by their lengths; PyTorch's varlen attention needs no such thing."""
     from megatron_opd.model import layers
@@ -96,26 +76,6 @@ def _packed_groups(lengths: Sequence[int]) -> Iterator[None]:
         ]
 
     with replaced(layers, "_length_groups", groups):
-        yield
-
-
-@contextlib.contextmanager
-def _neighbours_shapes(lengths: Sequence[int]) -> Iterator[None]:
-    """With variable lengths, Megatron-Core's stages tell each other the shapes that they will send; its code runs, and would read zeros."""
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    exchange: Any = P2PCommunicator._communicate_shapes
-
-    def communicate(
-        self: Any, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        exchange(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next)
-        config = self.config
-        parts = config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-        shape, none = [sum(lengths) // parts, 1, config.hidden_size], [0, 0, 0]
-        return shape if recv_prev else none, shape if recv_next else none
-
-    with replaced(P2PCommunicator, "_communicate_shapes", communicate):
         yield
 
 

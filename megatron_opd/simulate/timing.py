@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # Groups whose messages come with every micro-batch; others come once a step.
 _EACH_MICRO_BATCH = {"tp", "cp", "ep", "pp", "tp-cp", "expert-tp"}
+
+# Places of the optimizer, whose waits are as many with any number of micro-batches.
+_ONCE_A_STEP = re.compile(r"/optimizers?/|train/update\.py")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ def whole_step(found: Simulation, micro_batches: int) -> WholeStep:
         times = ratio if message.group in _EACH_MICRO_BATCH else 1.0
         sent[message.group] += sent_bytes(message.operation, message.bytes, message.ranks) * times  # pyright: ignore[reportArgumentType]
         calls[message.group] += message.calls * times  # pyright: ignore[reportArgumentType]
-    waits = sum(round(count * ratio) if count % found.micro_batches == 0 else count for count in found.waits.values())
+    waits = sum(
+        round(count * ratio) if count % found.micro_batches == 0 and not _ONCE_A_STEP.search(where) else count
+        for where, count in found.waits.items()
+    )
     nodes = frozenset(message.group for message in messages if message.spans_nodes)
     return WholeStep(micro_batches, found.flops * ratio, dict(sent), dict(calls), nodes, waits)
 

@@ -23,8 +23,8 @@ def versions() -> dict[str, str]:
     return {"megatron_core": importlib.metadata.version("megatron-core")}
 
 
-def step(case: dict[str, Any], *, with_save: bool = False, fault: str | None = None) -> dict[str, Any]:
-    """The second of two steps of a case (cases.Case), and the state that a checkpoint would hold; with a fault of faults.py in the code."""
+def step(case: dict[str, Any], *, fault: str | None = None) -> dict[str, Any]:
+    """The second of two steps of a case (cases.Case), with a fault of faults.py in the code."""
     import faults
     from cases import Case
 
@@ -42,7 +42,6 @@ def step(case: dict[str, Any], *, with_save: bool = False, fault: str | None = N
             micro_batches=wanted.micro_batches,
             lengths=wanted.lengths,
             gpu=GPUS[wanted.gpu],
-            with_save=with_save,
         )
     return found.to_json()
 
@@ -83,8 +82,11 @@ def save_and_load(case: dict[str, Any], folder: str) -> dict[str, Any]:
         }
 
 
-def whole_run(tree: dict[str, Any], stage: str, *, rank: int, size: int, steps: list[int]) -> list[dict[str, Any]]:
-    """`sft` or `train` of a recipe, started once for each entry of `steps` (the last step of that start), from its own checkpoints."""
+def whole_run(tree: dict[str, Any], stage: str, *, rank: int, size: int, steps: list[int]) -> list[dict[str, int]]:
+    """`sft` or `train` of a recipe, started once for each entry of `steps` (the last step of that start), from its own checkpoints.
+
+    Returns what whole_run.run does, of all steps.
+    """
     import checkpoint_shapes
     import whole_run as runs
 
@@ -94,7 +96,7 @@ def whole_run(tree: dict[str, Any], stage: str, *, rank: int, size: int, steps: 
     with checkpoint_shapes.shelf() as shelf:
         for last in steps:
             recipe = build_recipe(tree | {stage: tree[stage] | {"steps": last}})
-            found.append(runs.run(recipe, stage, rank=rank, size=size, shelf=shelf))
+            found += runs.run(recipe, stage, rank=rank, size=size, shelf=shelf)
     return found
 
 

@@ -6,11 +6,10 @@ import importlib.metadata
 from functools import cache
 from pathlib import Path
 
-import torch
 from cases import OLDEST
 
 from megatron_opd.errors import UserError
-from megatron_opd.simulate.needs import TABLE_VERSION, find_compiler
+from megatron_opd.simulate.needs import TABLE_VERSION, check_torch, find_compiler
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,9 +17,8 @@ ROOT = Path(__file__).parents[2]
 @cache
 def missing(version: str, *, with_te: bool) -> str | None:
     """Why nothing can be simulated here on this version of Megatron-Core, with the remedy; None if it can."""
-    if torch.version.cuda is not None:
-        return "simulated GPUs want a PyTorch without CUDA; the one here has it"
     try:
+        check_torch()
         find_compiler()
     except UserError as error:
         return str(error)

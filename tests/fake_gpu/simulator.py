@@ -113,9 +113,7 @@ class Step:
         """'operation group' -> bytes."""
         found: Counter[str] = Counter()
         for message in self.result["messages"]:
-            # Between two stages, Megatron-Core sends one way through the group of all ranks, so that both ways overlap.
-            between_stages = message["operation"] in ("send", "receive") and message["group"] == "world"
-            found[f"{message['operation']} {'pp' if between_stages else message['group']}"] += message["bytes"]
+            found[f"{message['operation']} {message['group']}"] += message["bytes"]
         return dict(found)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +77,30 @@ def saves_without_tensors(shelf: checkpoint_shapes.Shelf) -> Iterator[None]:
         yield
 
 
-def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shapes.Shelf) -> dict[str, Any]:
-    """One start of a stage, from its checkpoint if it has one. Returns waits, slow copies and messages of all of it."""
+@contextlib.contextmanager
+def steps_are_watched(ledger: Any) -> Iterator[list[Counter[str]]]:
+    """Yields counts of all waits and slow copies so far: at the start of each step and, at last, at the end of the run."""
+    from megatron_opd.simulate.gpu import replaced
+    from megatron_opd.train import loop
+
+    counts: list[Counter[str]] = []
+    real = loop.train_step
+
+    def look() -> None:
+        slow = {text: number for text, number in ledger.copies.items() if "pinned async" not in text}
+        counts.append(Counter(ledger.waits) + Counter(slow))
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        look()
+        return real(*args, **kwargs)
+
+    with replaced(loop, "train_step", step):
+        yield counts
+    look()
+
+
+def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shapes.Shelf) -> list[dict[str, int]]:
+    """One start of a stage, from its checkpoint if it has one. Returns waits and slow copies of each step, up to the next or the end."""
     from megatron_opd.simulate.gpu import world
     from megatron_opd.simulate.stand_ins import stand_ins
     from megatron_opd.train import loop
@@ -92,6 +116,11 @@ def run(recipe: Any, stage: str, *, rank: int, size: int, shelf: checkpoint_shap
         arch = read_architecture(config.init)
         # The host reads 1 where sums are, so that means are numbers, and else 0.
         ledger.scalar = lambda tensor: 1.0 if tensor.dtype == torch.float64 else 0.0 if tensor.is_floating_point() else 0
-        with stand_ins(ledger, arch, config, lengths), files_are_real(lengths), saves_without_tensors(shelf):
+        with (
+            stand_ins(ledger, arch, config, lengths),
+            files_are_real(lengths),
+            saves_without_tensors(shelf),
+            steps_are_watched(ledger) as counts,
+        ):
             {"sft": loop.run_sft, "train": loop.run_train}[stage](recipe)
-        return {"waits": dict(ledger.waits), "copies": dict(ledger.copies), "comm": ledger.comm}
+        return [dict(after - before) for before, after in pairwise(counts)]

@@ -209,13 +209,14 @@ def measured(gpu: str, **changed: Any) -> record.Record:
     ]
     kernel = {"dtype": "bfloat16", "rows": 512, "vocab": 151936, "k": 1, "padding": 0, "masked": False, "scale": 3.0, "ratio": 0.4}
     side = {"tokens_per_second": 20000.0, "tflops": 400.0, "mfu": 0.4, "memory_gib": 40.0, "split": {"data": 0.1, "forward": 0.9}}
+    layers = "Transformer Engine"
     results: dict[str, Any] = {
         "kernels": {"device": "cuda", "rows": [kernel]},
         "loss": {"rows": rows, "copy_bytes_a_second": 4.2e12, "hidden": 4096},
         "train": {"ours": side, "reference": side | {"tokens_per_second": 9000.0}},
         "train-fp8": {"ours": side | {"tokens_per_second": 26000.0}},
-        "step": {"peak_bytes": 100.0, "reserved_bytes": 103.0, "other_bytes": 1e9, "waits_total": 3},
-        "simulated": {"peak_bytes": 98.0, "waits_total": 3},
+        "step": {"peak_bytes": 100.0, "reserved_bytes": 103.0, "other_bytes": 1e9, "waits_total": 3, "layers_by": layers},
+        "simulated": {"peak_bytes": 98.0, "waits_total": 3, "layers_by": layers},
     }
     known = {"gpu": gpu, "versions": {"torch": "2.11.0"}, "driver": {"driver_version": "580.1"}, "lacking": {"sglang": "not installed"}}
     found = record.Record(Path("."), known)
@@ -237,7 +238,7 @@ def test_every_bar_is_met_or_short_by_its_own_numbers() -> None:
     slow.parts["kernels"].result["rows"][0]["ratio"] = float("nan")
     slow.parts["train"].result["ours"] |= {"mfu": 0.2, "tokens_per_second": 8000.0}
     slow.parts["train-fp8"].result["ours"]["tokens_per_second"] = 7000.0
-    slow.parts["step"].result = {"peak_bytes": 90.0, "reserved_bytes": 103.0, "other_bytes": 4e9, "waits_total": 5}
+    slow.parts["step"].result |= {"peak_bytes": 90.0, "other_bytes": 4e9, "waits_total": 5}
     verdicts = report.verdicts(slow)
     assert {verdict.state for verdict in verdicts} == {"short"}, [v for v in verdicts if v.state != "short"]
     assert report.exit_code(slow, verdicts) == 1
@@ -251,6 +252,14 @@ def test_bars_without_numbers_stay_open_with_the_reason() -> None:
     assert states["logits to gradient: bytes a logit (6 x 1.3)"] == "met"
     assert found["simulated peak off the measured one"].reason == "simulated: not run, no such package"
     assert report.exit_code(record.Record(Path(".")), [v for v in found.values() if v.state == "open"]) == 1  # nothing was measured
+
+
+def test_a_simulation_of_other_layers_is_compared_with_nothing() -> None:
+    other = measured("NVIDIA H200")
+    other.parts["simulated"].result["layers_by"] = "local layers"
+    open_bars = {verdict.bar.name: verdict.reason for verdict in report.verdicts(other) if verdict.state == "open"}
+    names = ("simulated peak off the measured one", "simulated host waits off the measured ones")
+    assert open_bars == dict.fromkeys(names, "simulated: other layers than the measured step's")
 
 
 def test_the_markdown_states_what_fell_short(tmp_path: Path) -> None:
@@ -330,6 +339,31 @@ def test_a_kept_simulation_of_another_step_is_refused(tmp_path: Path) -> None:
     kept.write_text(json.dumps(values | {"settings": step_shape.SETTINGS | {"layers": 1}}))
     with pytest.raises(simulated.NotKept, match="another step"):
         simulated.take(kept, "local layers")
+
+
+def test_the_simulation_finds_make_te_s_folder_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    (installed / "transformer_engine").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), "/ours"]))
+    monkeypatch.setattr(simulated, "find_transformer_engine", lambda: "/te")
+    assert simulated.environment("Transformer Engine")["PYTHONPATH"].split(os.pathsep) == ["/te", str(installed), "/ours"]
+    assert simulated.environment("local layers")["PYTHONPATH"] == "/ours"
+
+
+def test_a_transformer_engine_that_does_not_load_makes_no_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    package = tmp_path / "transformer_engine"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "pytorch" / "__init__.py").write_text("raise FileNotFoundError('its compiled half')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert simulated.layers_here() == "local layers"
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    (package / "pytorch" / "__init__.py").write_text("")
+    assert simulated.layers_here() == "Transformer Engine"
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        sys.modules.pop(name, None)
 
 
 def test_waits_are_counted_by_their_places(monkeypatch: pytest.MonkeyPatch) -> None:

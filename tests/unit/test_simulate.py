@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 
 from megatron_opd.cli import main
-from megatron_opd.config import Recipe
 from megatron_opd.errors import UserError
 from megatron_opd.estimate.memory import FIXED_BYTES, GIB, Layout
 from megatron_opd.estimate.workload import student_of
@@ -94,6 +94,19 @@ def test_a_whole_step_has_more_micro_batches() -> None:
     assert step.waits == 1 + 5 * 96
 
 
+@pytest.mark.parametrize(
+    ("where", "times"),
+    [
+        ("event.synchronize  megatron/core/transformer/moe/token_dispatcher.py:4:i < megatron_opd/train/step.py:1:f", 5),
+        ("event.synchronize  megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py:1:step", 1),
+        ("item  transformer_engine/pytorch/optimizers/fused_adam.py:1:step", 1),
+        ("tolist  megatron_opd/train/update.py:1:update", 1),
+    ],
+)
+def test_waits_of_the_optimizer_are_no_more_with_more_micro_batches(where: str, times: int) -> None:
+    assert whole_step(replace(FOUND, waits={where: 6}), 10).waits == times * 6
+
+
 def test_time_grows_with_arithmetic_and_messages() -> None:
     recipe = load_recipe("opd_8b", [])
     arch = student_of(recipe).arch
@@ -130,6 +143,16 @@ def test_devices_are_those_whose_capability_is_known() -> None:
     assert device_of(GPUS["h200"]).memory == 140 * GIB
     with pytest.raises(UserError, match="a T4 can't be simulated"):
         device_of(replace(GPUS["h100"], name="T4"))
+
+
+def test_a_torch_built_for_cuda_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(needs, "torch_folder", lambda: tmp_path)
+    version = tmp_path / "version.py"
+    version.write_text("__all__ = ['cuda', 'hip']\n__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n")
+    needs.check_torch()
+    version.write_text("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n")
+    with pytest.raises(UserError, match=r"needs a PyTorch without CUDA, this one is built for CUDA 13\.0: install torch's CPU build"):
+        needs.build_guard()
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -171,6 +194,30 @@ def test_another_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(needs.importlib.metadata, "version", lambda name: "9.9")
     with pytest.raises(UserError, match=r"Transformer Engine 9\.9 is installed.*tools/te_signatures\.py"):
         needs.check_transformer_engine()
+
+
+def test_the_checkout_s_transformer_engine_goes_before_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = "9.9"
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(needs.importlib.metadata, "version", lambda name: installed)
+    monkeypatch.setattr(needs, "CHECKOUT", tmp_path)
+    assert needs.find_transformer_engine() == ""
+    made = tmp_path / f".te-{needs.TABLE_VERSION}"
+    (made / "transformer_engine").mkdir(parents=True)
+    assert needs.find_transformer_engine() == str(made)
+    monkeypatch.setattr(check, "build_guard", lambda: Path())
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    request = check.Request("opd_8b", [], 8, GPUS["h100"])
+    assert check._environment(request) == f"{made}{os.pathsep}/elsewhere"
+    installed = needs.TABLE_VERSION
+    assert needs.find_transformer_engine() == ""
+
+
+def test_without_a_checkout_the_command_of_make_te_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "make te;" in needs.no_transformer_engine()
+    monkeypatch.setattr(needs, "CHECKOUT", tmp_path)
+    command = f"pip install --no-deps --target FOLDER transformer-engine=={needs.TABLE_VERSION} "
+    assert command in needs.no_transformer_engine()
 
 
 @pytest.fixture
@@ -235,7 +282,9 @@ def test_a_simulation_that_fails_shows_its_last_words(
         (["--gpus", "8", "--no-te"], "--no-te is for a simulation: add --simulate"),
         (["--gpus", "8", "--layers", "2"], "--layers is for a simulation: add --simulate"),
         (["--gpus", "8", "--simulate", "--rank", "8"], "--rank 8 is none of 8 ranks, which count from 0"),
-        (["--gpus", "6", "--simulate"], "6 ranks do not fit tp="),
+        (["--gpus", "6", "--simulate"], "the recipe does not fit 6 GPUs: "),
+        (["--gpus", "8", "--simulate", "train.global_batch=1"], "train.global_batch = 1 is smaller than 4 data-parallel ranks"),
+        (["--gpus", "8", "--simulate", "--node-memory", "64"], "--node-memory is for the estimate"),
         (["--gpus", "8", "--simulate", "models.student=models/unheard-of"], "no model whose sizes are known"),
     ],
 )
@@ -257,9 +306,20 @@ def test_a_missing_transformer_engine_is_never_silent(
     assert main(["check", "opd_8b", "--gpus", "8", "--simulate", "--no-te"]) == 0
 
 
-def test_micro_batches_fill_the_pipeline_and_are_no_more_than_the_recipe_s(simulated: list[list[str]]) -> None:
-    main(["check", "opd_8b", "--gpus", "8", "--simulate", "train.parallel.pp=2", "train.parallel.vpp=2", "train.global_batch=8"])
+@pytest.mark.parametrize(
+    ("vpp", "global_batch", "micro_batches"),
+    [
+        (1, 64, 3),  # what fills two stages
+        (2, 64, 4),
+        (1, 12, 3),  # the recipe's own
+        (2, 12, 4),  # an interleaved schedule takes two at a time
+        (2, 8, 2),
+    ],
+)
+def test_micro_batches_fill_the_pipeline_and_are_no_more_than_the_recipe_s(
+    vpp: int, global_batch: int, micro_batches: int, simulated: list[list[str]]
+) -> None:
+    fields = ["train.parallel.pp=2", f"train.parallel.vpp={vpp}", f"train.global_batch={global_batch}"]
+    assert main(["check", "opd_8b", "--gpus", "8", "--simulate", *fields]) == 0
     numbers = {command[6]: int(command[command.index("--micro-batches") + 1]) for command in simulated}
-    recipe: Recipe = load_recipe("opd_8b", ["train.global_batch=8"])
-    assert numbers["sft"] == 2
-    assert numbers["train"] <= max(4, recipe.train.global_batch)
+    assert numbers == {"sft": 2, "train": micro_batches}

@@ -112,14 +112,22 @@ def _worst_kernel(record: Record) -> float:
     return max(row["ratio"] for row in rows["rows"])
 
 
+def _same_layers(record: Record, field: str) -> tuple[float, float]:
+    """(simulated, measured). Raises NoNumber unless both steps are of the same kind of layers."""
+    simulated, measured = _field("simulated", field)(record), _field("step", field)(record)
+    if _result(record, "simulated")["layers_by"] != _result(record, "step")["layers_by"]:
+        raise NoNumber("simulated: other layers than the measured step's")
+    return simulated, measured
+
+
 def _simulated_peak_off(record: Record) -> float:
     """Percent that the simulated peak is off the measured one."""
-    simulated, measured = (_field(part, "peak_bytes")(record) for part in ("simulated", "step"))
+    simulated, measured = _same_layers(record, "peak_bytes")
     return abs(simulated / measured - 1) * 100
 
 
 def _waits_off(record: Record) -> float:
-    simulated, measured = (_field(part, "waits_total")(record) for part in ("simulated", "step"))
+    simulated, measured = _same_layers(record, "waits_total")
     return abs(simulated - measured)
 
 

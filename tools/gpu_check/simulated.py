@@ -8,7 +8,7 @@ program takes from there what fits the layers that this machine's step is made o
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -37,7 +37,7 @@ def environment(layers_by: str) -> dict[str, str]:
         found = find_transformer_engine()
         if found is None:
             raise SystemExit(no_transformer_engine())
-        paths += [found] if found else []
+        paths = [found, *paths] if found else paths
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -101,6 +101,15 @@ def take(kept: Path, layers_by: str) -> dict[str, Any]:
     return {"simulated": f"with commit {values['commit']}", "layers_by": layers_by, **values["layers_by"][layers_by]}
 
 
+def layers_here() -> str:
+    """Which of LAYERS_BY this environment's steps are made of: a Transformer Engine that does not load makes none."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception:  # a broken package may raise anything
+        return "local layers"
+    return "Transformer Engine"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path, nargs="?")
@@ -109,7 +118,7 @@ def main() -> None:
     if args.keep:
         keep()
         return
-    layers_by = "Transformer Engine" if importlib.util.find_spec("transformer_engine") else "local layers"
+    layers_by = layers_here()
     try:
         found = take(KEPT, layers_by)
     except NotKept as reason:
