@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from megatron_opd.estimate.workload import student_of
 from megatron_opd.gpus import GPUS, Gpu
 from megatron_opd.model.architecture import Architecture
 from megatron_opd.recipe_files import load_recipe, shipped_recipes
+from megatron_opd.simulate.needs import python_path
 
 MARGIN = 0.92  # of the GPU's memory
 WORTH = 0.02  # share of the time that each further mechanism must save to go before a simpler setting
@@ -151,7 +153,10 @@ def simulate(recipe: str, stage: str, candidate: Candidate, *, gpus: int, gpu: s
         for rank in [0] if candidate.layout.pp == 1 else [0, gpus - 1]:
             command = [sys.executable, "-W", "ignore", "-m", "megatron_opd.simulate", recipe, stage, *candidate.overrides(stage)]
             command += ["--gpus", str(gpus), "--rank", str(rank), "--gpu", gpu, "--json", str(result)]
-            subprocess.run([*command, "--micro-batches", str(2 * candidate.layout.pp)], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [*command, "--micro-batches", str(2 * candidate.layout.pp)],
+                check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": python_path()},
+            )  # fmt: skip
             found.append(json.loads(result.read_text()))
     return reduced(max(found, key=lambda simulation: simulation["peak_bytes"]))
 

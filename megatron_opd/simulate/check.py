@@ -20,7 +20,7 @@ from megatron_opd.estimate.memory import GIB, Layout, stage_memory
 from megatron_opd.estimate.workload import student_of, trained_lengths
 from megatron_opd.gpus import Gpu
 from megatron_opd.pipeline.stages import list_stages
-from megatron_opd.simulate.needs import build_guard, find_transformer_engine, no_transformer_engine
+from megatron_opd.simulate.needs import build_guard, python_path
 from megatron_opd.simulate.report import describe, provenance
 from megatron_opd.simulate.result import Simulation
 from megatron_opd.simulate.timing import predict, whole_step
@@ -74,10 +74,7 @@ def simulate_recipe(recipe: Recipe, request: Request) -> int:
 def _environment(request: Request) -> str:
     """PYTHONPATH of the simulations. Raises UserError for what is missing, before anything starts."""
     build_guard()
-    found = find_transformer_engine() if request.transformer_engine else ""
-    if found is None:
-        raise UserError(no_transformer_engine())
-    return os.pathsep.join(filter(None, (found, os.environ.get("PYTHONPATH"))))
+    return python_path() if request.transformer_engine else os.environ.get("PYTHONPATH", "")
 
 
 def _jobs(recipe: Recipe, request: Request) -> list[tuple[str, int]]:

@@ -72,6 +72,13 @@ def check_transformer_engine() -> None:
         )
 
 
+def python_path() -> str:
+    """PYTHONPATH of a simulation of Transformer Engine's layers. Raises UserError where its Python half is missing."""
+    if (found := find_transformer_engine()) is None:
+        raise UserError(no_transformer_engine())
+    return os.pathsep.join(filter(None, (found, os.environ.get("PYTHONPATH"))))
+
+
 def no_transformer_engine() -> str:
     return (
         f"a simulation of Transformer Engine's layers needs its Python half, {TABLE_VERSION} (no GPU, 0.4 GB of disk): {_how_to_install()}; "

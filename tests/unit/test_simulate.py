@@ -232,7 +232,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(check, "build_guard", lambda: Path())
-    monkeypatch.setattr(check, "find_transformer_engine", lambda: "/te")
+    monkeypatch.setattr(needs, "find_transformer_engine", lambda: "/te")
     monkeypatch.setattr(check.subprocess, "run", run)
     return commands
 
@@ -299,7 +299,7 @@ def test_what_can_t_be_simulated_is_refused(
 def test_a_missing_transformer_engine_is_never_silent(
     simulated: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "find_transformer_engine", lambda: None)
+    monkeypatch.setattr(needs, "find_transformer_engine", lambda: None)
     assert main(["check", "opd_8b", "--gpus", "8", "--simulate"]) == 2
     assert "make te" in capsys.readouterr().err
     assert not simulated
