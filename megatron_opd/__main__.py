@@ -1,9 +1,12 @@
 """`python -m megatron_opd` is the same as `megatron-opd`; torchrun starts ranks this way."""
 
+import atexit
 import locale
 import os
 import signal
 import sys
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def run() -> int:
@@ -12,10 +15,17 @@ def run() -> int:
         use_utf8()
         from megatron_opd.cli import main
 
-        return main()
+        code = main()
     except KeyboardInterrupt:
         print("interrupted before anything had started", file=sys.stderr)
-        return 128 + signal.SIGINT
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        # Python would end itself by the signal, though it was caught, if it had passed through an exec(): that of a dataclass that is imported, say.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def use_utf8() -> None:

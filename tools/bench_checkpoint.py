@@ -42,9 +42,9 @@ def pss() -> int:
     while waiting:
         process = waiting.pop()
         try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8").splitlines()
             total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
-            waiting += map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())
+            waiting += map(int, Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split())
         except (OSError, StopIteration):  # it has ended meanwhile
             continue
     return total

@@ -157,7 +157,7 @@ def simulate(recipe: str, stage: str, candidate: Candidate, *, gpus: int, gpu: s
                 [*command, "--micro-batches", str(2 * candidate.layout.pp)],
                 check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": python_path()},
             )  # fmt: skip
-            found.append(json.loads(result.read_text()))
+            found.append(json.loads(result.read_text(encoding="utf-8")))
     return reduced(max(found, key=lambda simulation: simulation["peak_bytes"]))
 
 
@@ -229,7 +229,7 @@ def shipped(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     What --json FILE already has of a setting is not simulated again; with --simulate the rest is, of the recipes of --only.
     """
-    before = json.loads(Path(args.json).read_text())["rows"] if args.json and Path(args.json).exists() else []
+    before = json.loads(Path(args.json).read_text(encoding="utf-8"))["rows"] if args.json and Path(args.json).exists() else []
     known = {(found["recipe"], found["stage"], found["setting"]): found.get("simulated") for found in before}
 
     def one(name: str, stage: str) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def main() -> None:
     print("\n".join(markdown(rows)))
     if args.json:
         command = " ".join(["python", *sys.argv])
-        Path(args.json).write_text(json.dumps({"command": command, "tokens": TOKENS, "rows": rows}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps({"command": command, "tokens": TOKENS, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ def read_sources(root: Path) -> dict[str, Any]:
     Arguments are [name, has a default] each, ['*', False] before keyword-only ones; or, of a function without names, their number.
     Raises FileNotFoundError for a folder that is no such sdist.
     """
-    bindings = (root / "csrc/extensions/pybind.cpp").read_text()
-    helper = (root / "common_headers/common/util/pybind_helper.h").read_text().replace("\\\n", "\n")
-    declarations = (root / "csrc/extensions.h").read_text()
-    headers = "".join(path.read_text() for path in sorted((root / "common_headers/common/include/transformer_engine").glob("*.h")))
+    bindings = (root / "csrc/extensions/pybind.cpp").read_text(encoding="utf-8")
+    helper = (root / "common_headers/common/util/pybind_helper.h").read_text(encoding="utf-8").replace("\\\n", "\n")
+    declarations = (root / "csrc/extensions.h").read_text(encoding="utf-8")
+    headers = "".join(
+        path.read_text(encoding="utf-8") for path in sorted((root / "common_headers/common/include/transformer_engine").glob("*.h"))
+    )
     values = _enum_values(headers)
     enums = {
         name: {member: values.get((name, member), number) for number, member in enumerate(members)}
@@ -115,7 +117,7 @@ def main() -> int:
     args = parser.parse_args()
     found = read_sources(args.sdist)
     if args.check:
-        kept = json.loads(args.table.read_text())
+        kept = json.loads(args.table.read_text(encoding="utf-8"))
         differing = [
             f"{kind}: {name}"
             for kind in ("enums", "functions")
@@ -124,7 +126,7 @@ def main() -> int:
         ]
         print("\n".join(differing) or f"{args.table}: {len(kept['enums'])} enums and {len(kept['functions'])} functions, as in the sources")
         return int(bool(differing))
-    args.table.write_text(json.dumps(found, indent=1) + "\n")
+    args.table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{args.table}: {len(found['enums'])} enums, {len(found['functions'])} functions")
     return 0
 

@@ -50,7 +50,7 @@ def _simulate(args: argparse.Namespace) -> None:
         gpu=replace(gpu, memory_gib=args.gpu_memory or gpu.memory_gib),
     )
     if args.json:
-        Path(args.json).write_text(json.dumps(simulation.to_json(), indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(simulation.to_json(), indent=1) + "\n", encoding="utf-8")
     print("\n".join([*describe(simulation), *provenance(simulation)]))
 
 

@@ -130,7 +130,7 @@ def _run(request: Request, stage: str, rank: int, path: str, *, micro_batches: i
         command += [] if request.transformer_engine else ["--no-te"]
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
         if result.returncode == 0:
-            return Simulation.from_json(json.loads(file.read_text()))
+            return Simulation.from_json(json.loads(file.read_text(encoding="utf-8")))
     words = result.stderr.strip().splitlines()
     if result.returncode == 2 and words:
         raise UserError(f"{stage}, rank {rank}: {words[-1]}")

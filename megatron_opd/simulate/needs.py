@@ -103,7 +103,9 @@ def torch_folder() -> Path:
 
 def check_torch() -> None:
     """Raise UserError for a torch that is built for CUDA: the guard takes the place of CUDA's own, and can't stand beside it."""
-    built_for = re.search(r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", (torch_folder() / "version.py").read_text(), re.MULTILINE)
+    built_for = re.search(
+        r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", (torch_folder() / "version.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
     if built_for:
         raise UserError(
             f"a simulation needs a PyTorch without CUDA, this one is built for CUDA {built_for[1]}: install torch's CPU build in an "

@@ -23,7 +23,7 @@ from megatron_opd.simulate import te_functions, te_quantized
 from megatron_opd.simulate.needs import TABLE_VERSION, check_transformer_engine
 from megatron_opd.simulate.te_shapes import TORCH_DTYPES
 
-TABLE: dict[str, Any] = json.loads((Path(__file__).parent / f"te-{TABLE_VERSION}.json").read_text())
+TABLE: dict[str, Any] = json.loads((Path(__file__).parent / f"te-{TABLE_VERSION}.json").read_text(encoding="utf-8"))
 CALLS: Counter[str] = Counter()  # of compiled functions, by name
 _MODULE = "transformer_engine_torch"
 # Classes that the Python half names; a simulation makes none of them.

@@ -84,7 +84,7 @@ def _end(process: subprocess.Popen[bytes], family: set[int]) -> None:
 def _stat(pid: int) -> list[str] | None:
     """Fields of /proc/PID/stat from the state on; None of a process that is not there."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
 
