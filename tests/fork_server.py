@@ -40,6 +40,7 @@ _GRACE_SECONDS = 30.0  # of jobs beside one that failed
 class Job:
     """One process: a megatron-opd command, or with `script` a program; `log` has its output.
 
+    threads: of PyTorch; sums, and so last bits, depend on them.
     kill_at: kill -9 comes before the n-th file operation on a path with `below` in it, be it of the process or of one that it started.
     """
 
@@ -49,6 +50,7 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     below: str | None = None
     kill_at: int | None = None
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ def _work(job: Job, count: Any) -> int:
         os.dup2(os.open(path, flags), number)
     os.dup2(1, 2)
     os.environ |= job.environment
+    if job.threads > 1:
+        import torch
+
+        torch.set_num_threads(job.threads)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in OPERATIONS and job.below in str(arguments[0]):  # pyright: ignore

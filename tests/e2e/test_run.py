@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fork_server import Job, shared_server
 from tiny_models import make_model, write_prompts
 
@@ -344,7 +345,7 @@ def test_rounds(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def kill_often(inputs: Path, tmp_path: Path, *, kills: int, rng: random.Random) -> None:
     tmp_path.mkdir(exist_ok=True)
     run, log = tmp_path / "run", tmp_path / "log"
-    job = Job(["run", *words(inputs, run)], str(log))
+    job = Job(["run", *words(inputs, run)], str(log), threads=torch.get_num_threads())  # as the run that it is compared with
     for _ in range(kills):
         answer = shared_server().run(job, kill_after=rng.uniform(0.05, 2.0))[0]
         assert answer.killed or answer.code == 0, log.read_text()[-3000:]
