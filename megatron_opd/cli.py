@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_opd import __version__
-from megatron_opd.commands import convert, data, others, recipe, rounds, run, slurm, stages
+from megatron_opd.commands import compare, convert, data, others, recipe, rounds, run, slurm, stages
 from megatron_opd.errors import INTERRUPTED, Interrupted, QuarantineError, ServersLost, UserError
-from megatron_opd.redact import redact_override, redact_words
-from megatron_opd.untrusted import Console, check_characters, printable, shortened
+from megatron_opd.safety.redact import redact_override, redact_words
+from megatron_opd.safety.untrusted import Console, check_characters, printable, shortened
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,8 @@ def _run(arguments: list[str]) -> int:
             return _fail(f"{str(error).partition(';')[0]}; names must be in UTF-8")
     args, rest = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option: overrides may stand there too.
-    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+    named = getattr(args, "has_names", False)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") or ("=" not in word and not named) for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(map(redact_override, redact_words(rest)))}")
     if rest:
         args.overrides = [*args.overrides, *rest]
@@ -63,7 +64,7 @@ def _run(arguments: list[str]) -> int:
         if error.filename is None and error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror or error}; nothing that was finished is lost: mend this and run the same command again"
+        message = f"{where}{error.strerror or error}; nothing that was finished is lost: fix this and run the same command again"
         return _fail(message, code=4 if error.errno in _OF_NODE else 2)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -77,7 +78,7 @@ def _run(arguments: list[str]) -> int:
 _OF_NODE = (errno.EIO, errno.ESTALE, errno.ENODEV, getattr(errno, "EREMOTEIO", errno.EIO))
 _KEPT = {
     **dict.fromkeys(
-        ("generate", "rollout", "score", "eval", "import"),
+        ("generate", "rollout", "score", "derive", "eval", "import"),
         "parts that are sealed are kept, others are made again; the same command goes on",
     ),
     **dict.fromkeys(("sft", "train", "rounds"), "not within a step; checkpoints that were saved stay; the same command goes on"),
@@ -108,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Each stage has a command of its own, and goes on where it was stopped.",
     )
     parser.add_argument("--version", action="version", version=f"megatron-opd {__version__}")
+    parser.set_defaults(command_line=main)  # of a command that runs others
     commands = parser.add_subparsers(metavar="STAGE", dest="stage_name", required=True)
     run.add_to(commands)
     stages.add_to(commands)
@@ -116,5 +118,6 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_to(commands)
     recipe.add_to(commands)
     others.add_to(commands)
+    compare.add_to(commands)
     slurm.add_to(commands)
     return parser

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 LOGP_EPSILON = 1e-3
 # Engines write the lowest finite number for -inf (SGLang clamps to it); no real model is this sure that a token won't come.
 LOGP_FLOOR = -1e4
+# A difference of log-probabilities taken off a log-probability.
+_LARGEST_SCORE = 2e4
 StoreId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 # A count or a row number in a manifest; what is larger was not counted, and would overflow.
 Count = Annotated[int, Field(ge=0, lt=1 << 40)]
@@ -36,6 +38,7 @@ class Prompt:
     """One row of a prompt file. `content` is text, or chat messages [{role, content, ...}, ...] as `data.messages` writes them.
 
     `tools` are the functions that the model may call, [{"type": "function", "function": {name, ...}}, ...]; None where there are none.
+    `meta` are the row's other columns. `where` is its file and row, for messages.
     """
 
     index: int
@@ -43,6 +46,7 @@ class Prompt:
     answer: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
+    where: str = field(default="", compare=False)
 
 
 def check_logp(logp_T: np.ndarray, name: str, start: int) -> None:
@@ -66,6 +70,15 @@ def check_ending(response: np.ndarray, finish: Finish, stop_ids: Sequence[int]) 
         raise ValueError(f"{len(response) - 1 - int(found[0])} tokens stand behind the stop id {token} in the response")
     if (finish is Finish.STOP) != bool(found.size):
         raise ValueError(f"it ended by {finish.name.lower()} at token {int(response[-1])}; the stop ids are {list(stop_ids)}")
+
+
+def check_scores(score_T: np.ndarray, name: str, start: int) -> None:
+    """As `check_logp`, for scores that may exceed 0."""
+    if not np.isnan(score_T[:start]).all():
+        raise ValueError(f"{name} has values at prompt tokens; position t must hold the score of tokens[t]")
+    if (bad := np.flatnonzero(~(np.abs(score_T[start:]) <= _LARGEST_SCORE))).size:
+        t = start + int(bad[0])
+        raise ValueError(f"{name}[{t}] is {score_T[t]}, not a score ({bad.size} such positions)")
 
 
 @dataclass(frozen=True)
@@ -108,18 +121,22 @@ class Rollout:
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """Teacher log-probabilities of one rollout. logp float32 [T]; topk_ids int32 [T,K] and topk_logp float32 [T,K] or None."""
+    """Teacher log-probabilities of one rollout. logp float32 [T]; topk_ids int32 [T,K] and topk_logp float32 [T,K] or None.
+
+    `are_log_probs` is False for derived scores that may exceed 0.
+    """
 
     logp: np.ndarray
     topk_ids: np.ndarray | None = None
     topk_logp: np.ndarray | None = None
+    are_log_probs: bool = True
 
     def check_against(self, rollout: Rollout) -> None:
         """Raise ValueError unless these scores are complete for `rollout`."""
         T = len(rollout.tokens)
         if self.logp.shape != (T,):
             raise ValueError(f"{T} tokens but teacher log-probabilities of shape {self.logp.shape}")
-        check_logp(self.logp, "teacher logp", rollout.prompt_len)
+        (check_logp if self.are_log_probs else check_scores)(self.logp, "teacher logp", rollout.prompt_len)
         if (self.topk_ids is None) != (self.topk_logp is None):
             raise ValueError("topk_ids and topk_logp go together")
         if self.topk_ids is not None and self.topk_logp is not None:
@@ -195,31 +212,58 @@ class RoundRecord(Record):
     store_id: StoreId
 
 
-class WithRounds(Record):
-    """A record whose field of rounds is not written where there are none: outside of rounds its bytes are those of older versions."""
+class Sparse(Record):
+    """A record of which some fields are not written where they are empty: its bytes are then those of older versions, and are read by them."""
 
-    _rounds_field: ClassVar[str]
+    _left_out: ClassVar[tuple[str, ...]]
 
     @model_serializer(mode="wrap")
-    def _without_rounds(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content = serialize(self)
-        if not content.get(self._rounds_field):
-            content.pop(self._rounds_field, None)
-        return content
+        return {name: value for name, value in content.items() if value or name not in self._left_out}
 
 
-class Lineage(WithRounds):
+class Derivation(Record):
+    """How scores were made of those of another teacher, without a model.
+
+    `source`: name of that teacher's group; `settings`: those of the method; `version`: of what the method computes.
+    """
+
+    method: Literal["residualize", "shuffle"]
+    source: str
+    settings: dict[str, int | float]
+    version: int
+
+    @property
+    def mends(self) -> bool:
+        """Whether the teacher need not be the one whose answers the student was fine-tuned on."""
+        return self.method == "residualize"
+
+    @property
+    def are_log_probs(self) -> bool:
+        """Whether its values are log-probabilities of a distribution, and so never above 0."""
+        return self.method == "shuffle"
+
+    def describe(self) -> str:
+        settings = ", ".join(f"{name} {value:g}" for name, value in self.settings.items())
+        what = "without their recurring part" if self.method == "residualize" else "SHUFFLED between tokens, as a control"
+        return f"the scores of {self.source!r} {what} ({self.method} {self.version}: {settings})"
+
+
+class Lineage(Sparse):
     """Where a model's behaviour comes from; travels with checkpoints, HF directories and stores.
 
+    `opd_scores`: how the scores that it was distilled on were made of those of `opd_teacher`, None where they are its own.
     `rounds`: those that the model was distilled in, in order; empty outside of rounds.
     """
 
-    _rounds_field = "rounds"
+    _left_out = ("opd_scores", "rounds")
 
     base: ModelFingerprint | None = None
     sft_teacher: ModelFingerprint | None = None
     sft_teacher_declared: bool = False
     opd_teacher: ModelFingerprint | None = None
+    opd_scores: Derivation | None = None
     sft: SftFacts | None = None
     overrides: list[str] = Field(default_factory=list)
     rounds: list[RoundRecord] = Field(default_factory=list)
@@ -236,12 +280,18 @@ class PromptFile(Record):
 class SamplingParams(Record):
     """How responses are sampled. Seeds make the `transformers` engine reproducible."""
 
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, le=1 << 31, description="0 samples from the whole vocabulary")
-    max_new_tokens: int = Field(default=4096, gt=0, le=1 << 31)
-    samples_per_prompt: int = Field(default=1, gt=0, lt=1 << 20)
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy; stored log-probabilities are those at 1, whatever it is")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="share of the probability that is sampled from, the likeliest tokens first")
+    top_k: int = Field(default=0, ge=0, le=1 << 31, description="tokens that are sampled from, the likeliest; 0: the whole vocabulary")
+    max_new_tokens: int = Field(
+        default=4096,
+        gt=0,
+        le=1 << 31,
+        description="tokens of a response at most",
+        json_schema_extra={"source": "arXiv 2604.13010 (OPD)"},
+    )
+    samples_per_prompt: int = Field(default=1, gt=0, lt=1 << 20, description="responses to each prompt")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed; with prompt and sample it gives that of each response")
     stop_token_ids: list[Annotated[int, Field(ge=0, le=1 << 31)]] = Field(
         default_factory=list, description="ids that end a response besides those that the model's files, template and SFT answers name"
     )

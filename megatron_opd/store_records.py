@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from megatron_opd.records import Count, Lineage, ModelFingerprint, PromptFile, Record, SamplingParams, StoreId, WithRounds
+from megatron_opd.records import Count, Derivation, Lineage, ModelFingerprint, PromptFile, Record, SamplingParams, Sparse, StoreId
 
 MAX_PARTS = 10**6  # folders of six digits
 EXTENDED_FORMAT = 2  # of a store with extensions, which programs that know none must not take for the whole
@@ -49,7 +49,7 @@ class Segment:
         return self.prompts[start : start + self.prompts_per_part]
 
 
-class StoreManifest(WithRounds):
+class StoreManifest(Sparse):
     """Attributes of a store's root group.
 
     `prompts` and `sampling.samples_per_prompt` are those that the store was first made for; `num_prompts` and `samples_per_prompt` those of now.
@@ -59,7 +59,7 @@ class StoreManifest(WithRounds):
     fixed conversation. `round`: the number of the round, of several, whose rollouts these are; its lineage names the stores of those before.
     """
 
-    _rounds_field = "round"
+    _left_out = ("round",)
 
     format_version: int = 1
     sampler_role: str
@@ -179,12 +179,25 @@ class PartManifest(Record):
     provenance: dict[str, Any] = Field(default_factory=dict)
 
 
-class ScoreManifest(Record):
+class Derived(Derivation):
+    """As it stands beside the scores: `source_id` is of the checksums of the source's scores of the whole store, and of what they score."""
+
+    source_id: StoreId
+
+    @property
+    def derivation(self) -> Derivation:
+        return Derivation.model_validate(self.model_dump(include=set(Derivation.model_fields)))
+
+
+class ScoreManifest(Sparse):
     """Attributes of a teacher's group in a part; written last.
 
     `excluded` rollouts have no scores (NaN), and those longer than `max_tokens` are scored up to there; training leaves both out.
     `largest_candidate` is the highest token id among the teacher's candidates, None without any. `store_id` as in `PartManifest`.
+    `derived`: how they were made, of scores of the same model, where no model scored.
     """
+
+    _left_out = ("derived",)
 
     part: Count
     store_id: StoreId | None = None
@@ -194,6 +207,7 @@ class ScoreManifest(Record):
     largest_candidate: Count | None = None
     excluded: list[Excluded] = Field(default_factory=list)
     allow_teacher_mismatch: bool = False
+    derived: Derived | None = None
     part_crc32c: dict[str, int]
     crc32c: dict[str, int]
     engine: dict[str, Any] = Field(default_factory=dict)

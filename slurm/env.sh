@@ -1,48 +1,48 @@
 # shellcheck shell=bash disable=SC2034
-# What a site changes; every job reads it. To keep your own beside this one: export OPD_ENV=/path/to/my-env.sh
-# What a recipe says in its [slurm] section, or an override such as slurm.partition=debug, goes before what stands here.
+# Settings of the site, which every job sources. To use your own copy instead: export OPD_ENV=/path/to/my-env.sh
+# A recipe's [slurm] section, or an override such as slurm.partition=debug, takes precedence over this file.
 
-# Account, partition and QOS are read by sbatch itself: `source slurm/env.sh` before it (pipeline.sh does that for you).
+# sbatch itself reads account, partition and QOS: `source slurm/env.sh` before you call it (pipeline.sh does that for you).
 #export SBATCH_ACCOUNT=my_project
 #export SBATCH_PARTITION=gpu
 #export SBATCH_QOS=normal
-# pipeline.sh: jobs without a GPU (checks, conversion) may go to a partition of their own.
+# pipeline.sh: the partition for jobs without a GPU (checks, conversion), if it is another one.
 CPU_PARTITION=
-# pipeline.sh: how {n} GPUs of a node are asked for, for example --gres=gpu:h100:{n}
+# pipeline.sh: how to request {n} GPUs of a node, for example --gres=gpu:h100:{n}
 GPUS='--gpus-per-node={n}'
 
-# The software of training (train, sft, check, convert) and of inference (generate, rollout, score, eval). Either images for Pyxis
-# (a .sqsh file, or registry#name:tag; docs/containers.md), images for Apptainer (.sif), or, where an image is empty, virtual environments.
+# The software for training (train, sft, check, convert) and for inference (generate, rollout, score, eval): images for Pyxis
+# (a .sqsh file, or registry#name:tag; docs/containers.md), images for Apptainer (.sif), or, if an image is empty, virtual environments.
 IMAGE_TRAIN=
 IMAGE_SERVE=
-# An image with both, for the job that compares the two; without one the training image is taken, if the recipe says how it finds SGLang
-# (engine.launch.command, engine.urls), or else there is no such job.
+# An image with both, for the job that compares the two. Without one, the training image is used if the recipe says where SGLang is
+# (engine.launch.command, engine.urls); otherwise there is no such job.
 IMAGE_ENGINES=
 VENV_TRAIN=.venv
 VENV_SERVE=.venv-serve
-# What a container sees: the directory that you submit from always, and these (SOURCE:TARGET, with commas between).
+# Mounts of a container, besides the directory that you submit from (SOURCE:TARGET, separated by commas).
 MOUNTS=
 
-# A job that was stopped (time limit, preemption) puts itself back into the queue; so often at most.
+# How often a job that was stopped (time limit, preemption) may requeue itself.
 MAX_RESTARTS=20
-# One that failed, and not by what you must mend, is tried again without the node that failed; so often at most.
+# How often a failed job is tried again without the node at fault, unless the failure is one that you must fix.
 RETRIES=2
 
-# Where Triton, torch and CUDA keep what they compile, on each node's own disk; empty: ${SLURM_TMPDIR:-/tmp}/megatron-opd-$UID.
+# Where Triton, torch and CUDA cache what they compile, on each node's own disk; empty: ${SLURM_TMPDIR:-/tmp}/megatron-opd-$UID.
 CACHE_DIR=
 
-# Ranks on each node; empty: one a GPU.
+# Ranks on each node; empty: one per GPU.
 RANKS_PER_NODE=
 
-# NCCL and Megatron. Wrong interfaces are the usual reason of a hang at the first step: NCCL_DEBUG=INFO prints what was chosen.
+# NCCL and Megatron. A wrong interface is the usual cause of a hang at the first step: NCCL_DEBUG=INFO prints the choice.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-#export NCCL_SOCKET_IFNAME=bond0        # the interface that all nodes reach each other by (`ip -br addr`); also of the rendezvous:
+#export NCCL_SOCKET_IFNAME=bond0        # the interface by which all nodes reach each other (`ip -br addr`); also for the rendezvous:
 #export GLOO_SOCKET_IFNAME=bond0
 #export NCCL_IB_HCA=mlx5_0,mlx5_1       # InfiniBand adapters for the data (`ibstat`), if NCCL picks a wrong one
 #export NCCL_IB_GID_INDEX=3             # RoCE only
-# Up to Hopper, Megatron overlaps tensor-parallel communication only with one hardware queue; on Blackwell take this out.
+# Up to Hopper, Megatron overlaps tensor-parallel communication only with one hardware queue; remove this on Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Packed batches differ in size: without this, fragments pile up until memory is short.
+# Packed batches differ in size: without this, fragmentation grows until memory runs out.
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 export HF_HUB_OFFLINE=1                 # compute nodes often have no internet: nothing is downloaded in a job

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Accuracy of the distilled student, and its reverse KL to the teacher.
-#   sbatch slurm/eval_8b.sh [RECIPE] [FIELD=VALUE ...]            for example eval.model=runs/opd_8b/sft-hf eval.name=sft
+# Evaluations of a recipe, or those that are named, and their table.
+#   sbatch slurm/eval_8b.sh [RECIPE [EVALUATION ...]] [FIELD=VALUE ...] [--of MODEL ...]      for example opd_8b aime24 --of sft opd
 #SBATCH --job-name=eval_8b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # Common code of the jobs; each sources it on its first node and calls train_job, serve_job, cpu_job or, from pipeline.sh, stage_job.
 #
-# Stop and go on: Slurm sends USR1 to this shell before the time limit, and at preemption where the site says so (#SBATCH
-# --signal=B:USR1@SECONDS). Training is told to save; the job then puts itself back into the queue under the same id, and goes on from
-# what is on disk. After a node failure Slurm does that by itself (#SBATCH --requeue). A job that failed for another reason than one that
-# the user must mend goes back as well, without the node that failed, at most RETRIES times.
+# Stop and resume: Slurm sends USR1 to this shell before the time limit, and at preemption if the site is configured so (#SBATCH
+# --signal=B:USR1@SECONDS). Training is told to save; the job then requeues itself under the same id, and resumes from
+# what is on disk. After a node failure Slurm does that by itself (#SBATCH --requeue). A job that failed for a reason that the user need
+# not fix is requeued as well, without the node at fault, at most RETRIES times.
 set -uo pipefail
 # shellcheck source=slurm/env.sh
 source "${OPD_ENV:-slurm/env.sh}" || exit 2
@@ -167,9 +167,9 @@ retry() {
     again "$node" label "${OPD_LABEL:-}" excluded "$node" code "$code" reason "$words" nodes "$SLURM_JOB_NODELIST"
 }
 
-# judge: sets code, node, rank, words to what ended the job. Of ranks the first row counts: a refusal, then who was killed, then who
-# failed by itself. Where every rank only lost others (or was aborted by NCCL's watchdog, which does so to those that lost others), it
-# was the one node that has no row, whose ranks could not say anything.
+# judge: sets code, node, rank, words to what ended the job. Of the ranks' rows the first counts: a refusal, then a rank that was killed,
+# then one that failed by itself. If every rank only lost others (or was aborted by NCCL's watchdog, which aborts ranks that lost others),
+# the node at fault is the one without a row, whose ranks could not record anything.
 judge() {
     local silent
     kind='' node='' rank='' words=''

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submit a recipe, each job to start when those before have succeeded, and print the job ids:
+# Submit the jobs of a recipe, each to start when the jobs before it have succeeded, and print their ids:
 #   slurm/pipeline.sh [--from STAGE] [--until STAGE] [--dry-run] [RECIPE] [FIELD=VALUE ...]
 #   slurm/pipeline.sh opd_8b                               all of it
 #   slurm/pipeline.sh --from score opd_8b train.lr=1e-6    after a failure, or to do a part again
 #   slurm/pipeline.sh --dry-run mine.toml slurm.nodes=2    what would be submitted
-# NODES=2 and SHARDS=16 before it stand for slurm.nodes=2 and for as many nodes in generate, rollout and score.
-# What the jobs ask for stands in the recipe's [slurm] section, what the site is like in slurm/env.sh. `megatron-opd slurm` makes the list.
+# NODES=2 before the command means slurm.nodes=2; SHARDS=16 means 16 nodes each for generate, rollout and score.
+# The recipe's [slurm] section has what the jobs request, slurm/env.sh the settings of the site. `megatron-opd slurm` makes the list.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=slurm/env.sh

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Each task of a step runs its command through this: what is compiled for a GPU goes to the node's own disk, not to a home directory that
-# all nodes share.   task.sh [--deaf] COMMAND ...     with --deaf the command starts deaf to USR1 and TERM; the trainer listens when it can save.
+# Each task of a step runs its command through this script, so that what is compiled for a GPU goes to the node's own disk, not to a home
+# directory that all nodes share.   task.sh [--deaf] COMMAND ...     with --deaf the command ignores USR1 and TERM until the trainer can save.
 if [[ $1 == --deaf ]]; then
     trap '' USR1 TERM
     shift
 fi
-# usable DIRECTORY: made, if it is not there. Programs are run from there: it must be nobody else's.
+# usable DIRECTORY: created if it does not exist. Programs are run from it, so it must not belong to anybody else.
 usable() {
     (umask 077 && mkdir -p "$1") 2>/dev/null
     [[ -d $1 && ! -L $1 && -O $1 ]] && chmod 700 "$1"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.checksums import CHECKSUM_FILE, id_of, read_record, record_checksums, sum_files
-from megatron_opd.saved import STATE_FILE
+from megatron_opd.checkpoints.checksums import CHECKSUM_FILE, id_of, read_record, record_checksums, sum_files
+from megatron_opd.checkpoints.saved import STATE_FILE
 
 
 def edit_state(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import importlib
 import json
 import multiprocessing
@@ -17,21 +16,24 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+TOOLS = str(Path(__file__).parents[1] / "tools")
+sys.path.insert(0, TOOLS)
+try:
+    from study import forks
+finally:
+    sys.path.remove(TOOLS)
+
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
-# In this order: megatron_opd.model.parallel prepares megatron.core.
 IMPORTED = (
-    "megatron_opd.model.parallel", "megatron_opd.train.rounds", "megatron_opd.train.logp", "megatron_opd.calibrate", "megatron_opd.convert.commands",
-    "megatron_opd.evaluate.report", "megatron_opd.serve.transformers_engine",
-    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "qwen3_moe")),
+    *forks.IMPORTED, "megatron_opd.train.logp", "megatron_opd.checks.calibrate", "megatron_opd.report.write",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3_moe")),
 )  # fmt: skip
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 0.003
 _GRACE_SECONDS = 30.0  # of jobs beside one that failed
 
@@ -105,12 +107,7 @@ def shared_server() -> ForkServer:
 
 
 def _work(job: Job, count: Any) -> int:
-    """In the fork, which ends with the server."""
-    os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
-        os.dup2(os.open(path, flags), number)
-    os.dup2(1, 2)
+    """In the fork."""
     os.environ |= job.environment
     if job.threads > 1:
         import torch
@@ -136,23 +133,6 @@ def _work(job: Job, count: Any) -> int:
     return 0
 
 
-def _fork(job: Job, count: Any) -> int:
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        code = _work(job, count)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
 def _serve() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
@@ -161,7 +141,10 @@ def _serve() -> None:
         order = json.loads(line)
         jobs = [Job(**job) for job in order["jobs"]]
         counts = [context.Value("q", 0) for _ in jobs]
-        running = {_fork(job, count): number for number, (job, count) in enumerate(zip(jobs, counts, strict=True))}
+        running = {
+            forks.fork(partial(_work, job, count), Path(job.log)): number
+            for number, (job, count) in enumerate(zip(jobs, counts, strict=True))
+        }
         codes: dict[int, int | None] = {}
         end, late = time.monotonic() + order["seconds"], False
         while running:

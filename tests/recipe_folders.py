@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.config import Recipe
-from megatron_opd.recipe_files import load_recipe
-from megatron_opd.stored_recipe import store_recipe
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.stored import store_recipe
 
 SECRET = "hf_Zq8vXw2Lk9"
 BASE = """name = "base"
@@ -25,7 +25,7 @@ sampling = { temperature = 0.7, stop_token_ids = [1, 2] }
 lr = 1e-6
 steps = 10
 loss = { name = "opd", advantage_clip = 5.0 }
-[eval]
+[eval.a]
 prompts = "e.jsonl"
 baseline = "sft"
 """

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part, write_scores
-from megatron_opd.lineage import fingerprint_model
+from megatron_opd.hf.lineage import fingerprint_model
 from megatron_opd.records import Finish, Lineage, ModelFingerprint, PromptFile, Rollout, SamplingParams, TeacherScores
 from megatron_opd.store_records import ScoreManifest, StoreManifest
 
@@ -45,6 +45,7 @@ def make_scored_store(
     seed: int = 0,
     top_k: int = 0,
     sampler_role: str = "student",
+    lineage: Lineage | None = None,
 ) -> StoreReader:
     """A whole store, scored by `teacher` under the name 'teacher', with its `top_k` candidates a token."""
     student_fp = sampler if isinstance(sampler, ModelFingerprint) else fingerprint_model(sampler)
@@ -53,7 +54,7 @@ def make_scored_store(
     manifest = StoreManifest(
         sampler_role=sampler_role,
         sampler=student_fp,
-        lineage=Lineage(base=student_fp, sft_teacher=teacher_fp),
+        lineage=lineage or Lineage(base=student_fp, sft_teacher=teacher_fp),
         prompts=PromptFile(name="prompts.jsonl", sha256="0" * 64, num_prompts=prompts),
         prompts_per_part=4,
         sampling=SamplingParams(samples_per_prompt=samples, max_new_tokens=60),

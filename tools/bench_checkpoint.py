@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Host memory and seconds of a save and a load: torchrun --nproc-per-node 4 tools/bench_checkpoint.py FOLDER [--tp 2] [--way gathered]
+"""Host memory and seconds of a save and a load: torchrun --nproc-per-node 4 tools/bench_checkpoint.py FOLDER [--tp 2]
 
 A model of 191 million parameters with Adam's state. Memory is that of all ranks and their writers together (Pss of each process, so
-that what a fork shares counts once), its peak less what it was before. `--way gathered`: Megatron-Core's own writing and reading, which
-gathers the state on every rank; `first`: on the first data-parallel rank. On CPUs, where weights and state lie in the host's memory before.
+that what a fork shares counts once), its peak less what it was before. On CPUs, where weights and state lie in the host's memory before.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ from megatron_opd.model import parallel  # isort: skip  (prepares megatron.core,
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config import ParallelConfig, TrainStage
-from megatron_opd.known_models import KNOWN
+from megatron_opd.estimate.known_models import KNOWN
 from megatron_opd.model.architecture import parse_architecture
 from megatron_opd.model.student import build_chunks, transformer_config
+from megatron_opd.recipe.layout import ParallelConfig
+from megatron_opd.recipe.training_stages import TrainStage
 from megatron_opd.records import Lineage
 from megatron_opd.train import checkpoint
 from megatron_opd.train.optim import Trainee, make_trainee
@@ -98,7 +98,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the checkpoint is written; made here")
     parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--way", choices=["own", "gathered", "first"], default="own")
     options = parser.parse_args()
     if options.folder.exists():
         parser.error(f"{options.folder} exists already: name a new folder")
@@ -106,12 +105,6 @@ def main() -> None:
     config = TrainStage(init="", store="", output="", parallel=ParallelConfig(tp=options.tp))
     arch = parse_architecture(KNOWN["Qwen3-0.6B"] | SIZES, "of this size")
     parallel.start(config.parallel, seed=1)
-    if options.way != "own":
-        described = checkpoint._content_metadata
-        checkpoint.attach = lambda optimizer: None
-        checkpoint._content_metadata = lambda trainee: (
-            described(trainee) | {"distrib_optim_fully_reshardable_mem_efficient": options.way == "first"}
-        )
     trainee = build(config, arch)
     checkpoint.copy_side_files = lambda *arguments: None
     writer = checkpoint.CheckpointWriter(options.folder, "", Lineage())
@@ -126,10 +119,10 @@ def main() -> None:
     total, worst = [over_ranks(value, dist.ReduceOp.SUM) for value in memory], [over_ranks(value, dist.ReduceOp.MAX) for value in memory]
     if dist.get_rank() == 0:
         print(
-            "| way | ranks | tp | checkpoint, MiB | save: all ranks, MiB | fullest rank | blocked, s | published, s | load: all ranks, MiB | s |"
+            "| ranks | tp | checkpoint, MiB | save: all ranks, MiB | fullest rank | blocked, s | published, s | load: all ranks, MiB | s |"
         )
         print(
-            f"| {options.way} | {dist.get_world_size()} | {options.tp} | {size / MIB:,.0f} | {total[0] / MIB:,.0f} | {worst[0] / MIB:,.0f} | {blocked:.1f} | "
+            f"| {dist.get_world_size()} | {options.tp} | {size / MIB:,.0f} | {total[0] / MIB:,.0f} | {worst[0] / MIB:,.0f} | {blocked:.1f} | "
             f"{published:.1f} | {total[1] / MIB:,.0f} | {loaded:.1f} |"
         )
     dist.destroy_process_group()

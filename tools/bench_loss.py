@@ -30,8 +30,8 @@ import matplotlib as mpl
 import torch
 from loss_contestants import Absent, Problem, Run, contestants
 
-from megatron_opd.config import ParallelConfig
-from megatron_opd.cost import git_commit
+from megatron_opd.cost.meter import git_commit
+from megatron_opd.recipe.layout import ParallelConfig
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -167,6 +167,8 @@ def run_all(arguments: argparse.Namespace, device: torch.device, record: dict[st
         problem = make_problem(size, arguments.hidden, device)
         exact = truth(problem)
         for name, make in contestants(arguments.chunk)[size.level].items():
+            if arguments.contestants and not any(part in name for part in arguments.contestants):
+                continue
             row: dict[str, Any] = {"contestant": name, **asdict(size)}
             try:
                 row |= measure(size, problem, make(problem), exact, bandwidth, arguments.repeats)
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936 if on_gpu else 1000)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4], help="vocabulary divided by these, as tensor parallel does")
     parser.add_argument("--ids", type=int, nargs="+", default=[1, 64] if on_gpu else [1, 8], help="ids a token")
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="those whose names contain one of these alone")
     parser.add_argument("--chunk", type=int, default=4096 if on_gpu else 16, help="tokens a chunk of linear_loss")
     parser.add_argument("--repeats", type=int, default=15 if on_gpu else 3)
     parser.add_argument("--output", type=Path, required=True, help="path without suffix; .json and .png are written")

@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from megatron_opd.data.packing import costs_of, pack, plan_micro_batches
-from megatron_opd.known_models import KNOWN
+from megatron_opd.estimate.known_models import KNOWN
 from megatron_opd.model.architecture import parse_architecture
 
 BATCH, BUDGET, STEPS = 256, 16384, 100

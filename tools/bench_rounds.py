@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.cost import provenance, read_jsonl, read_stages
+from megatron_opd.cost.meter import provenance, read_jsonl, read_stages
 from megatron_opd.demo.run import DEMOS
-from megatron_opd.untrusted import read_object
+from megatron_opd.safety.untrusted import read_object
 
 TIMES_FILE = "bench.json"
 
@@ -45,7 +45,7 @@ def main() -> None:
         run = args.folder / f"rounds-{count}"
         places = {
             "models.teacher": base / "teacher", "models.student": base / "student", "rollout.model": base / "sft-hf", "train.init": base / "sft-hf",
-            "rollout.prompts": base / "prompts/rollout.jsonl", "eval.prompts": base / "prompts/eval.jsonl", "rounds.count": count, "rounds.keep_alive": "true",
+            "rollout.prompts": base / "prompts/rollout.jsonl", "eval.addition.prompts": base / "prompts/eval.jsonl", "rounds.count": count, "rounds.keep_alive": "true",
         }  # fmt: skip
         overrides = [*(f"{key}={value}" for key, value in places.items()), *fields]
         results["rounds"][str(count)] = found = measure(run, count, overrides, evaluates=not args.no_eval)
@@ -75,8 +75,8 @@ def measure(run: Path, count: int, overrides: list[str], *, evaluates: bool) -> 
         load, start, clock = os.getloadavg()[0], time.monotonic(), time.time()
         command(["rounds"], run, overrides, log=run / "rounds.log")
         (run / TIMES_FILE).write_text(json.dumps(times(run, count, time.monotonic() - start, clock, load)), encoding="utf-8")
-    if evaluates and not (run / "eval/opd.json").exists():
-        command(["eval"], run, overrides, log=run / "eval.log")
+    if evaluates and not (run / "eval/addition/opd.json").exists():
+        command(["eval"], run, [*overrides, "--of", "opd"], log=run / "eval.log")
     steps = read_jsonl(run / "opd/metrics.jsonl", number="step")
     found = read_object(run / TIMES_FILE) | {
         "reverse_kl_of_the_last_tenth": mean(steps[-(len(steps) // 10 or 1) :], "reverse_kl"),
@@ -84,7 +84,7 @@ def measure(run: Path, count: int, overrides: list[str], *, evaluates: bool) -> 
         "effective_sample_share": mean(steps, "effective_sample_share"),
     }
     if evaluates:
-        evaluation = read_object(run / "eval/opd.json")
+        evaluation = read_object(run / "eval/addition/opd.json")
         found |= {name: {key: evaluation[name][key] for key in ("mean", "low", "high")} for name in ("accuracy", "reverse_kl")}
     return found
 

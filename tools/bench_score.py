@@ -28,11 +28,11 @@ from typing import Any
 import httpx
 import numpy as np
 
-from megatron_opd.config import ScoreStage
-from megatron_opd.cost import provenance
+from megatron_opd.cost.meter import provenance
 from megatron_opd.data.writer import create_store, write_part
-from megatron_opd.inference import EngineConfig
-from megatron_opd.lineage import fingerprint_model
+from megatron_opd.hf.lineage import fingerprint_model
+from megatron_opd.recipe.config import ScoreStage
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.records import Finish, Lineage, PromptFile, Rollout, SamplingParams
 from megatron_opd.serve.score import score_store
 from megatron_opd.store_records import StoreManifest

@@ -24,7 +24,7 @@ import pyarrow as pa
 from bench_score import PROMPT, RESPONSE, cpu_seconds, make_model, make_store
 from pyarrow import parquet
 
-from megatron_opd.cost import provenance
+from megatron_opd.cost.meter import provenance
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_scores
 from megatron_opd.records import TeacherScores

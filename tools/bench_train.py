@@ -30,14 +30,14 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import megatron_opd.model  # noqa: F401  before megatron.core
-from megatron_opd.config import TrainStage
 from megatron_opd.data.joined import open_training_stores
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part, write_scores
-from megatron_opd.known_models import KNOWN
+from megatron_opd.estimate.known_models import KNOWN
 from megatron_opd.model import parallel
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.model.student import Student
+from megatron_opd.recipe.training_stages import TrainStage
 from megatron_opd.records import (
     LOSS_SUM_NAMES,
     Finish,

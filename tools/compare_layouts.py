@@ -26,15 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.config import TrainerConfig
+from megatron_opd.cost.gpus import GPUS, Gpu
 from megatron_opd.estimate.activations import layer_bytes
 from megatron_opd.estimate.memory import FIXED_BYTES, FRAGMENTATION, GIB, Layout, layers_of_stage, stage_memory
 from megatron_opd.estimate.step_time import StepTime, predict_work
 from megatron_opd.estimate.traffic import StepWork, step_work
 from megatron_opd.estimate.workload import student_of
-from megatron_opd.gpus import GPUS, Gpu
 from megatron_opd.model.architecture import Architecture
-from megatron_opd.recipe_files import load_recipe, shipped_recipes
+from megatron_opd.recipe.files import load_recipe, shipped_recipes
+from megatron_opd.recipe.training_stages import TrainerConfig
 from megatron_opd.simulate.needs import python_path
 
 MARGIN = 0.92  # of the GPU's memory
@@ -115,7 +115,8 @@ def peak_bytes(arch: Architecture, config: TrainerConfig, layout: Layout, micro_
 
 def judge(arch: Architecture, config: TrainerConfig, gpus: int, gpu: Gpu, tokens: float) -> Candidate:
     layout = Layout.of(config, gpus)
-    work = step_work(arch, config, layout, tokens=config.global_batch * tokens, squared=config.global_batch * tokens**2)
+    step = config.step_tokens(tokens)
+    work = step_work(arch, config, layout, tokens=step, squared=step * tokens)
     mixture, fp8 = bool(arch.num_experts), config.fp8 is not None
     time = predict_work(work, gpu=gpu, mixture=mixture, fp8=fp8, pp=layout.pp, vpp=layout.vpp)
     return Candidate(config, layout, work, time, peak_bytes(arch, config, layout, work.micro_batches))
@@ -202,7 +203,7 @@ def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
         shown = f"{found['peak_gib']}" + (f" ({simulated['peak_gib']})" if simulated else "")
         share = occupied(peak * GIB) / (GPUS[found["gpu"].lower()].memory_gib * GIB)
         low, high = found["seconds"]
-        hours = "{:.3g} to {:.3g}".format(*found["gpu_hours"]) if "gpu_hours" in found else ""
+        hours = " to ".join(f"{hour:,.0f}" if hour >= 1000 else f"{hour:.3g}" for hour in found.get("gpu_hours", []))
         name = f"{found['recipe']} {found['stage']}".strip()
         yield f"| {name} | {found['setting']} | {shown} | {share:.0%} | {found['tflop']:,} | {sent} | {low:.1f} to {high:.1f} | {hours} |"
 
@@ -242,9 +243,23 @@ def shipped(args: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"{name} {stage}: {simulated['peak_gib']} GiB", file=sys.stderr, flush=True)
         return {"recipe": name, "stage": stage, "gpu": GPUS[kind].name} | row(candidate, simulated)
 
-    names = [name for name in shipped_recipes() if load_recipe(name).engine.kind == "sglang"]
+    names = own_layouts()
     with ThreadPoolExecutor(args.jobs) as pool:
         return list(pool.map(lambda pair: one(*pair), itertools.product(names, TOKENS)))
+
+
+def own_layouts() -> list[str]:
+    """Shipped recipes for nodes of GPUs; of those that train one student in one way (other prompts, another teacher) the first by name."""
+    found: dict[str, str] = {}
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        trainings = [
+            stage.model_dump(exclude={"init", "store", "output", "teacher", "allow_teacher_mismatch"})
+            for stage in (recipe.sft, recipe.train)
+        ]
+        if recipe.engine.kind == "sglang":
+            found.setdefault(repr((recipe.models.student, trainings, name.endswith("_h200"))), name)
+    return list(found.values())
 
 
 def read(name: str, stage: str, overrides: list[str]) -> tuple[Architecture, TrainerConfig, int]:

@@ -2,8 +2,8 @@
 
 Legend: N tokens, H hidden size, V vocabulary, K ids a token.
 
-A contestant's `make(problem)` gives a function that runs forward and backward once and returns (log-probabilities [N,K] or None where it
-gives none, gradient of the logits or of hidden). It raises `Absent` with the reason where it can't run or has no such loss.
+A contestant's `make(problem)` gives a function that runs forward and backward once and returns (log-probabilities [N,K], gradient of the
+logits or of hidden; None where it gives none). It raises `Absent` with the reason where it can't run or has no such loss.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Problem:
         return total
 
 
-Run = Callable[[], tuple[torch.Tensor | None, torch.Tensor]]
+Run = Callable[[], tuple[torch.Tensor | None, torch.Tensor | None]]
 Make = Callable[[Problem], Run]
 
 
@@ -171,9 +171,23 @@ def compiled_head(problem: Problem) -> Run:
 
 
 def _fused_linear(problem: Problem, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Run:
-    """For those who give a summed cross-entropy and no log-probabilities."""
+    """For those that give a summed cross-entropy and no log-probabilities."""
     hidden, weight = problem.head()
     return lambda: (None, torch.autograd.grad(loss(hidden, weight), (hidden, weight))[0])
+
+
+def products_alone(problem: Problem) -> Run:
+    """The head's three matrix products and nothing else: what no loss can be faster than."""
+    assert problem.weight is not None
+    hidden, weight = (tensor.detach() for tensor in problem.head())
+
+    def run() -> tuple[None, None]:
+        z = F.linear(hidden, weight)
+        torch.mm(z.t(), hidden)
+        torch.mm(z, weight)
+        return None, None
+
+    return run
 
 
 def liger_head(problem: Problem) -> Run:
@@ -205,6 +219,9 @@ def verl_head(problem: Problem) -> Run:
     return _through_head(problem, stats)
 
 
+PRODUCTS = "three matrix products"  # no loss: its gradient is not compared
+
+
 def contestants(chunk_tokens: int) -> dict[str, dict[str, Make]]:
     """By level and name."""
     return {
@@ -219,6 +236,7 @@ def contestants(chunk_tokens: int) -> dict[str, dict[str, Make]]:
         "head": {
             "opd_kernels whole": lambda problem: _ours_head(problem, None),
             f"opd_kernels chunks of {chunk_tokens}": lambda problem: _ours_head(problem, chunk_tokens),
+            PRODUCTS: products_alone,
             "PyTorch eager": eager_head,
             "torch.compile": compiled_head,
             "Liger fused linear": liger_head,

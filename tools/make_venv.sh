@@ -19,5 +19,10 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
         pip install -q "$torch"
     fi
 fi
-pip install -q -e ".[$extras]"
+isolation=()
+if [[ ",$extras," == *,gpu,* ]]; then # Transformer Engine's half for PyTorch is compiled against the torch that is here, not against another one
+    pip install -q "setuptools>=77" wheel packaging pybind11 ninja
+    isolation=(--no-build-isolation)
+fi
+pip install -q "${isolation[@]}" -e ".[$extras]"
 echo "ready: $venv/bin/megatron-opd"

@@ -22,7 +22,7 @@ import triton
 from compile_kernels import Variant, assemblers
 from kernel_model import GPUS, KINDS, Code, Gpu, Reached, predict
 
-from megatron_opd.objective import LossConfig
+from megatron_opd.recipe.objective import LossConfig
 from megatron_opd.train.loss import Stored, make_loss
 
 KERNELS = ("stats_kernel", "gradient_kernel", "chosen_kernel")

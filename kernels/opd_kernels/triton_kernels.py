@@ -38,7 +38,8 @@ def _absorb(z, unit, running_max, total, weighted, WITH_ENTROPY: tl.constexpr):
     """Add a tile z [TILE,LANES] to the running maximum (of z) and sums [TILE] of exp2(u) and exp2(u) u, u = unit (z - max)."""
     z = tl.maximum(z, MINUS_HUGE, propagate_nan=tl.PropagateNan.ALL)  # -inf * 0 would be NaN
     new_max = tl.maximum(running_max, tl.max(z, 1))
-    u = z * unit - (new_max * unit)[:, None]
+    # The difference first: a fused multiply-add of z * unit with the rounded new_max * unit leaves that rounding, of -1e30 some 1e22.
+    u = (z - new_max[:, None]) * unit
     e = tl.exp2(u)
     delta = (running_max - new_max) * unit
     decay = tl.exp2(delta)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from megatron_opd.commands.options import Stages, a_path, add_round, recipe_stage, round_of
-from megatron_opd.config import Recipe
+from megatron_opd.recipe.config import Recipe
 
 
 def add_to(stages: Stages) -> None:
@@ -39,7 +39,7 @@ def _to_hf(args: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _trained(recipe: Recipe, args: argparse.Namespace) -> None:
-    from megatron_opd.convert.commands import trained_to_hf
+    from megatron_opd.pipeline.trained import trained_to_hf
 
     number = round_of(recipe, args) if args.stage == "train" else None
     _tell(lambda: trained_to_hf(recipe, args.stage, number))

@@ -1,4 +1,4 @@
-"""Commands on data: import."""
+"""Commands on data: import, derive."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 
-from megatron_opd.commands.options import OVERRIDES, Stages, a_path, add_servers, flag_overrides
-from megatron_opd.config import require
+from megatron_opd.commands.options import OVERRIDES, Stages, a_path, add_round, add_servers, flag_overrides, recipe_stage, round_of
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import keep_hashes_in
-from megatron_opd.recipe_files import apply_overrides, build_recipe
+from megatron_opd.hf.lineage import keep_hashes_in
+from megatron_opd.recipe.config import Recipe, require
+from megatron_opd.recipe.derivation import METHODS
+from megatron_opd.recipe.files import apply_overrides, build_recipe
 
 
 def add_to(stages: Stages) -> None:
@@ -43,6 +44,24 @@ def add_to(stages: Stages) -> None:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="make the parts p with p %% N == I, beside other workers")
     add_servers(parser)
     parser.set_defaults(run=_import)
+    parser = recipe_stage(
+        stages,
+        "derive",
+        "scores made of the teacher's ([score.derived.NAME]), into the same store; no model is needed",
+        _derive,
+        names="NAME",
+    )
+    add_round(parser)
+    parser.add_argument(
+        "--as",
+        dest="as_name",
+        metavar="NAME",
+        help="instead of a recipe give a store: its derived teacher NAME; overrides are fields of its own",
+    )
+    parser.add_argument("--teacher", metavar="NAME", help="with --as: the teacher that it is made of (default: teacher)")
+    parser.add_argument("--method", choices=METHODS, help="with --as: how (default: residualize)")
+    with_recipe = parser.get_default("run")
+    parser.set_defaults(run=lambda args, arguments: _derive_store(args) if args.as_name else with_recipe(_sort_names(args), arguments))
 
 
 def _import(args: argparse.Namespace, arguments: list[str]) -> None:
@@ -71,3 +90,35 @@ def _import(args: argparse.Namespace, arguments: list[str]) -> None:
         compute_log_probs=args.compute_logprobs,
         extend=args.extend,
     )
+
+
+def _sort_names(args: argparse.Namespace) -> argparse.Namespace:
+    """Names of derived teachers stand among the overrides."""
+    args.names = [word for word in args.overrides if "=" not in word]
+    args.overrides = [word for word in args.overrides if "=" in word]
+    for option in ("teacher", "method"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is for a store and a name (--as NAME); a recipe says it in [score.derived.NAME]")
+    return args
+
+
+def _derive(recipe: Recipe, args: argparse.Namespace) -> None:
+    from megatron_opd.serve.derive import derive_recipe
+
+    derive_recipe(recipe, args.names, number=round_of(recipe, args))
+
+
+def _derive_store(args: argparse.Namespace) -> None:
+    from megatron_opd.serve.derive import derive_all
+
+    if odd := [word for word in args.overrides if "=" not in word]:
+        raise UserError(f"{odd[0]!r}: with --as one teacher is made; FIELD=VALUE is expected, for example smoothing=5")
+    stage = {
+        "store": args.recipe,
+        "teacher": args.teacher or "teacher",
+        "derived": {args.as_name: {"method": args.method or "residualize"}},
+    }
+    tree = {"name": "derive", "models": {"teacher": "unknown", "student": "unknown"}, "score": stage}
+    fields = [f"score.derived.{args.as_name}.{word}" for word in args.overrides]
+    recipe = build_recipe(apply_overrides(tree, fields), "derive")
+    derive_all(recipe.score, recipe.score.derived, run_dir=None)

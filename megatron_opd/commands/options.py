@@ -9,27 +9,29 @@ import os
 import sys
 from collections.abc import Callable
 
-from megatron_opd.config import Recipe
 from megatron_opd.errors import ConfigError
-from megatron_opd.lineage import keep_hashes_in
-from megatron_opd.paths import expand_path
-from megatron_opd.recipe_files import load_recipe, shipped_recipes
-from megatron_opd.rounds import check_keep_alive, check_number, round_recipe
-from megatron_opd.stored_recipe import storing
+from megatron_opd.hf.lineage import keep_hashes_in
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.files import load_recipe, shipped_recipes
+from megatron_opd.recipe.paths import expand_path
+from megatron_opd.recipe.rounds import check_keep_alive, check_number, round_recipe
+from megatron_opd.recipe.stored import storing
 
 OVERRIDES = "recipe fields to change, for example train.lr=1e-6 train.parallel.tp=2"
-MAKE = ("generate", "sft", "rollout", "score", "train", "rounds")  # their settings are kept in the run's folder
+MAKE = ("generate", "sft", "rollout", "score", "derive", "train", "rounds")  # their settings are kept in the run's folder
 Stages = argparse._SubParsersAction
 
 
 def recipe_stage(
-    stages: Stages, name: str, text: str, run: Callable[..., object], *, sharded: bool = False, trains: bool = False
+    stages: Stages, name: str, text: str, run: Callable[..., object], *, sharded: bool = False, trains: bool = False, names: str = ""
 ) -> argparse.ArgumentParser:
+    """A command for a recipe. `names`: what words without "=" among the overrides stand for; the command sorts them out."""
     parser = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + "." * (text[-1] not in ".?"))
     parser.add_argument(
         "recipe", type=a_path, help=f"a TOML file, the folder of a run, or a shipped recipe: {', '.join(shipped_recipes())}"
     )
-    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=OVERRIDES)
+    words, text = (f"{names}|FIELD=VALUE", f"{names.lower()}s of the recipe, and {OVERRIDES}") if names else ("FIELD=VALUE", OVERRIDES)
+    parser.add_argument("overrides", nargs="*", metavar=words, help=text)
     parser.add_argument("--dry-run", action="store_true", help="print the checked recipe, every default included, and exit")
     if sharded:
         add_servers(parser)
@@ -56,7 +58,7 @@ def recipe_stage(
                 return _run_ranks(run, recipe, name, args, arguments)
             return run(recipe, args)
 
-    parser.set_defaults(run=run_with_recipe)
+    parser.set_defaults(run=run_with_recipe, has_names=bool(names))
     return parser
 
 
@@ -147,6 +149,12 @@ def a_path(text: str) -> str:
 def a_positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"a whole number above 0 is expected, got {text!r}")
+    return int(text)
+
+
+def a_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0 on is expected, got {text!r}")
     return int(text)
 
 

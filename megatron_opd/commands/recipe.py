@@ -1,22 +1,25 @@
-"""recipe new: a recipe of one's own that extends another."""
+"""recipe new: a recipe of one's own that extends another; recipe explain and reference: what its fields are."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from megatron_opd.commands.options import OVERRIDES, Stages, a_path
-from megatron_opd.durable import write_file
 from megatron_opd.errors import ConfigError
-from megatron_opd.recipe_files import RECIPE_FILE, Source, apply_overrides, build_recipe, make_way, read_source, read_tree, shipped_recipes
+from megatron_opd.recipe.files import RECIPE_FILE, Source, apply_overrides, build_recipe, make_way, read_source, read_tree, shipped_recipes
+from megatron_opd.safety.durable import write_file
+
+_EVAL_TEACHER = re.compile(r"eval\.[^.]+\.teacher")
 
 
 def add_to(stages: Stages) -> None:
-    recipe = stages.add_parser("recipe", help="write a recipe of your own", description="Recipes as files.")
+    recipe = stages.add_parser("recipe", help="write a recipe of your own, or look up what its fields are", description="Recipes as files.")
     actions = recipe.add_subparsers(metavar="ACTION", required=True)
     new = actions.add_parser(
         "new",
@@ -27,11 +30,34 @@ def add_to(stages: Stages) -> None:
     new.add_argument("--like", required=True, type=a_path, metavar="RECIPE", help="a TOML file, the folder of a run, or a shipped recipe")
     new.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=OVERRIDES)
     new.set_defaults(run=_new)
+    explain = actions.add_parser(
+        "explain",
+        help="type, default and meaning of a field or section",
+        description="What a field or section of a recipe is, and which shipped recipes set it otherwise; without a name, the sections.",
+    )
+    explain.add_argument("field", nargs="?", default="", metavar="FIELD", help="a dotted name, as train.loss or eval.aime24.grader")
+    explain.set_defaults(run=_explain)
+    reference = actions.add_parser(
+        "reference", help="all fields as a page", description="Every field of a recipe, as docs/recipe-reference.md."
+    )
+    reference.set_defaults(run=_reference)
 
 
 def _new(args: argparse.Namespace, arguments: list[str]) -> None:
     path = write_recipe(args.name.removesuffix(".toml"), args.like, args.overrides)
     print(f"wrote {path}, which extends {args.like}\nnext: megatron-opd check {path} --stage inputs")
+
+
+def _explain(args: argparse.Namespace, arguments: list[str]) -> None:
+    from megatron_opd.recipe.reference.explain import explain_field
+
+    print(explain_field(args.field))
+
+
+def _reference(args: argparse.Namespace, arguments: list[str]) -> None:
+    from megatron_opd.recipe.reference.page import reference_page
+
+    print(reference_page(), end="")
 
 
 def write_recipe(name: str, like: str, overrides: list[str]) -> Path:
@@ -71,7 +97,7 @@ def _without_nulls(given: dict[str, Any], base: dict[str, Any], where: str = "")
     unset: list[str] = []
     for key, value in given.items():
         field = f"{where}{key}"
-        if field == "eval.teacher" and value is None:
+        if _EVAL_TEACHER.fullmatch(field) and value is None:
             kept[key] = "none"  # its default is a teacher
         elif value is None:
             unset += [field] if key in base else []

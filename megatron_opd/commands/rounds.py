@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_opd.commands.options import Stages, add_servers, recipe_stage
-from megatron_opd.config import Recipe
+from megatron_opd.recipe.config import Recipe
 
 
 def add_to(stages: Stages) -> None:
@@ -25,6 +25,6 @@ def add_to(stages: Stages) -> None:
 
 
 def _rounds(recipe: Recipe, args: argparse.Namespace) -> None:
-    from megatron_opd.train.rounds import run_rounds
+    from megatron_opd.pipeline.all_rounds import run_rounds
 
     run_rounds(recipe, allow_changes=args.continue_with_changes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from megatron_opd.commands.options import Stages, add_round, flag_overrides, recipe_stage, round_of
-from megatron_opd.config import Recipe
 from megatron_opd.errors import UserError
+from megatron_opd.recipe.config import Recipe
 
 
 def add_to(stages: Stages) -> None:
@@ -32,7 +32,7 @@ def _run(recipe: Recipe, args: argparse.Namespace) -> int:
         return show_plan(recipe, typed=_typed(args), last=args.last)
     from megatron_opd.pipeline.run import run_recipe
 
-    return run_recipe(recipe, typed=_typed(args), first=args.first, last=args.last)
+    return run_recipe(recipe, args.command_line, typed=_typed(args), first=args.first, last=args.last)
 
 
 def _progress(recipe: Recipe, args: argparse.Namespace) -> int:

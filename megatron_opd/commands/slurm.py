@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_opd.commands.options import OVERRIDES, Stages, a_path, a_positive
 from megatron_opd.errors import UserError
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
 
 DEFAULT = "opd_8b"
 

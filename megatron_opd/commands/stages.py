@@ -6,12 +6,13 @@ import argparse
 from dataclasses import replace
 
 from megatron_opd.commands.options import Stages, a_gib, a_path, a_positive, add_round, add_servers, flag_overrides, recipe_stage, round_of
-from megatron_opd.config import Recipe, require
+from megatron_opd.cost.gpus import GPUS, Gpu
 from megatron_opd.errors import UserError
-from megatron_opd.gpus import GPUS, Gpu
-from megatron_opd.pipeline.stages import evaluation_of
-from megatron_opd.recipe_files import apply_overrides, build_recipe
-from megatron_opd.rounds import round_recipe
+from megatron_opd.evaluate.chosen import list_evaluations
+from megatron_opd.recipe.config import Recipe, require
+from megatron_opd.recipe.evaluation import is_model, is_name, output_of
+from megatron_opd.recipe.files import apply_overrides, build_recipe
+from megatron_opd.recipe.rounds import round_recipe
 
 
 def add_to(stages: Stages) -> None:
@@ -27,13 +28,20 @@ def add_to(stages: Stages) -> None:
         )
     score = recipe_stage(stages, "score", "the teacher's log-probabilities of the rollouts, into the same store", _score, sharded=True)
     train = recipe_stage(stages, "train", "distil on the scored rollouts", _train, trains=True)
-    evaluation = recipe_stage(stages, "eval", "accuracy, and reverse KL to the teacher, of one model", _eval)
+    evaluation = recipe_stage(
+        stages, "eval", "accuracy, and reverse KL to the teacher, of models; a table of all that were made", _eval, names="EVALUATION"
+    )
     evaluation.add_argument(
         "--of",
-        choices=("teacher", "sft", "opd"),
-        help="the recipe's teacher, its student after SFT, or after distillation (compared with SFT), under that name",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODEL",
+        help="teacher, base (the student before SFT), sft, round-N, opd, or LABEL=DIRECTORY (default: the evaluation's models)",
     )
     add_servers(evaluation)
+    evaluate_recipe = evaluation.get_default("run")
+    evaluation.set_defaults(run=lambda args, arguments: evaluate_recipe(_sort_words(args), arguments))
     check = recipe_stage(stages, "check", "is everything ready to train? Would it fit (--gpus)? Do the engines agree (--model)?", _check)
     check.add_argument(
         "--stage",
@@ -127,11 +135,23 @@ def _train(recipe: Recipe, args: argparse.Namespace) -> None:
     run_train(recipe, number=round_of(recipe, args), allow_changes=args.continue_with_changes)
 
 
+def _sort_words(args: argparse.Namespace) -> argparse.Namespace:
+    """Names of evaluations, and overrides that stand behind --of, where these belong."""
+    args.names = [word for word in args.overrides if "=" not in word]
+    left = {word: word.partition("=")[0] for word in args.of if "=" in word}
+    fields = [word for word, name in left.items() if not is_name(name) or (name in Recipe.model_fields and not is_model(name))]
+    args.overrides = [word for word in args.overrides if "=" in word] + fields
+    args.of = [word for word in args.of if word not in fields]
+    return args
+
+
 def _eval(recipe: Recipe, args: argparse.Namespace) -> None:
     from megatron_opd.evaluate.run import evaluate
+    from megatron_opd.evaluate.side_by_side import made, text
 
-    recipe = evaluation_of(recipe, args.of) if args.of else recipe
-    evaluate(require(recipe.eval, "eval"), recipe)
+    names = list(dict.fromkeys(args.names)) or list(require(recipe.eval or None, "eval.NAME"))
+    evaluate(recipe, list_evaluations(recipe, names, args.of))
+    print(f"\n{text(made(output_of(recipe.run_dir) / name for name in names), names)}")
 
 
 def _simulate(recipe: Recipe, args: argparse.Namespace, gpus: int, gpu: Gpu) -> int:
@@ -167,7 +187,7 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
         if value is not None:
             raise UserError(f"{option} is for the estimate, which needs the number of GPUs too: add --gpus N")
     if args.stage == "inputs":
-        from megatron_opd.inputs import check_inputs, raise_faults
+        from megatron_opd.checks.inputs import check_inputs, raise_faults
         from megatron_opd.pipeline.inputs_record import record_inputs
 
         found = check_inputs(recipe, ranks=args.ranks)
@@ -177,7 +197,7 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
         record_inputs(recipe)
         return 0
     if args.engines:
-        from megatron_opd.calibrate import check_engines
+        from megatron_opd.checks.calibrate import check_engines
 
         return check_engines(recipe)
     import torch
@@ -203,7 +223,7 @@ def _check(recipe: Recipe, args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from megatron_opd.calibrate import calibrate
+    from megatron_opd.checks.calibrate import calibrate
 
     tree = apply_overrides({}, args.overrides + flag_overrides(args))
     recipe = build_recipe({"name": "check", "models": {"teacher": args.model, "student": args.model}} | tree, "check")

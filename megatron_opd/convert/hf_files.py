@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from megatron_opd.convert.staging import not_written, whole_directory
 from megatron_opd.convert.turn_files import write_turns
 from megatron_opd.convert.written import sum_folder
-from megatron_opd.durable import write_file, write_json
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import carried_config
-from megatron_opd.lineage import ORIGIN_FILE, hash_tensors, remember_hashes, tensor_index, write_lineage
+from megatron_opd.hf.lineage import ORIGIN_FILE, hash_tensors, remember_hashes, tensor_index, write_lineage
+from megatron_opd.hf.model_config import carried_config
 from megatron_opd.records import Lineage
-from megatron_opd.untrusted import read_json
+from megatron_opd.safety.durable import write_file, write_json
+from megatron_opd.safety.untrusted import read_json
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
 # What travels with a model besides its weights: configuration, every kind of tokenizer file, chat templates.

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_opd.errors import DamagedCheckpoint, UserError
-from megatron_opd.untrusted import read_object
+from megatron_opd.safety.untrusted import read_object
 
 METADATA_FILE, COMMON_FILE, FORMAT_FILE = ".metadata", "common.pt", "metadata.json"
 _CLASSES = {

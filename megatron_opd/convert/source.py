@@ -10,8 +10,8 @@ import torch
 from megatron_opd.convert.hf_files import DTYPE_NAMES, HfTensors
 from megatron_opd.convert.mapping import Entry, Index, table
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import refuse_quantised
-from megatron_opd.lineage import HEAD, StoredTensor, check_head, tensor_index
+from megatron_opd.hf.lineage import HEAD, StoredTensor, check_head, tensor_index
+from megatron_opd.hf.model_config import refuse_quantised
 from megatron_opd.model.architecture import Architecture
 
 _NOT_TRAINED = "rotary_emb.inv_freq"  # old Llama directories hold these; every engine computes them

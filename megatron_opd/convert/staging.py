@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_opd.convert.written import same_content
-from megatron_opd.durable import make_folder, publish_folder
 from megatron_opd.errors import UserError
+from megatron_opd.safety.durable import make_folder, publish_folder
 
 
 class AlreadyMade(UserError):

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from megatron_opd.checksums import check_files, content_id, said_of
+from megatron_opd.checkpoints.checksums import check_files, content_id, said_of
+from megatron_opd.checkpoints.saved import read_state
 from megatron_opd.convert.hf_files import write_hf_directory
 from megatron_opd.convert.mcore_files import McoreTensors, pieces_by_layer
-from megatron_opd.cost import provenance
+from megatron_opd.cost.meter import provenance
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import read_lineage
+from megatron_opd.hf.lineage import read_lineage
 from megatron_opd.model.architecture import Architecture, read_architecture
-from megatron_opd.saved import read_state
 
 HF_FOLDER = "hf"  # inside a checkpoint: config and tokenizer of the model that training started from
 

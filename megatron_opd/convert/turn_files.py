@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.durable import write_file, write_json
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import load_tokenizer
+from megatron_opd.hf.lineage import load_tokenizer
+from megatron_opd.hf.turns import GENERATION_CONFIG, chat_templates, own_stop_ids, read_object
 from megatron_opd.records import SftFacts
-from megatron_opd.turns import GENERATION_CONFIG, chat_templates, own_stop_ids, read_object
+from megatron_opd.safety.durable import write_file, write_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Names and layout of transformers since 4.50, which SGLang and vLLM read through it.

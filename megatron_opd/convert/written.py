@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.checksums import CHECKSUM_FILE, Sums, sum_files
+from megatron_opd.checkpoints.checksums import CHECKSUM_FILE, Sums, sum_files
+from megatron_opd.checkpoints.saved import STATE_FILE
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import CACHE_FILE, ORIGIN_FILE
-from megatron_opd.saved import STATE_FILE
-from megatron_opd.untrusted import read_object
+from megatron_opd.hf.lineage import CACHE_FILE, ORIGIN_FILE
+from megatron_opd.safety.untrusted import read_object
 
 # They hold times, versions or random names: two conversions of one model differ in them.
 _OF_ONE_CONVERSION = (ORIGIN_FILE, CACHE_FILE, STATE_FILE, CHECKSUM_FILE, ".metadata")

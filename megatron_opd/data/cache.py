@@ -11,7 +11,7 @@ from megatron_opd.data.shards import ArrayFacts, ShardedArray
 
 
 class ArrayCache:
-    """Reads through memory of `max_bytes`. The checksum is part of the key: a part that was made again is another part."""
+    """Reads through memory of `max_bytes`; what it gives is read-only. The checksum is part of the key: a part that was made again is another part."""
 
     def __init__(self, location: Location, max_bytes: int):
         self.location, self.max_bytes = location, max_bytes
@@ -51,6 +51,7 @@ class ArrayCache:
         return self._arrays[key]
 
     def _hold(self, key: tuple[str, str, int, int], array: np.ndarray) -> None:
+        array.setflags(write=False)  # rollouts are views of it
         self._held[key] = array
         self.num_bytes += array.nbytes
         while self.num_bytes > self.max_bytes and len(self._held) > 1:

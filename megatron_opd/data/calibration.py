@@ -7,8 +7,8 @@ import json
 from megatron_opd.data.location import Location, check_record, record_checksum
 from megatron_opd.data.manifests import parse_manifest
 from megatron_opd.errors import StoreError, UserError
+from megatron_opd.safety.untrusted import load_json
 from megatron_opd.store_records import Calibration
-from megatron_opd.untrusted import load_json
 
 FILE, _CHECKSUM = "calibration.json", "crc32c"
 _ROUNDING = 1e-3  # nats
@@ -48,13 +48,15 @@ def servers_differ(record: Calibration, weights: str, bound: float) -> str | Non
     return f"the servers differ by more than the engines ({replicas.mean:.4g} over {limit:.4g} nats): start them alike"
 
 
-def check_calibration(location: Location, teacher_weights: str, bound: float) -> str:
+def check_calibration(location: Location, teacher_weights: str, bound: float, *, sampler: str = "STUDENT") -> str:
     """A sentence about the noise of the engines; raises UserError where it is over `bound` nats a token on average."""
     record = read_calibration(location)
     if record is not None and record.skipped is not None:
         return f"the noise between serving and training engine was not measured: {record.skipped}"
     if record is None or record.floor is None:
-        return f"the noise between serving and training engine is not known; measure it: megatron-opd check {location.url} --model STUDENT"
+        return (
+            f"the noise between serving and training engine is not known; measure it: megatron-opd check {location.url} --model {sampler}"
+        )
     gaps = {"scores of the serving engine and of Megatron": record.floor, "pi_ref in the store and Megatron": record.stored}
     gaps["servers of the teacher"] = record.replicas.get(teacher_weights)
     for name, gap in gaps.items():

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.store import StoreReader
+from megatron_opd.recipe.training_stages import TrainerConfig
 from megatron_opd.store_records import PartManifest, ScoreManifest
 
 
@@ -16,6 +18,11 @@ def rollouts_id(reader: StoreReader) -> str:
     """Hash of the rollouts that a reader gives, and of their order."""
     kept = np.stack([reader.part_ids, reader.prompt_indices, reader.sample_indices.astype(np.int64)])  # not those that have no scores
     return _hash([sums_of(reader.parts), hashlib.sha256(kept.tobytes()).hexdigest()])
+
+
+def lengths_id(reader: StoreReader, config: TrainerConfig) -> str:
+    """Hash of how long training reads the rollouts at most; a teacher that took but their beginnings cuts them, too."""
+    return _hash(cut_lengths(reader, config).tolist())
 
 
 def scores_id(reader: StoreReader) -> str:

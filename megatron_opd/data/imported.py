@@ -27,8 +27,8 @@ from megatron_opd.data.prompt_files import Row, read_rows
 from megatron_opd.data.prompts import parse_prompt, sampled_from
 from megatron_opd.errors import StoreError, UserError
 from megatron_opd.records import LOGP_EPSILON, LOGP_FLOOR, Finish, Prompt, PromptFile
+from megatron_opd.safety.untrusted import check_characters
 from megatron_opd.store_records import StoreManifest
-from megatron_opd.untrusted import check_characters
 
 PROMPT_IDS = ("prompt_token_ids", "prompt_ids")
 RESPONSE_IDS = ("response_token_ids", "response_ids", "completion_ids", "output_ids", "token_ids")

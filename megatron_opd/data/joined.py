@@ -10,9 +10,9 @@ import numpy as np
 from megatron_opd.data.location import Location
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import StoreError
-from megatron_opd.lineage import same_model
+from megatron_opd.hf.lineage import same_model
 from megatron_opd.records import Lineage, ModelFingerprint, Rollout, TeacherScores
-from megatron_opd.redact import public_address
+from megatron_opd.safety.redact import public_address
 from megatron_opd.store_records import PartManifest, ScoreManifest, StoreManifest
 
 # What a mixture must have in common, as one student learns from all of it.
@@ -20,13 +20,16 @@ _ONE = ("sampler_role", "round", "stop_ids", "turn_end", "chat_templates", "prom
 _ARRAYS = ("lengths", "prompt_lens", "prompt_indices", "sample_indices", "finishes")
 
 
-def open_training_stores(store: str | Sequence[str], teacher: str | None = None, *, memory_bytes: int = 4 << 30) -> StoreReader:
-    """Reader of the store or stores in a recipe's `store`. A single store in a list is the store alone.
+def open_training_stores(
+    store: str | Sequence[str], teacher: str | None = None, *, memory_bytes: int = 4 << 30, allow_stale: bool = False
+) -> StoreReader:
+    """Reader of the store or stores in a recipe's `store`, as `StoreReader`. A single store in a list is the store alone.
 
     Raises StoreError, also for stores that are no mixture for one student, naming both and the field.
     """
     urls = store_list(store)
-    readers = [StoreReader(url, teacher=teacher, memory_bytes=memory_bytes // len(urls)) for url in urls]
+    share = memory_bytes // len(urls)
+    readers = [StoreReader(url, teacher=teacher, memory_bytes=share, allow_stale=allow_stale) for url in urls]
     return readers[0] if len(readers) == 1 else JoinedReader(readers)
 
 
@@ -113,6 +116,14 @@ class JoinedReader(StoreReader):
         reader, own = self._store_of(part, self._first_part)
         return reader.score_manifest(own, teacher)
 
+    def derived_fault(self, teacher: str) -> str | None:
+        faults = ((reader, reader.derived_fault(teacher)) for reader in self.stores)
+        return next((f"{reader.location.url}: {fault}" for reader, fault in faults if fault is not None), None)
+
+    def unscored(self, part: int, teacher: str) -> dict[tuple[int, int], str]:
+        reader, own = self._store_of(part, self._first_part)
+        return reader.unscored(own, teacher)
+
     def check_complete(self, teacher: str | None = None) -> None:
         for reader in self.stores:
             reader.check_complete(teacher)
@@ -133,9 +144,9 @@ class JoinedReader(StoreReader):
         reader, own = self._store_of(part, self._first_part)
         return reader.part_rollouts(own)
 
-    def check_sampled(self, part: int) -> None:
+    def check_sampled(self, part: int, teacher: str | None = None) -> None:
         reader, own = self._store_of(part, self._first_part)
-        reader.check_sampled(own)
+        reader.check_sampled(own, teacher)
 
     def verify(self) -> list[str]:
         return [problem for reader in self.stores for problem in reader.verify()]
@@ -153,13 +164,15 @@ def _check_mixture(readers: Sequence[StoreReader]) -> None:
             for field in ("base", "sft_teacher", "opd_teacher"):
                 models = [getattr(reader.manifest.lineage, field) for reader in (first, other)]
                 _compare_models(first, other, f"lineage.{field}", *models)
-            for field in ("sft", "rounds"):
+            for field in ("opd_scores", "sft", "rounds"):
                 _compare(first, other, f"lineage.{field}", getattr(first.manifest.lineage, field), getattr(other.manifest.lineage, field))
         if first.teacher is not None:
             records = [_first_scores(reader, first.teacher) for reader in (first, other)]
             if records[0] is not None and records[1] is not None:  # a store that is not scored is refused by name later
                 _compare_models(first, other, f"teacher {first.teacher!r}", records[0].teacher, records[1].teacher)
                 _compare(first, other, f"top_k of teacher {first.teacher!r}", records[0].top_k, records[1].top_k)
+                derivations = [None if record is None or record.derived is None else record.derived.derivation for record in records]
+                _compare(first, other, f"how the scores of {first.teacher!r} were derived", *derivations)
 
 
 def _check_once(readers: Sequence[StoreReader]) -> None:

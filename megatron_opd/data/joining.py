@@ -13,10 +13,10 @@ from typing import Any
 
 from megatron_opd.data.location import Location
 from megatron_opd.data.manifests import FREE_FIELDS, as_written, extension_id, read_manifest
-from megatron_opd.durable import file_system
 from megatron_opd.errors import BRANCH, StoreError
+from megatron_opd.safety.durable import file_system
+from megatron_opd.safety.untrusted import one_line
 from megatron_opd.store_records import EXTENDED_FORMAT, Extension, StoreManifest
-from megatron_opd.untrusted import one_line
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 LOCK_FILE = ".extend.lock"

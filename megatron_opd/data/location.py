@@ -24,11 +24,11 @@ from fsspec.implementations.local import LocalFileSystem
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import FsspecStore, LocalStore
 
-from megatron_opd import durable
 from megatron_opd.data.shards import CHUNK_ITEMS, ArrayFacts, ShardedArray
 from megatron_opd.errors import StoreError, UserError
-from megatron_opd.redact import public_address
-from megatron_opd.untrusted import load_json, one_line
+from megatron_opd.safety import durable
+from megatron_opd.safety.redact import public_address
+from megatron_opd.safety.untrusted import load_json, one_line
 
 ATTRIBUTE, CHECKSUM = "opd", "opd_crc32c"
 MAKE_AGAIN = "delete this group and make it again"
@@ -186,6 +186,16 @@ class Location:
                     f"{self.show(group)}/{name} is not there as it was written ({self.reason(error)}): deleted by somebody? "
                     "Nothing was sealed; run the same command again"
                 ) from None
+
+    def remove_group(self, group: str) -> None:
+        """Remove a group, sealed or not; readers see it whole or not at all on a local disk."""
+        path = self.path(group)
+        with contextlib.suppress(FileNotFoundError):  # another worker was faster
+            if self.is_local:
+                parent, name = os.path.split(path)
+                path, target = os.path.join(parent, f".{name}.{uuid.uuid4().hex}.tmp"), path
+                os.rename(target, path)
+            self.fs.rm(path, recursive=True)
 
     def remove_leftovers(self, group: str) -> None:
         """Remove what a killed worker left in `group` under a temporary name, older than a day."""

@@ -13,8 +13,8 @@ from megatron_opd.data.location import MAKE_AGAIN, Location
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError
 from megatron_opd.records import PromptFile
+from megatron_opd.safety.untrusted import one_line
 from megatron_opd.store_records import EXTENDED_FORMAT, PartManifest, ScoreManifest, StoreManifest
-from megatron_opd.untrusted import one_line
 
 FORMAT_VERSIONS = (1, EXTENDED_FORMAT)
 # What may differ between two runs that add to the same store.
@@ -134,6 +134,22 @@ def read_scores(location: Location, part: PartManifest, teacher: str, identity: 
     if K:
         shapes |= {"topk_ids": ((T, K), "int32"), "topk_logp": ((T, K), "float32 float16")}
     return record, _facts(shapes, record.crc32c, where)
+
+
+def source_id(parts: Mapping[int, PartManifest], scores: Mapping[int, ScoreManifest]) -> str:
+    """Hash of all that derived scores are made of: rollouts, a teacher's scores of them, and what it left out or cut."""
+    content = [
+        [
+            part,
+            record.crc32c,
+            scores[part].crc32c,
+            scores[part].max_tokens,
+            [[e.prompt_index, e.sample_index] for e in scores[part].excluded],
+        ]
+        for part, record in sorted(parts.items())
+        if part in scores
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_store(recorded: str | None, identity: str, where: str, remedy: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_opd.errors import UserError
-from megatron_opd.untrusted import load_json
+from megatron_opd.safety.untrusted import load_json
 
 Message = dict[str, Any]
 

@@ -8,22 +8,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_opd.errors import UserError
-from megatron_opd.untrusted import load_json, open_file, read_bytes, read_json
+from megatron_opd.safety.untrusted import load_json, open_file, read_bytes, read_json
 
 _SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")  # of a folder's files those of the first kind that is there
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_OTHER_TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods", ".yaml", ".yml", ".xml", ".feather", ".orc", ".avro")
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_SPLITS = dict.fromkeys(("train", "training"), "train")
+_SPLITS: dict[str, str] = dict.fromkeys(("train", "training"), "train")
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+Split = Literal["train", "test"]
+# What of a folder with several splits is read, the first that is there: to sample for training, and to evaluate.
+_WANTED: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "train")}
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})(-[0-9a-f]+)?$")
 _NUMBERED = re.compile(r"(part|shard|chunk)?[-_]?\d+")
+_DIGITS = "0123456789"
 _EXPECTED = "a JSONL or Parquet file or a dataset's folder is expected"
-_BATCH_ROWS = 1024
-_LARGEST_LINE, _LARGEST_ARRAY = 16 << 20, 1 << 30  # bytes; larger files are for JSONL
+_BATCH_ROWS, _BATCH_BYTES = 1024, 64 << 20
+_LARGEST_LINE, _LARGEST_ARRAY = 256 << 20, 1 << 30  # bytes; a row of LiveCodeBench has its tests, tens of MiB. Larger arrays are for JSONL
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
@@ -45,40 +50,46 @@ class PromptSource:
     note: str
 
 
-def find_files(path: str | Path) -> PromptSource:
-    """The data files of a path: the file itself, or the training split of a dataset's folder.
+def find_files(path: str | Path, split: Split = "train") -> PromptSource:
+    """The data files of a path: the file itself, or one split of a dataset's folder.
 
-    A split or a configuration is a whole path component, or (a split) a whole word of a file's name, in any case. Hidden files and
-    folders are not read. Raises UserError where more than one configuration, or several splits but no `train`, are there.
+    Of several splits `train` is read, and for `split` "test" (an evaluation) the first of test, validation, train that is there; a folder's
+    only split is read whatever it is. A split or a configuration is a whole path component, or (a split) a whole word of a file's name, in
+    any case, with a number behind it or without (LiveCodeBench: test.jsonl, test2.jsonl). Hidden files and folders are not read.
+    Raises UserError where more than one configuration, or several splits but none of those, are there.
     """
     path = Path(path)
     try:
         if not path.is_dir():
             return PromptSource([path], str(path))
-        return _find_in(path)
+        return _find_in(path, split)
     except OSError as error:
         raise UserError(f"{error.filename or path}: can't be read: {error.strerror}") from None
 
 
-def _find_in(path: Path) -> PromptSource:
+def _find_in(path: Path, split: Split) -> PromptSource:
     if (path / "dataset_dict.json").is_file():
         splits = _names_in(path / "dataset_dict.json", "splits", lambda entry: entry)
-        if "train" not in splits:
+        kinds = {kind: name for name in reversed(splits) if (kind := _SPLITS.get(name.lower())) is not None}
+        taken = next((kinds[kind] for kind in (_WANTED[split] if len(splits) > 1 else kinds) if kind in kinds), None)
+        if taken is None:
             raise UserError(f"{path} holds the splits {', '.join(splits)}; give the folder of one: {path / splits[0]}")
-        source = find_files(path / "train")
+        source = find_files(path / taken)
         return PromptSource(source.files, source.note + (f"; of the splits {', '.join(splits)}" if len(splits) > 1 else ""))
     if (path / "state.json").is_file():  # written by save_to_disk, which says which files and in which order
         names = _names_in(path / "state.json", "_data_files", lambda entry: entry["filename"])
         return PromptSource([path / name for name in names], f"{path}: {_shorten(names)}")
-    return _pick(path)
+    return _pick(path, split)
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """Rows of a file or folder. Raises UserError naming file and row."""
-    for file in find_files(path).files:
+def read_rows(path: str | Path, split: Split = "train") -> Iterator[Row]:
+    """Rows of a file or folder, `split` as in `find_files`. Raises UserError naming file and row."""
+    for file in find_files(path, split).files:
         suffix = file.suffix.lower()
         if suffix in _COMPRESSED:
             raise UserError(f"{file}: compressed files are not read; unpack it, and give the file that comes out")
+        if suffix in _OTHER_TABLES:
+            raise UserError(f"{file}: {suffix} files are not read; {_EXPECTED}: convert it, so that each row has a field for each column")
         yield from _arrow_rows(file) if suffix in (".parquet", ".arrow") else _json_rows(file)
 
 
@@ -103,7 +114,7 @@ def _names_in(listing: Path, key: str, name_of: Callable[[Any], Any]) -> list[st
     return names
 
 
-def _pick(folder: Path) -> PromptSource:
+def _pick(folder: Path, split: Split) -> PromptSource:
     there = _walk(folder)
     by_suffix = {
         suffix: [name for name in there if name.suffix.lower() == suffix and name.name not in _NO_DATA and not _is_cache(name)]
@@ -116,16 +127,19 @@ def _pick(folder: Path) -> PromptSource:
         raise UserError(f"{folder}: no {', '.join(_SUFFIXES)} files in it{reason}; {_EXPECTED}")
     splits = {name: _split_of(name) for name in files}
     found = set(splits.values())
-    if len(found) > 1 and "train" not in found:
-        names = ", ".join(sorted(split or "files of no split" for split in found))
-        raise UserError(f"{folder} holds several splits and none is 'train' ({names}); give one file or folder: {_shorten(files)}")
-    taken = [name for name in files if splits[name] == "train"] if "train" in found else files
+    chosen = next((kind for kind in _WANTED[split] if kind in found), None)
+    if len(found) > 1 and chosen is None:
+        names = ", ".join(sorted(kind or "files of no split" for kind in found))
+        wanted = " or ".join(map(repr, _WANTED[split]))
+        raise UserError(f"{folder} holds several splits and none is {wanted} ({names}); give one file or folder: {_shorten(files)}")
+    taken = [name for name in files if splits[name] == chosen] if chosen is not None else files
     for what, groups in (("configurations", _group(taken, _configuration)), ("subsets", _group(taken, _subset))):
         if len(groups) > 1:
-            raise UserError(f"{folder} holds several {what} ({', '.join(groups)}); give the folder or file of one")
+            example = next((f", such as {folder / group}" for group in groups if group.endswith("/") and group != "./"), "")
+            raise UserError(f"{folder} holds several {what} ({', '.join(groups)}); give the folder or file of one{example}")
     note = f"{folder}: {_shorten(taken)}"
-    if "train" in found:
-        note += " (split train)"
+    if chosen is not None:
+        note += f" (split {chosen})"
     if shards := _missing_shards(taken):
         note += f"; {shards}"
     left = [name for name in files if name not in set(taken)]
@@ -159,7 +173,7 @@ def _label(name: Path) -> str:
 
 def _split_of(name: Path) -> str | None:
     """train, validation, test, or several where the words differ; None where no word says it."""
-    words = [*(part.lower() for part in name.parts[:-1]), *re.split(r"[-_.\s]+", _label(name))]
+    words = [*(part.lower() for part in name.parts[:-1]), *(word.rstrip(_DIGITS) for word in re.split(r"[-_.\s]+", _label(name)))]
     return " and ".join(sorted({_SPLITS[word] for word in words if word in _SPLITS})) or None
 
 
@@ -238,7 +252,9 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
         open_file(path).close()  # a FIFO would be waited for
         if path.suffix.lower() == ".parquet":
             file = parquet.ParquetFile(path)
-            schema, batches = file.schema_arrow, file.iter_batches(_BATCH_ROWS)
+            size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+            fitting = _BATCH_BYTES * file.metadata.num_rows // max(size, 1)
+            schema, batches = file.schema_arrow, file.iter_batches(max(1, min(_BATCH_ROWS, fitting)))
         else:
             batches = ipc.open_stream(pa.memory_map(str(path)))  # save_to_disk writes streams
             schema = batches.schema

@@ -1,33 +1,38 @@
 """Prompts: JSONL, Parquet, and Hugging Face dataset folders (as downloaded, or as `save_to_disk` writes them).
 
 A row is {"prompt": text or chat messages, "answer": optional, ...}, or has the layout of a known dataset: `messages`, `conversations`
-({from, value}, as OpenThoughts3) or `problem`/`question` in place of the prompt, `reward_model.ground_truth` (as DAPO-Math-17k) in
-place of the answer. What a model answered at the end of `messages` or `conversations` is left out. `system` (text) and `tools` of a
-row belong to its prompt.
+({from, value}, as OpenThoughts3), `problem`/`question` or `instruction` in place of the prompt, `reward_model.ground_truth` (as
+DAPO-Math-17k) in place of the answer. What a model answered at the end of `messages` or `conversations` is left out. `system` (text) and
+`tools` of a row belong to its prompt. Rows of benchmarks are read as published (`data.benchmarks`).
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import heapq
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from megatron_opd.data.benchmarks import TEST_COLUMNS, boxed_alone, compose_task, day_of_row, in_lower_case
 from megatron_opd.data.messages import Message, read_messages, read_tools, texts_of
-from megatron_opd.data.prompt_files import Row, read_rows
+from megatron_opd.data.prompt_files import Row, Split, find_files, read_rows
 from megatron_opd.errors import UserError
 from megatron_opd.records import Prompt, PromptFile
-from megatron_opd.untrusted import check_characters
+from megatron_opd.safety.untrusted import check_characters
 
-# Fields of a group say the same, or the row is refused; the second group is what the first is often made of, and is read without it.
-_PROMPT_FIELDS = (("prompt", "messages", "conversations"), ("problem", "question"))
+T = TypeVar("T")
+
+# Fields of a group say the same, or the row is refused; a group is what those before it are often made of, and is read without them.
+_PROMPT_FIELDS = (("prompt", "messages", "conversations"), ("problem", "question"), ("instruction",))
 _ALL_PROMPT_FIELDS = tuple(name for group in _PROMPT_FIELDS for name in group)
 _WITH_ANSWER = ("messages", "conversations")
 _OF_THE_PROMPT = ("tools", "functions", "system")
@@ -38,31 +43,81 @@ _EXACT_FLOAT = 2.0**53
 
 
 def read_prompts(
-    path: str | Path, *, limit: int | None = None, share: tuple[int, int] | None = None, unique: bool = False, answers: bool = True
+    path: str | Path,
+    *,
+    limit: int | None = None,
+    subset_seed: int | None = None,
+    share: tuple[int, int] | None = None,
+    unique: bool = False,
+    answers: bool = True,
+    split: Split = "train",
+    dates: tuple[str, str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[PromptFile, list[Prompt]]:
-    """Identity of a prompt file or folder, and its prompts: the first `limit`, with `unique` each but once; of them with `share` (i, n) the
-    i-th of n equal shares, which are disjoint, in order, and together all.
+    """Identity of a prompt file or folder (of several splits: `find_files`), and its prompts: those of `dates` (ISO days, the first and the
+    last that belong to it), with `unique` each but once; of them the first `limit` or, with `subset_seed`, the first in an order drawn by it
+    (`drawn_key`); of them with `share` (i, n) the i-th of n equal shares, which are disjoint, in order, and together all.
 
-    The hash covers what is sampled from (content and tools) of the prompts that are used, so that it is the same in any format, and
-    neither a file that grows at its end nor a mended answer invalidates a store. Without `answers` they are not looked at.
-    Raises UserError naming file, row and field.
+    The hash covers what is sampled from (content and tools) of the prompts that are used, so that it is the same in any format, and a
+    mended answer does not invalidate a store; nor does a file that grows at its end, unless `subset_seed` draws from all of it. Without `answers` they are not looked at, and tests of
+    programs are not kept. `say` gets a line on what was taken and what was left. Raises UserError naming file, row and field.
     """
     path = Path(path)
-    prompts = (parse_prompt(row, answers=answers) for row in read_rows(path))
-    if unique:
-        prompts = _drop_repeats(prompts)
-    kept = [replace(prompt, index=index) for index, prompt in enumerate(islice(prompts, limit))]
+    rows, window = read_rows(path, split), None
+    if dates is not None:
+        window = _Window(date.fromisoformat(dates[0]), date.fromisoformat(dates[1]))
+        rows = window.choose(rows)
+
+    def parse(row: Row) -> Prompt:
+        return parse_prompt(row, answers=answers)
+
+    if subset_seed is None or limit is None:
+        prompts = map(parse, rows)
+        found = islice(_drop_repeats(prompts) if unique else prompts, limit)
+    elif unique:
+        found = _draw(_drop_repeats(map(parse, rows)), limit, subset_seed, _as_it_is)
+    else:
+        found = _draw(rows, limit, subset_seed, parse)
+    kept = [replace(prompt, index=index) for index, prompt in enumerate(found)]
+    seen = "" if window is None else f" ({window.describe()})"
     if limit is not None and len(kept) < limit:
-        raise UserError(f"{path}: {len(kept)} prompts, but num_prompts asks for {limit}")
+        raise UserError(f"{path}: {len(kept)} prompts, but num_prompts asks for {limit}{seen}")
     if not kept:
-        raise UserError(f"{path}: no prompts in it")
+        raise UserError(f"{path}: no prompts in it{seen}")
     if share is not None:
         kept = [replace(prompt, index=index) for index, prompt in enumerate(kept[share_range(len(kept), *share)])]
         if not kept:
             raise UserError(
                 f"{path}: fewer prompts than the {share[1]} shares (rounds) that they are divided into; take fewer rounds, or more prompts"
             )
+    if say is not None:
+        drawn = "" if subset_seed is None else f"; drawn from the whole of it by seed {subset_seed}"
+        say(f"prompts of {find_files(path, split).note}{drawn}" + ("" if window is None else f"; {window.describe()}"))
     return PromptFile(name=path.name, sha256=hash_prompts(kept), num_prompts=len(kept)), kept
+
+
+@dataclass
+class _Window:
+    """Rows of the days from `first` to `last`, and counts of those that were looked at."""
+
+    first: date
+    last: date
+    inside: int = 0
+    rows: int = 0
+    days: tuple[date, date] | None = None  # of all rows
+
+    def choose(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            day = day_of_row(row.value if isinstance(row.value, dict) else {}, row.where)
+            self.rows += 1
+            self.days = (day, day) if self.days is None else (min(day, self.days[0]), max(day, self.days[1]))
+            if self.first <= day <= self.last:
+                self.inside += 1
+                yield row
+
+    def describe(self) -> str:
+        said = f"{self.inside} of {self.rows} rows are of {self.first} to {self.last}"
+        return said if self.days is None else f"{said}, and all of {self.days[0]} to {self.days[1]}"
 
 
 def hash_prompts(prompts: Iterable[Prompt]) -> str:
@@ -83,6 +138,30 @@ def sampled_from(prompt: Prompt) -> bytes:
     return json.dumps([prompt.content, None, *([prompt.tools] if prompt.tools else [])]).encode()
 
 
+def drawn_key(seed: int, place: int) -> bytes:
+    """By what prompts are ordered before the first of them are drawn; `place` counts, from 0, what could be drawn, in the file's order.
+
+    So a larger subset of a seed begins with the smaller one, and each prompt is as likely to be in it.
+    """
+    return hashlib.sha256(f"{seed}:{place}".encode()).digest()
+
+
+def _draw(items: Iterable[T], count: int, seed: int, make: Callable[[T], Prompt]) -> list[Prompt]:
+    """Prompts of the `count` items of least `drawn_key`, by rising key. Holds no more than these; what is made of others is dropped again."""
+    kept: list[tuple[int, int, Prompt]] = []  # a heap: its first is the next to be dropped
+    for place, item in enumerate(items):
+        key = -int.from_bytes(drawn_key(seed, place))
+        if len(kept) < count:
+            heapq.heappush(kept, (key, place, make(item)))
+        elif key > kept[0][0]:
+            heapq.heapreplace(kept, (key, place, make(item)))
+    return [prompt for _, _, prompt in sorted(kept, reverse=True)]
+
+
+def _as_it_is(prompt: Prompt) -> Prompt:
+    return prompt
+
+
 def _drop_repeats(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     seen = set()
     for prompt in prompts:
@@ -94,12 +173,15 @@ def _drop_repeats(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
 
 def parse_prompt(row: Row, *, answers: bool) -> Prompt:
     """The prompt of a row; its index is given later. Raises UserError."""
+    row = in_lower_case(row, _ALL_PROMPT_FIELDS)
     where, value = row.where, row.value
-    there = [name for name in _ALL_PROMPT_FIELDS if name in value] if isinstance(value, dict) else []
+    task = compose_task(value, where) if isinstance(value, dict) else None
+    asked = value if task is None else value | {"prompt": task}
+    there = [name for name in _ALL_PROMPT_FIELDS if name in asked] if isinstance(value, dict) else []
     if not there:
         fields = ", ".join(value) if isinstance(value, dict) else type(value).__name__
         raise UserError(f"{where}: no field 'prompt' (fields: {fields:.300}); {', '.join(_ALL_PROMPT_FIELDS[1:])} would do as well")
-    fields = {name: value[name] for name in (*there, *_OF_THE_PROMPT) if name in value}
+    fields = {name: asked[name] for name in (*there, *_OF_THE_PROMPT) if name in asked}
     if row.as_written is None:
         fields = _without_nulls(fields)
     name, content = _content(fields, there, where)
@@ -108,13 +190,16 @@ def parse_prompt(row: Row, *, answers: bool) -> Prompt:
             raise UserError(
                 f"{where}: has {other!r} ({value[other]!r:.80}), which is not understood and the model would not get; leave such rows out"
             )
+    if name == "instruction" and not _is_missing(value.get("input")):
+        raise UserError(f"{where}: 'instruction' has an 'input' ({value['input']!r:.80}) beside it; put both into one field 'prompt'")
     tools = read_tools(fields, where)
     for text in texts_of([content, tools]):
         if "\0" in text:
             raise UserError(f"{where}: {name!r} or its tools hold a NUL character, which is no text; remove it")
         check_characters(text, f"{where}: {name!r}")
-    meta = {key: item for key, item in value.items() if key not in (name, "answer", *_WITH_ANSWER, *_OF_THE_PROMPT)}
-    return Prompt(0, content, _answer(row) if answers else None, meta, tools)
+    left = {"answer", *_WITH_ANSWER, *_OF_THE_PROMPT} | (set() if answers else set(TEST_COLUMNS)) | ({name} if task is None else set())
+    meta = {key: item for key, item in value.items() if key not in left}
+    return Prompt(0, content, _answer(row) if answers else None, meta, tools, where)
 
 
 def _content(fields: dict[str, Any], there: list[str], where: str) -> tuple[str, str | list[Message]]:
@@ -198,7 +283,10 @@ def _answer(row: Row) -> str | None:
 
 def _answers_in(value: dict[str, Any]) -> dict[str, Any]:
     reward = value.get("reward_model")
-    return {"answer": value.get("answer")} | ({"reward_model.ground_truth": reward.get("ground_truth")} if isinstance(reward, dict) else {})
+    found = {"answer": value.get("answer")} | (
+        {"reward_model.ground_truth": reward.get("ground_truth")} if isinstance(reward, dict) else {}
+    )
+    return {"solution": boxed_alone(value.get("solution"))} if all(map(_is_missing, found.values())) else found
 
 
 def _answer_text(value: Any, name: str, where: str) -> str | None:

@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 from numcodecs.zstd import decompress
 
-from megatron_opd.untrusted import load_json
+from megatron_opd.safety.untrusted import load_json
 
 CHUNK_ITEMS = 1 << 15  # of a chunk, unless a row has more
 _LARGEST_ROW = 1 << 20

@@ -10,12 +10,12 @@ import numpy as np
 from megatron_opd.data.account import find_fault
 from megatron_opd.data.cache import ArrayCache
 from megatron_opd.data.location import MAKE_AGAIN, Location
-from megatron_opd.data.manifests import part_group, part_id, part_number, read_manifest, read_part, read_scores, score_group
+from megatron_opd.data.manifests import part_group, part_id, part_number, read_manifest, read_part, read_scores, score_group, source_id
 from megatron_opd.data.shards import ArrayFacts
 from megatron_opd.errors import StoreError, UserError
 from megatron_opd.records import Finish, Rollout, TeacherScores
+from megatron_opd.safety.untrusted import one_line
 from megatron_opd.store_records import PartManifest, ScoreManifest, StoreManifest
-from megatron_opd.untrusted import one_line
 
 _SMALL_ARRAYS = ("offsets", "prompt_len", "prompt_index", "sample_index", "finish")
 
@@ -25,12 +25,13 @@ class StoreReader:
 
     What fits `memory_bytes` is read whole and kept; a larger store is read in blocks that an LRU keeps. `refresh()` sees parts
     sealed since. Anything missing, unsealed or damaged raises StoreError naming it. With `teacher`, rollouts that it could not score
-    are left out, and those that it scored in part are cut there.
+    are left out, and those that it scored in part are cut there. A derived teacher that is stale is refused, unless `allow_stale`.
     """
 
-    def __init__(self, url: str, *, teacher: str | None = None, memory_bytes: int = 4 << 30):
+    def __init__(self, url: str, *, teacher: str | None = None, memory_bytes: int = 4 << 30, allow_stale: bool = False):
         self.location = Location(url)
         self.teacher = teacher
+        self.allow_stale = allow_stale
         self.manifest: StoreManifest
         self.store_id = ""  # of the manifest; `refresh` reads both
         self.stores: list[StoreReader] = [self]  # a reader of several has more
@@ -38,6 +39,7 @@ class StoreReader:
         self._facts: dict[str, dict[str, ArrayFacts]] = {}  # of the arrays of a group
         self._scores: dict[tuple[int, str], ScoreManifest] = {}
         self._exclusions: dict[tuple[int, str], dict[tuple[int, int], str]] = {}  # reasons, of the rollouts in _scores[...].excluded
+        self._current: set[str] = set()  # teachers whose scores are no derived ones, or are of what they were made of
         self.parts: dict[int, PartManifest] = {}
         self.notes: list[str] = []
         self.refresh()
@@ -62,6 +64,7 @@ class StoreReader:
                 raise StoreError(f"{self.location.show(group)}: its rollouts don't cover its tokens; {MAKE_AGAIN}")
         self._scores.clear()
         self._exclusions.clear()
+        self._current.clear()
         self.parts = parts
         self._num_tokens = sum(record.num_tokens for record in parts.values())
         self.part_ids = np.repeat(np.array(list(parts), np.int64), [record.num_rollouts for record in parts.values()])
@@ -104,6 +107,7 @@ class StoreReader:
 
     def _keep_scored(self, teacher: str) -> None:
         """Leave out what `teacher` could not score. Parts that it has not scored at all stay: `check_scored` names them."""
+        self._check_current(teacher)
         keep = np.ones(len(self.lengths), bool)
         for part in self.parts:
             record = self.score_manifest(part, teacher)
@@ -151,6 +155,15 @@ class StoreReader:
         names = sorted({name for children in folders.values() for name in children})
         return [name for name in names if any(name in folders[part] and self.score_manifest(part, name) for part in self.parts)]
 
+    def default_teacher(self) -> str | None:
+        """The only teacher, or of several the only one that is not derived of another; None where that is nobody or more than one."""
+        names = self.teachers()
+        own = [name for name in names if not self._is_derived(name)]
+        return names[0] if len(names) == 1 else own[0] if len(own) == 1 else None
+
+    def _is_derived(self, teacher: str) -> bool:
+        return any(record.derived is not None for part in self.parts if (record := self.score_manifest(part, teacher)))
+
     def score_manifest(self, part: int, teacher: str) -> ScoreManifest | None:
         """Manifest of a teacher's scores of a part, None if it did not score it. Raises StoreError if it scored other rollouts."""
         key = (part, teacher)
@@ -161,6 +174,37 @@ class StoreReader:
             self._scores[key], self._facts[score_group(part, teacher)] = found
             self._exclusions[key] = {(entry.prompt_index, entry.sample_index): entry.reason for entry in found[0].excluded}
         return self._scores[key]
+
+    def derived_fault(self, teacher: str) -> str | None:
+        """Why the scores of a derived teacher are not what would be made of their source now; None for those that are, and for a model's."""
+        found = [record.derived for part in self.parts if (record := self.score_manifest(part, teacher))]
+        derived = next((entry for entry in found if entry is not None), None)
+        if derived is None:
+            return None
+        scores = {part: record for part in self.parts if (record := self.score_manifest(part, derived.source))}
+        if len(scores) < len(self.parts):
+            return (
+                f"{len(self.parts) - len(scores)} of {len(self.parts)} parts have no scores of {derived.source!r}, of which they are made"
+            )
+        if any(entry != derived for entry in found):
+            return "its parts were derived of other scores, or with other settings, than one another"
+        if derived.source_id != (now := source_id(self.parts, scores)):
+            return f"the scores of {derived.source!r} are others since ({derived.source_id}, now {now})"
+        return None
+
+    def _check_current(self, teacher: str) -> None:
+        """Raise StoreError for derived scores that are stale, unless that is allowed."""
+        if self.allow_stale or teacher in self._current:
+            return
+        if (fault := self.derived_fault(teacher)) is not None:
+            raise StoreError(
+                f"{self.location.url}: the derived teacher {teacher!r} is stale: {fault}; make it again: 'megatron-opd derive'"
+            )
+        self._current.add(teacher)
+
+    def unscored(self, part: int, teacher: str) -> dict[tuple[int, int], str]:
+        """(prompt, sample) of the rollouts that `teacher` left out of a part that it scored, and why."""
+        return self._exclusions[part, teacher] if self.score_manifest(part, teacher) is not None else {}
 
     def unscored_parts(self, teacher: str) -> list[int]:
         """Sealed parts that `teacher` has not scored."""
@@ -177,7 +221,7 @@ class StoreReader:
             self.check_scored(teacher)
 
     def check_scored(self, teacher: str) -> None:
-        """Raise StoreError unless `teacher` scored every sealed part, with one and the same model."""
+        """Raise StoreError unless `teacher` scored every sealed part, with one and the same model, and is not stale if it is derived."""
         unscored = self.unscored_parts(teacher)
         if unscored:
             known = self.teachers()
@@ -192,6 +236,7 @@ class StoreReader:
             raise StoreError(
                 f"{self.location.url}: teacher {teacher!r} is {len(models)} different models: {', '.join(models.values())}; delete the odd parts and score again"
             )
+        self._check_current(teacher)
 
     def rollout(self, index: int) -> Rollout:
         """Rollout `index` (0 <= index < len(self))."""
@@ -221,6 +266,7 @@ class StoreReader:
             raise StoreError(f"{self.location.show(part_group(part))}: not scored by teacher {teacher!r}; run 'megatron-opd score'")
         if topk and not record.top_k:
             raise StoreError(f"{self.location.show(score_group(part, teacher))}: no top-k scores; score with score.top_k > 0")
+        self._check_current(teacher)
         group = score_group(part, teacher)
         name = (int(self.prompt_indices[index]), int(self.sample_indices[index]))
         if (reason := self._exclusions[part, teacher].get(name)) is not None:
@@ -233,7 +279,10 @@ class StoreReader:
             rollout = rollout.cut(record.max_tokens)
             rows = slice(rows.start, rows.start + len(rollout.tokens))
             arrays = [self._rows(group, name, rows) for name in names]
-            scores = TeacherScores(arrays[0], *(arrays[1:2]), *(array.astype(np.float32) for array in arrays[2:]))
+            are_log_probs = record.derived is None or record.derived.are_log_probs
+            scores = TeacherScores(
+                arrays[0], *(arrays[1:2]), *(array.astype(np.float32) for array in arrays[2:]), are_log_probs=are_log_probs
+            )
             scores.check_against(rollout)
         except StoreError:
             raise
@@ -248,11 +297,15 @@ class StoreReader:
         rows = self.part_rows(part)
         return [self.rollout(index) for index in range(rows.start, rows.stop)]
 
-    def check_sampled(self, part: int) -> None:
-        """Raise StoreError unless the tokens of a sealed part, and the sampler's log-probabilities, have the checksums of its manifest."""
+    def check_sampled(self, part: int, teacher: str | None = None) -> None:
+        """Raise StoreError unless the tokens of a sealed part, the sampler's log-probabilities and those of a `teacher` that scored it have
+        the checksums of their manifests."""
         group = part_group(part)
         for name in ("tokens", "student_logp"):
             self._cache.whole(group, name, self._facts[group][name])
+        if teacher is not None and self.score_manifest(part, teacher) is not None:
+            group = score_group(part, teacher)
+            self._cache.whole(group, "logp", self._facts[group]["logp"])
 
     def verify(self) -> list[str]:
         """Read everything and compare every checksum; returns what is wrong, a sentence each."""

@@ -1,1 +1,1 @@
-"""The small tour: column addition with worked steps, a shipped teacher, and a student trained from random weights."""
+"""The small tours, with students trained from random weights: additions with worked steps, short programs; and SmolLM2."""

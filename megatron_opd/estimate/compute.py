@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import TrainerConfig
+from megatron_opd.cost.gpus import Gpu
 from megatron_opd.estimate.memory import GIB, Layout
 from megatron_opd.estimate.ranges import Range, between
 from megatron_opd.estimate.step_time import StepTime, predict_work
 from megatron_opd.estimate.traffic import step_work
-from megatron_opd.gpus import Gpu
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
@@ -46,13 +46,14 @@ def predict_speed(arch: Architecture, config: TrainerConfig, layout: Layout, *, 
     """Speed of a training. `tokens`: of a rollout on average, prompt and response, as training reads it."""
 
     def time_of(mean: float) -> StepTime:
-        work = step_work(arch, config, layout, tokens=config.global_batch * mean, squared=config.global_batch * mean**2)
+        tokens = config.step_tokens(mean)
+        work = step_work(arch, config, layout, tokens=tokens, squared=tokens * mean)
         kind, fp8 = bool(arch.num_experts), config.fp8 is not None
         return predict_work(work, gpu=gpu, mixture=kind, fp8=fp8, pp=layout.pp, vpp=layout.vpp)
 
     time = time_of(tokens.low).until(time_of(tokens.high))
     step = time.total
-    rates = sorted(config.global_batch * mean / seconds for mean, seconds in ((tokens.low, step.low), (tokens.high, step.high)))
+    rates = sorted(config.step_tokens(mean) / seconds for mean, seconds in ((tokens.low, step.low), (tokens.high, step.high)))
     return Speed(Range(*rates), step, step * (steps * layout.gpus / 3600), steps, time)
 
 

@@ -5,13 +5,15 @@ Legend: H hidden size, F feed-forward size (an expert's, of a mixture), D head s
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from megatron_opd.config import TrainerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.estimate.activations import SCALED_MOMENTS, WORKSPACE_BYTES, activations
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
@@ -90,8 +92,8 @@ class Layout:
             found.append(f"{self.gpus} GPUs are not a multiple of tp * pp * cp = {self.tp} * {self.pp} * {self.cp}")
         elif self.gpus % (self.pp * self.ep):
             found.append(f"{self.gpus} GPUs are not a multiple of pp * ep = {self.pp} * {self.ep}")
-        elif config.global_batch < self.dp:
-            found.append(f"global_batch = {config.global_batch} is smaller than {self.dp} data-parallel ranks")
+        elif fault := config.batch_fault(self.dp):
+            found.append(fault)
         return found
 
 
@@ -117,8 +119,13 @@ def layers_of_stage(arch: Architecture, layout: Layout, stage: int) -> int:
     return sum(arch.stage_layers(layout.pp * layout.vpp)[stage :: layout.pp])
 
 
-def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stage: int, *, micro_batches: int) -> Memory:
-    """Bytes on a GPU of pipeline stage `stage`, training in bf16 with Transformer Engine. `micro_batches` of a step, on one rank."""
+def stage_memory(
+    arch: Architecture, config: TrainerConfig, layout: Layout, stage: int, *, micro_batches: int, megatron_core: str | None = None
+) -> Memory:
+    """Bytes on a GPU of pipeline stage `stage`, training in bf16 with Transformer Engine. `micro_batches` of a step, on one rank.
+
+    megatron_core: its version (default: of the installed one; the newest, if none is).
+    """
     parameters = rank_parameters(arch, layout, stage)
     fp8 = config.fp8
     gradient = 2 if config.main_grads_dtype == "bfloat16" else 4
@@ -129,6 +136,8 @@ def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stag
     offload = config.optimizer_offload
     fp8_copies = 2 * parameters.matrix if fp8 else 0  # one for each of the two products that read a matrix
     bf16 = parameters.total - (parameters.matrix if fp8 and fp8.parameters else 0)
+    # Where mxfp8 weights are gathered through the gradients' memory, 0.16 does so with no weight in place, and the others lie there twice.
+    twice = bool(fp8 and fp8.parameters and fp8.recipe == "mxfp8") and _before_0_17(megatron_core or _installed_megatron_core())
 
     layers = layers_of_stage(arch, layout, stage)
     held = activations(arch, config, layout, stage, layers=layers, micro_batches=micro_batches)
@@ -139,7 +148,7 @@ def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stag
     # An optimizer that has a part on the GPU and one on the host makes float32 gradients of its own, and keeps them.
     gradients_again = 4 * own * (1 - offload) if 0 < offload < 1 and gradient == 2 else 0
     return Memory(
-        parameters=2 * bf16 + fp8_copies,
+        parameters=2 * bf16 * (1 + twice) + fp8_copies,
         gradients=gradient * parameters.total + gradients_again,
         optimizer=own * state * (1 - offload),
         activations=held.kept,
@@ -151,9 +160,21 @@ def stage_memory(arch: Architecture, config: TrainerConfig, layout: Layout, stag
     )
 
 
+@cache
+def _installed_megatron_core() -> str | None:
+    try:
+        return importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _before_0_17(version: str | None) -> bool:
+    return version is not None and tuple(int(part) for part in version.split(".")[:2]) < (0, 17)
+
+
 def fullest_stage(arch: Architecture, config: TrainerConfig, layout: Layout, *, mean_tokens: float) -> Memory:
     """Memory of the pipeline stage that needs most."""
-    micro_batches = max(1, round(config.global_batch * mean_tokens / layout.dp / config.micro_batch_tokens))
+    micro_batches = max(1, round(config.step_tokens(mean_tokens) / layout.dp / config.micro_batch_tokens))
     stages = [stage_memory(arch, config, layout, stage, micro_batches=micro_batches) for stage in range(layout.pp)]
     return max(stages, key=lambda memory: memory.total)
 
@@ -163,7 +184,7 @@ def check_fits(arch: Architecture, name: str, config: TrainerConfig, gpus: int, 
     layout = Layout.of(config, gpus)
     arch.check_stage(config, name)
     if faults := layout.faults(config):
-        raise UserError(f"{name}: {'; '.join(faults)}; change {name}.parallel, {name}.global_batch or --gpus")
+        raise UserError(f"{name}: {'; '.join(faults)}; change {name}.parallel, the batch or --gpus")
     memory = fullest_stage(arch, config, layout, mean_tokens=mean_tokens)
     if memory.total > gpu_gib * GIB:
         fitting = [text for text, changed in _changes(config) if _fits(arch, changed, gpus, gpu_gib, mean_tokens)]
@@ -193,7 +214,7 @@ def _changes(config: TrainerConfig) -> Iterator[tuple[str, TrainerConfig]]:
     if not config.distributed_optimizer:
         yield "distributed_optimizer = true", changed(distributed_optimizer=True)
     half = config.micro_batch_tokens // 2
-    if half > (config.max_response_tokens or 0):
+    if half > (config.longest_response or 0):
         yield f"micro_batch_tokens = {half}", changed(micro_batch_tokens=half)
     for size in ("tp", "pp"):
         for factor in (2, 4, 8):

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megatron_opd.calibrate import SHARE_FOR_WEIGHTS
-from megatron_opd.cluster import limit_hours
-from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig
+from megatron_opd.checks.calibrate import SHARE_FOR_WEIGHTS
+from megatron_opd.cost.gpus import Gpu
 from megatron_opd.data.order import num_steps
 from megatron_opd.errors import UserError
 from megatron_opd.estimate.allocation import Allocation, Role, check_allocation, plan_serving
@@ -34,8 +33,11 @@ from megatron_opd.estimate.workload import (
     student_of,
     trained_lengths,
 )
-from megatron_opd.gpus import Gpu
-from megatron_opd.pipeline.stages import list_stages
+from megatron_opd.pipeline.stages import Stage, evaluation_at, list_stages
+from megatron_opd.recipe.cluster import limit_hours
+from megatron_opd.recipe.config import Recipe, SampleStage
+from megatron_opd.recipe.evaluation import Evaluation
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
@@ -102,10 +104,12 @@ class Estimator:
 
     def estimate(self) -> Estimate:
         runs: dict[str, int] = {}
+        stages: dict[str, Stage] = {}
         for stage in list_stages(self.recipe):
             runs[stage.name] = runs.get(stage.name, 0) + 1
+            stages.setdefault(stage.name, stage)
         teacher = self._teacher(self.recipe.models.teacher)
-        once = [self._row(name) for name in runs]
+        once = [self._row(stage) for stage in stages.values()]
         self.notes += self._over_time(once)
         rows = [self._models(teacher), *(row.times(runs[row.stage]) for row in once)]
         head = [self.student.describe("student"), *(model.describe("teacher") for model in self.teachers.values())]
@@ -115,8 +119,8 @@ class Estimator:
         )
         return Estimate(rows, head + self.lines, self.notes, self.allocation.gpus)
 
-    def _row(self, name: str) -> Row:
-        recipe = self.recipe
+    def _row(self, stage: Stage) -> Row:
+        recipe, name = self.recipe, stage.name
         if name == "generate" and recipe.generate is not None:
             return self._sample(name, recipe.generate, recipe.sft, self._teacher(recipe.generate.model), "teacher", rounds=1)
         if name == "rollout" and recipe.rollout is not None:
@@ -130,8 +134,8 @@ class Estimator:
             return Row(name, "CPU: one process", disk=exactly(2 * self.arch.num_parameters))
         if name == "engines":
             return self._engines()
-        if name.startswith("eval-") and recipe.eval is not None:
-            return self._evaluate(name, recipe.eval)
+        if stage.evaluation is not None:
+            return self._evaluate(name, evaluation_at(recipe, stage))
         return Row(name, "CPU: one process")
 
     def _models(self, teacher: Model) -> Row:
@@ -188,15 +192,21 @@ class Estimator:
         return Row(name, words, tokens, hours, disk, per=per, gpus=serving.gpus)
 
     def _work(
-        self, name: str, stage: SampleStage | EvalStage, lengths: Lengths, longest: int, rounds: int = 1
+        self, name: str, stage: SampleStage | Evaluation, lengths: Lengths, longest: int, rounds: int = 1
     ) -> tuple[Sampling, int | None]:
         """What is sampled, and for how many prompts where their number is not known."""
         count = count_prompts(stage)
         known = PER if count.prompts is None else -(-count.prompts // rounds)
         how = f"for each {PER:,} prompts, as {count.source}" if count.prompts is None else f"{count.prompts:,} prompts ({count.source})"
         samples = stage.sampling.samples_per_prompt
+        most = stage.sampling.max_new_tokens
+        how += (
+            f", as far as the model has positions ({longest:,} of {most:,} tokens)"
+            if isinstance(stage, Evaluation) and longest < most
+            else ""
+        )
         self._say(
-            f"{name.partition('-')[0]}: {how}, {samples} response(s) each of {lengths.response.text()} tokens, prompts of {lengths.prompt:.0f} ({lengths.source})"
+            f"{f'eval.{stage.name}' if isinstance(stage, Evaluation) else name}: {how}, {samples} response(s) each of {lengths.response.text()} tokens, prompts of {lengths.prompt:.0f} ({lengths.source})"
         )
         return Sampling(known, samples, lengths.prompt, lengths.response, longest), None if count.prompts is not None else PER
 
@@ -212,7 +222,7 @@ class Estimator:
         rounds = recipe.rounds.count if recipe.rounds.prompts == "slice" else 1
         rollouts = (PER if count is None else -(-count // rounds)) * rollout.sampling.samples_per_prompt
         tokens = lengths.tokens * rollouts
-        disk = store_bytes(tokens, 1) + candidate_bytes(recipe.score, lengths.response * rollouts)
+        disk = store_bytes(tokens, 1 + len(recipe.score.derived)) + candidate_bytes(recipe.score, lengths.response * rollouts)
         per = PER if count is None else None
         planned = self._serving("score", self._teacher(recipe.score.model), "teacher", lengths.longest)
         if planned is None:
@@ -221,15 +231,14 @@ class Estimator:
         hours = scoring_hours(arch, self.gpu, serving, rollouts=rollouts, tokens=lengths.tokens) + _start(serving.gpus)
         return Row("score", words, tokens, hours, disk, per=per, gpus=serving.gpus)
 
-    def _evaluate(self, name: str, stage: EvalStage) -> Row:
+    def _evaluate(self, name: str, stage: Evaluation) -> Row:
         """Samples of one model, scored by the teacher if the recipe wants the reverse KL."""
-        longest = longest_response(stage, None)
-        lengths = sampled_lengths(f"{stage.output}/{name.removeprefix('eval-')}.opd.zarr", longest)
+        role: Role = "teacher" if stage.label == "teacher" else "student"
+        model = self._teacher(self.recipe.models.teacher) if role == "teacher" else self.student
+        longest = longest_response(stage, None, model)
+        lengths = sampled_lengths(stage.store, longest)
         work, per = self._work(name, stage, lengths, longest)
-        role: Role = "teacher" if name == "eval-teacher" else "student"
-        sampled = self._serving(
-            name, self._teacher(self.recipe.models.teacher) if role == "teacher" else self.student, role, lengths.longest
-        )
+        sampled = self._serving(name, model, role, lengths.longest)
         scored = None if stage.teacher is None else self._serving(name, self._teacher(stage.teacher), "teacher", lengths.longest)
         rollouts = work.prompts * work.samples
         tokens = lengths.tokens * rollouts
@@ -279,7 +288,7 @@ class Estimator:
             f", ep {layout.ep}" if layout.ep > 1 else ""
         )
         disk = exactly(saved * checkpoint_bytes(arch, config))
-        tokens = lengths.tokens * (steps * config.global_batch)
+        tokens = Range(*(steps * config.step_tokens(mean) for mean in (lengths.tokens.low, lengths.tokens.high)))
         return Row(name, words, tokens, speed.gpu_hours + _start(gpus), disk, per=per)
 
     def _steps(self, name: str, config: TrainerConfig, sampler: SampleStage, lengths: Lengths) -> tuple[int, int | None]:
@@ -293,7 +302,11 @@ class Estimator:
         prompts = PER if count is None else count
         share = rounds if self.recipe.rounds.prompts == "slice" else 1
         rollouts = lengths.rollouts or -(-prompts // share) * sampler.sampling.samples_per_prompt
-        steps = num_steps(rollouts, global_batch=config.global_batch, epochs=config.epochs)
+        if config.global_batch is not None:
+            steps = num_steps(rollouts, step=config.global_batch, epochs=config.epochs)
+        else:  # of the longest responses there may be
+            mean = lengths.tokens.high
+            steps = num_steps(round(rollouts * mean), step=round(config.step_tokens(mean)), epochs=config.epochs)
         return steps, None if count is not None or lengths.rollouts else PER
 
 

@@ -1,6 +1,6 @@
 """Time of a training step from what it computes, sends and waits for, each share from a best to a worst case.
 
-The figures of the GPUs are from data sheets (gpus.py); every share of them that a step reaches is an assumption, named below. None has been
+The figures of the GPUs are from data sheets (cost/gpus.py); every share of them that a step reaches is an assumption, named below. None has been
 compared with a step on a GPU so far.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from megatron_opd.cost.gpus import GPUS, Gpu
 from megatron_opd.estimate.ranges import NOTHING, Range, between
 from megatron_opd.estimate.traffic import StepWork
-from megatron_opd.gpus import GPUS, Gpu
 
 # Assumptions, each (worst, best).
 # Share of the bf16 peak while a GPU computes: matrix products reach 60 to 70 %, what lies between them (norms, RoPE, activations) is bound

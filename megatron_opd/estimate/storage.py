@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import ScoreStage, TrainerConfig
 from megatron_opd.estimate.allocation import Allocation
 from megatron_opd.estimate.compute import BF16
 from megatron_opd.estimate.memory import GIB
 from megatron_opd.estimate.ranges import Range, exactly
 from megatron_opd.estimate.workload import Model
+from megatron_opd.recipe.config import ScoreStage
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture

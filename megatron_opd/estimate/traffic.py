@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import TrainerConfig
 from megatron_opd.estimate.memory import MOMENT_BYTES, Layout, layers_of_stage, rank_parameters
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
@@ -22,6 +22,15 @@ GPUS_PER_NODE = 8  # of the nodes that groups are laid over
 _FORWARD, _BACKWARD = 2, 3
 # Without, an all-reduce each way, which sends twice what a gather does.
 _REDUCED = 2
+# FP8 gathers what a product reads as FP8 numbers with their scales: bytes of (inputs, gradients of outputs) over those of bf16. Scales of
+# blocks of 32 (one byte) and of 128 values (four bytes) are 1/32 of a value; gradients of the block recipes go scaled by rows and by columns.
+_BLOCKS = (1 + 1 / 32) / BF16
+GATHERED_FP8 = {
+    "delayed": (1 / BF16, 1 / BF16),
+    "tensorwise": (1 / BF16, 1 / BF16),
+    "blockwise": (_BLOCKS, 2 * _BLOCKS),
+    "mxfp8": (_BLOCKS, 2 * _BLOCKS),
+}
 # What a parameter's update reads and writes of the GPU's memory beside its moments: gradient (read twice: norm, update), main weight, weight.
 _UPDATE_BYTES = 4 + 4 + 2 * 4 + 2
 _GRADIENT_BYTES = 4  # of all parameters: set to zero before the step
@@ -134,10 +143,21 @@ def _tensor(arch: Architecture, config: TrainerConfig, layout: Layout, mine: flo
     if config.parallel.sequence_parallel:
         number = layers * (halves * (_FORWARD + _BACKWARD) + again * _FORWARD) + ends
         one = sent_bytes("all-gather", BF16 * arch.hidden_size * mine, layout.tp)
-    else:
-        number = layers * (halves * _REDUCED + again) + ends / 2
-        one = sent_bytes("all-reduce", BF16 * arch.hidden_size * mine, layout.tp)
-    return number * one, number
+        return (number - _saved_by_fp8(config, layout, layers, halves, again)) * one, number
+    number = layers * (halves * _REDUCED + again) + ends / 2
+    return number * sent_bytes("all-reduce", BF16 * arch.hidden_size * mine, layout.tp), number
+
+
+def _saved_by_fp8(config: TrainerConfig, layout: Layout, layers: int, halves: int, again: int) -> float:
+    """Gathers in bf16 whose bytes a micro-batch saves, on a stage of `layers` layers with as few of the bf16 ones as a stage has."""
+    fp8 = config.fp8
+    if fp8 is None:
+        return 0.0
+    inputs, gradients = GATHERED_FP8[fp8.recipe]
+    edges = (fp8.bf16_first_layers, fp8.bf16_last_layers)
+    in_bf16 = sum(edges) if layout.pp == 1 else min(edges) if layout.pp == 2 else 0
+    a_layer = (2 * halves + again) * (1 - inputs) + halves * (1 - gradients)
+    return max(0, layers - in_bf16) * a_layer
 
 
 def _context(arch: Architecture, config: TrainerConfig, layout: Layout, mine: float, layers: int) -> tuple[float, float]:

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig
 from megatron_opd.data.joined import open_training_stores, training_stores_exist
 from megatron_opd.data.order import cut_lengths
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
+from megatron_opd.estimate.known_models import KNOWN, known_config, known_prompts
 from megatron_opd.estimate.ranges import Range, exactly
-from megatron_opd.known_models import KNOWN, known_config, known_prompts
+from megatron_opd.recipe.config import Recipe, SampleStage
+from megatron_opd.recipe.evaluation import Evaluation
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 if TYPE_CHECKING:
     from megatron_opd.model.architecture import Architecture
@@ -91,7 +93,8 @@ def trained_lengths(config: TrainerConfig, sampler: SampleStage) -> Lengths:
         lengths, prompts = cut_lengths(reader, config), reader.prompt_lens.astype("int64")
         response = exactly(float((lengths - prompts).mean()))
         return Lengths(reader.location.url, float(prompts.mean()), response, int(lengths.max()), len(reader))
-    return _guess(longest_response(sampler, config))
+    longest = longest_response(sampler, config)
+    return _guess(min(longest, config.longest_response or longest))
 
 
 def sampled_lengths(store: str, longest: int) -> Lengths:
@@ -104,23 +107,26 @@ def sampled_lengths(store: str, longest: int) -> Lengths:
     return _guess(longest)
 
 
-def longest_response(sampler: SampleStage | EvalStage, config: TrainerConfig | None) -> int:
-    """Tokens that a response may have: sampling goes no further than training reads."""
+def longest_response(sampler: SampleStage | Evaluation, config: TrainerConfig | None, model: Model | None = None) -> int:
+    """Tokens that a response may have: sampling goes no further than training reads, and than the `model` has positions."""
     most = sampler.sampling.max_new_tokens
+    if model is not None and model.arch is not None:
+        most = min(most, max(1, model.arch.max_positions - PROMPT_TOKENS))
     return min(most, config.max_response_tokens or most) if config is not None else most
 
 
-def count_prompts(stage: SampleStage | EvalStage) -> Count:
+def count_prompts(stage: SampleStage | Evaluation) -> Count:
     """Prompts of a stage: as the recipe says, else those of its file, else of the published data set of its name."""
     if stage.num_prompts is not None:
         return Count(stage.num_prompts, "num_prompts")
     if Path(stage.prompts).exists():
         try:
-            file, _ = read_prompts(stage.prompts, unique=isinstance(stage, SampleStage) and stage.unique_prompts, answers=False)
+            unique, split = (stage.unique_prompts, "train") if isinstance(stage, SampleStage) else (False, "test")
+            file, _ = read_prompts(stage.prompts, dates=stage.dates, unique=unique, split=split, answers=False)
         except UserError as error:
             return Count(None, str(error))
         return Count(file.num_prompts, stage.prompts)
-    if (known := known_prompts(stage.prompts)) is not None:
+    if stage.dates is None and (known := known_prompts(stage.prompts)) is not None:
         return Count(known, f"the data set's name; {stage.prompts} is not there")
     return Count(None, f"{stage.prompts} is not there, and there is no num_prompts")
 

@@ -1,1 +1,1 @@
-"""Evaluation of a model, grading of answers, and reports of runs."""
+"""Evaluation of a model and grading of answers."""

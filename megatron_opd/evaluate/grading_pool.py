@@ -18,28 +18,20 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import check_package
+from megatron_opd.evaluate.verdict import Verdict
 from megatron_opd.records import Prompt
-from megatron_opd.untrusted import load_json
+from megatron_opd.safety.untrusted import load_json
 
+CPU_TIME, MEMORY = "CPU time", "memory"  # limits, as a verdict's `detail` names them
 _START_SECONDS = 120.0
 _LONGEST_REPLY = 1 << 20  # bytes
 _MAIN = "import sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); from megatron_opd.evaluate.grading_worker import main; main()"
 # Where a cluster keeps Python's own libraries; nothing else of the caller's environment reaches a worker.
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`score` in [0, 1]. Where it is 0 for want of a verdict, `fault` says why: "timeout" (time or memory) or "error", with the text."""
-
-    score: float
-    fault: str | None = None
-    reason: str = ""
 
 
 class GradingPool:
@@ -82,7 +74,7 @@ class GradingPool:
         for prompt, reply in zip(prompts, self._map(("check", prompt, "") for prompt in prompts), strict=True):
             if "refused" in reply:
                 found.append(reply["refused"])
-            elif "score" not in reply:
+            elif "readable" not in reply:
                 found.append(f"prompt {prompt.index}: reading its answer fails: {_verdict(reply).reason}")
         return found
 
@@ -109,8 +101,10 @@ class GradingPool:
                 return reply
             self._local.worker = None
             self._workers.discard(worker)
-            if reply["died"] in (-signal.SIGPROF, -signal.SIGXCPU, None):
-                return {"timeout": True}
+            if reply["died"] in (-signal.SIGPROF, -signal.SIGXCPU):
+                return {"over": CPU_TIME}
+            if reply["died"] is None:
+                return {"over": "wall-clock time"}
         return {"error": f"the grading process ended with code {reply['died']}, twice"}
 
     def _start(self) -> _Worker:
@@ -126,26 +120,13 @@ class GradingPool:
         return worker
 
 
-def check_answers(grader: str, prompts: Sequence[Prompt], where: str, *, seconds: float) -> None:
-    """Raise UserError that counts all answers which the grader can't compare with, and names the first."""
-    with GradingPool(grader, seconds=seconds) as pool:
-        found = pool.find_unreadable(prompts)
-    if len(found) == 1:
-        raise UserError(f"{where}: {found[0]}")
-    if found:
-        more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
-        shown = "".join(f"\n  {reason}" for reason in found[:5])
-        raise UserError(
-            f"{where}: {len(found)} of {len(prompts)} answers can't be used by the grader {grader!r}; mend them (prompts count from 0):{shown}{more}"
-        )
-
-
 def _verdict(reply: dict[str, Any]) -> Verdict:
-    if "score" in reply:
-        return Verdict(reply["score"])
-    if "timeout" in reply or "memory" in reply:
-        return Verdict(0.0, "timeout", "over the limit of " + ("memory" if "memory" in reply else "time"))
-    return Verdict(0.0, "error", reply["error"])
+    if "verdict" in reply:
+        return Verdict(**reply["verdict"])
+    limit = MEMORY if "memory" in reply else reply.get("over")
+    if limit is not None:
+        return Verdict(0.0, "timeout", reason=f"over the limit of {'memory' if limit == MEMORY else 'time'}", detail={"limit": limit})
+    return Verdict(0.0, "error", reason=reply["error"])
 
 
 class _Worker:

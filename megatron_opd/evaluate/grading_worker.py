@@ -6,7 +6,8 @@ can't write files, run programs, fork or open connections; and `eval` within the
 first and the last hold everywhere, Landlock and the namespace without a network where the kernel allows them.
 
     in    {"task": "grade" | "check", "grader", "index", "answer", "meta", "text", "seconds"}
-    out   {"score": number} | {"refused": reason} (the prompt's answer is unreadable) | {"error": text} | {"memory": true}
+    out   {"verdict": {fields of a Verdict}} | {"readable": true} | {"refused": reason} (the prompt's answer is unreadable)
+          | {"error": text} | {"memory": true}
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import PACKAGES, check_gold, grade
+from megatron_opd.evaluate.graders.reading import LONGEST_ANSWER
+from megatron_opd.evaluate.verdict import Verdict
 
 _LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446  # system calls, the same on every architecture
 # Of the rights that Landlock's first version knows: all but reading files and folders (execute, write, remove, make).
@@ -34,6 +38,7 @@ _NEW_USER, _NEW_NET = 0x10000000, 0x40000000
 # Audit events by which code reaches files, programs, other processes, the network and memory. `open` is looked at below.
 _FORBIDDEN = ("os.", "shutil.", "subprocess.", "pty.", "socket.", "signal.", "ctypes.", "mmap.", "resource.")
 _HARMLESS = {"os.listdir", "os.scandir"}  # an import on first use reads folders
+_LONGEST_REASON = 500  # characters
 _MEMORY = 1 << 30  # bytes that grading may take on top of the libraries
 _ALLOWED = (
     ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Name, ast.Call,
@@ -95,9 +100,10 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["task"] == "check":
             check_gold(request["grader"], prompt)
-            return {"score": 1.0}
-        score = grade(request["grader"], prompt, request["text"])
-        return {"memory": True} if _evaluation.out_of_memory else {"score": score}
+            return {"readable": True}
+        started = time.process_time()
+        verdict = grade(request["grader"], prompt, request["text"])
+        return {"memory": True} if _evaluation.out_of_memory else {"verdict": _record(verdict, time.process_time() - started)}
     except UserError as error:
         return {"refused": str(error)}
     except MemoryError:
@@ -106,6 +112,15 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _record(verdict: Verdict, seconds: float) -> dict[str, Any]:
+    """The verdict as JSON; what it quotes of a response is cut, and half a character of it replaced."""
+    record: dict[str, Any] = asdict(verdict) | {"seconds": round(seconds, 6)}
+    for name, longest in (("answer", LONGEST_ANSWER), ("reason", _LONGEST_REASON)):
+        if record[name] is not None:
+            record[name] = record[name][:longest].encode("utf-8", "replace").decode()
+    return record
 
 
 def _load(grader: str) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Z95 = 1.96
-# prompt index -> (total of the figure, number of units it is a mean over)
-Totals = Mapping[int, tuple[float, float]]
+# prompt (its index, or whatever tells prompts apart and has an order) -> (total of the figure, number of units it is a mean over)
+Totals = Mapping[Any, tuple[float, float]]
 
 
 class Interval(NamedTuple):
@@ -72,7 +72,7 @@ def difference_interval(later: Totals, earlier: Totals, z: float = Z95) -> Inter
     return Interval(difference, difference - half, difference + half)
 
 
-def _influence(totals: Totals, prompts: list[int]) -> tuple[float, np.ndarray]:
+def _influence(totals: Totals, prompts: list[Any]) -> tuple[float, np.ndarray]:
     """The ratio, and what each prompt adds to its error, float64 [G]."""
     total_G, units_G = (np.array([totals[prompt][column] for prompt in prompts], np.float64) for column in (0, 1))
     if not units_G.sum():

@@ -7,25 +7,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.cost import read_jsonl, read_stages
+from megatron_opd.cost.meter import read_jsonl, read_stages
 from megatron_opd.errors import UserError
-from megatron_opd.untrusted import read_json
+from megatron_opd.evaluate.over_training import is_error
+from megatron_opd.recipe.evaluation import is_name, output_of
+from megatron_opd.safety.untrusted import read_json
 
 _LARGEST = 1e100
+_BY_POSITION = ("reverse_kl_by_position", "tokens_by_position")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """evaluations (the oldest first), training (rows by stage), stages. Prints what it leaves out; raises UserError if nothing is there."""
-    evaluations = [found for path in sorted((folder / "eval").glob("*.json")) if (found := _read_evaluation(path)) is not None]
+    for path in sorted(output_of(folder).glob("*.json")):
+        print(f"report: {path} is left out: it is of a version without named evaluations; its samples can be read with 'megatron-opd show'")
+    evaluations = [found for path in evaluation_files(folder) if (found := _read_evaluation(path)) is not None]
     training = {
         path.parent.name: rows for path in sorted(folder.glob("*/metrics.jsonl")) if (rows := _rows(path, read_jsonl(path), _is_step))
     }
-    stages = _rows(folder / "stages.jsonl", read_stages(folder / "stages.jsonl"), _is_stage)
+    stages = read_stage_rows(folder)
     if not evaluations and not training and not stages:
         raise UserError(
-            f"{folder}: no run here (no eval/*.json, */metrics.jsonl or stages.jsonl that can be read); give the run_dir of a recipe"
+            f"{folder}: no run here (no eval/*/*.json, */metrics.jsonl or stages.jsonl that can be read); give the run_dir of a recipe"
         )
     return {"evaluations": sorted(evaluations, key=_created), "training": training, "stages": stages}
+
+
+def read_stage_rows(folder: Path) -> list[dict[str, Any]]:
+    """What the stages of a run cost; none where the folder keeps no account. Prints what it leaves out."""
+    path = folder / "stages.jsonl"
+    return _rows(path, read_stages(path), _is_stage)
+
+
+def evaluation_files(folder: Path) -> list[Path]:
+    """The figures in a run's folder, whether they can be read or not."""
+    places = [place for place in sorted(output_of(folder).glob("*")) if is_name(place.name)]  # not stores, which hold JSON files too
+    return [path for place in places for path in sorted(place.glob("*.json"))]
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Figures of the models that one evaluation was made of. Prints what it leaves out."""
+    return [found for path in sorted(folder.glob("*.json")) if (found := _read_evaluation(path)) is not None]
 
 
 def _read_evaluation(path: Path) -> dict[str, Any] | None:
@@ -37,7 +59,9 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
 
 
 def _leave_out(path: Path, why: str) -> None:
-    print(f"report: {path} is left out: {why}; run 'megatron-opd eval' with eval.name={path.stem} again, or delete the file")
+    print(
+        f"report: {path} is left out: {why}; run 'megatron-opd eval RECIPE {path.parent.name} --of {path.stem}' again, or delete the file"
+    )
 
 
 def _rows(path: Path, found: list[dict[str, Any]], is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -72,12 +96,14 @@ def _has_bounds(figure: dict[str, Any]) -> bool:
 
 
 def _is_evaluation(record: Any) -> bool:
-    if not isinstance(record, dict) or not isinstance(record.get("name"), str) or not _are_intervals(record):
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("evaluation", "name")):
+        return False
+    if not _are_intervals(record):
         return False
     against = record.get("against", {"name": "", "num_prompts": 0})
     paired = isinstance(against, dict) and isinstance(against.get("name"), str) and "num_prompts" in against and _are_intervals(against)
     # What older versions wrote lacks these.
-    known = _has_numbers(record.get("sampling", {}), ("temperature", "top_p", "top_k"))
+    known = _has_numbers(record.get("sampling", {}), ("temperature", "top_p", "top_k", "samples_per_prompt"))
     known = known and _has_numbers(record.get("grading", {}), ("timeouts", "errors"))
     return paired and known and all(_is_number(record.get(key)) for key in ("response_length", "stopped_share"))
 
@@ -89,9 +115,11 @@ def _has_numbers(section: Any, names: tuple[str, ...]) -> bool:
 
 def _is_step(row: dict[str, Any]) -> bool:
     """A skipped step has null where there is no number."""
-    values = [value for key, value in row.items() if key != "reverse_kl_by_position"]
-    positions = row.get("reverse_kl_by_position") or []
-    return isinstance(row.get("step"), int) and isinstance(positions, list) and all(v is None or _is_number(v) for v in values + positions)
+    values = [value for key, value in row.items() if key not in _BY_POSITION and not (is_error(key) and isinstance(value, str))]
+    positions = [row.get(key) or [] for key in _BY_POSITION]
+    if not isinstance(row.get("step"), int) or not all(isinstance(found, list) for found in positions):
+        return False
+    return all(value is None or _is_number(value) for value in [*values, *(value for found in positions for value in found)])
 
 
 def _is_stage(row: dict[str, Any]) -> bool:

@@ -39,12 +39,13 @@ def kl_caveat(sampling: dict[str, Any] | None) -> str | None:
 
 
 def describe_grading(grading: dict[str, Any]) -> str:
-    """One line on the responses that scored 0 without being compared, "" if there are none."""
+    """One line on the responses that scored 0 without being compared, with their shares; "" if there are none."""
     parts = [
-        f"{grading[key]} {text}"
+        f"{grading[key]} ({shown(grading[key] / grading['responses'], '.1%')}) {text}"
         for key, text in (
             ("cut", "cut by length"),
             ("unclosed", "that never end their <think>"),
+            ("no_answer", "without an answer"),
             ("timeouts", "over the grader's limit of time or memory"),
             ("errors", "that the grader fails at"),
         )
@@ -52,3 +53,43 @@ def describe_grading(grading: dict[str, Any]) -> str:
     ]
     first = f"; first: {grading['first_fault']}" if grading.get("first_fault") else ""
     return f"graded 0 without a comparison, of {grading['responses']} responses: {', '.join(parts)}{first}" if parts else ""
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A line with accuracy and reverse KL, each with its 95 % interval; further ones on what was graded 0 unseen, and on the baseline."""
+    parts = [f"{heading(result)}:"]
+    if "accuracy" in result:
+        parts.append(f"accuracy {interval(result['accuracy'], '.1%', unit='')}")
+    if "reverse_kl" in result:
+        parts.append(f"reverse KL {interval(result['reverse_kl'], '.4f', unit='')} nat/token{_caveat(result)}")
+    length, stopped = shown(result["response_length"], ".0f"), shown(result["stopped_share"], ".1%")
+    parts.append(f"{length} tokens a response, {stopped} ended by themselves")
+    lines = ["  ".join(parts), describe_grading(result.get("grading", {"responses": 0}))]
+    lines.append(describe_difference(result) if "against" in result else "")
+    return "\n".join(line for line in lines if line)
+
+
+def describe_difference(result: dict[str, Any]) -> str:
+    """One line: change of accuracy and reverse KL against the baseline, paired by prompt, each with its 95 % interval; or why there is none."""
+    against = result["against"]
+    parts = [f"{heading(result)} against {against['name']}"]
+    if "accuracy" in against or "reverse_kl" in against:
+        parts[0] += f", paired over {against['num_prompts']} prompts"
+    parts[0] += ":"
+    if "accuracy" in against:
+        parts.append(f"accuracy {interval(against['accuracy'], '.1f', factor=100, signed=True, unit=' points')}")
+    if "reverse_kl" in against:
+        parts.append(f"reverse KL {interval(against['reverse_kl'], '.4f', signed=True, unit='')} nat/token{_caveat(result)}")
+    if "note" in against:
+        parts.append(str(against["note"]))
+    return "  ".join(parts)
+
+
+def heading(result: dict[str, Any]) -> str:
+    """Evaluation and model."""
+    return f"{result['evaluation']} {result['name']}"
+
+
+def _caveat(result: dict[str, Any]) -> str:
+    caveat = kl_caveat(result["sampling"])
+    return f" ({caveat}: not an unbiased estimate)" if caveat else ""

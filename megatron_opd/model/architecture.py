@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.config import Fp8Config, ParallelConfig, TrainerConfig
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import (
+from megatron_opd.hf.model_config import (
     EXPERT_FIELDS,
     MODEL_TYPES,
     MOST,
@@ -19,6 +18,8 @@ from megatron_opd.hf_config import (
     read_config,
     read_rope,
 )
+from megatron_opd.recipe.layout import Fp8Config, ParallelConfig
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 SUPPORTED = tuple(MODEL_TYPES)
 # Megatron-Core's llama3 RoPE scaling has these built in; another value would be silently another model.

@@ -128,6 +128,9 @@ def install() -> None:
     if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     assert not any(name.startswith("megatron.core") for name in sys.modules), "install() must run before megatron.core is imported"
+    # Transformer Engine's optimizer, which Megatron-Core takes where it can be imported, asks for a GPU.
+    for name in ("transformer_engine", "transformer_engine_torch"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import of it raises ImportError
     # Megatron-Core's jit_fuser is torch.compile, which costs minutes at the start of a small CPU run and gains nothing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}

@@ -12,9 +12,9 @@ from typing import Any
 import megatron.core
 import torch
 
-from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.errors import UserError
 from megatron_opd.model.architecture import Architecture
+from megatron_opd.recipe.layout import Fp8Config, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,16 @@ _NEEDS = {
 }
 
 
+def uses_transformer_engine() -> bool:
+    """True on a GPU with Transformer Engine."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return torch.cuda.is_available() and bool(HAVE_TE)
+
+
 def this_machine() -> Machine:
     """The first GPU and the installed Transformer Engine."""
     from megatron.core.utils import get_te_version
-
-    from megatron_opd.model.student import uses_transformer_engine
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     version = None

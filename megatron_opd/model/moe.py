@@ -13,8 +13,8 @@ import torch
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
-from megatron_opd.config import ParallelConfig
 from megatron_opd.model.architecture import Architecture
+from megatron_opd.recipe.layout import ParallelConfig
 
 # 0.16.1 imports the name only where Transformer Engine is, and then asks whether it is None.
 if not hasattr(moe_utils, "te_general_gemm"):

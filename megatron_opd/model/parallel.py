@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_opd.config import ParallelConfig
 from megatron_opd.errors import ConfigError
-from megatron_opd.processes import LISTENER
+from megatron_opd.recipe.layout import ParallelConfig
+from megatron_opd.safety.processes import LISTENER
 
 
 def start(parallel: ParallelConfig, *, seed: int, timeout_minutes: int = 30) -> torch.device:

@@ -21,15 +21,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from opd_kernels import ChunkLoss, linear_loss, topk_overlap
 from opd_kernels.linear import Observer
 
-from megatron_opd.config import Fp8Config, ParallelConfig, TrainerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.model.accumulation import Fusion, choose_fusion, fuse_accumulation_, has_apex
 from megatron_opd.model.architecture import MADE_IN_PLACE, Architecture
 from megatron_opd.model.attention import core_attention
-from megatron_opd.model.fp8 import fp8_options, this_machine
+from megatron_opd.model.fp8 import fp8_options, this_machine, uses_transformer_engine
 from megatron_opd.model.layers import PackedAttention, RMSNorm, varlen_attention
 from megatron_opd.model.moe import mark_experts, moe_options
 from megatron_opd.model.rope import rotation
+from megatron_opd.recipe.layout import Fp8Config, ParallelConfig
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -292,10 +293,3 @@ def _layer_spec(arch: Architecture, config: TransformerConfig, vp_stage: int | N
 
 def _own_attention(dtype: torch.dtype) -> str:
     return "varlen_attn" if torch.cuda.is_available() and dtype != torch.float32 and varlen_attention() is not None else "SDPA"
-
-
-def uses_transformer_engine() -> bool:
-    """True on a GPU with Transformer Engine."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    return torch.cuda.is_available() and bool(HAVE_TE)

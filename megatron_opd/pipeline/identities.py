@@ -13,14 +13,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_opd.config import EvalStage, SampleStage
 from megatron_opd.data.prompt_files import find_files
 from megatron_opd.data.prompts import read_prompts
-from megatron_opd.durable import write_json
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import fingerprint_model, known_weights
+from megatron_opd.hf.lineage import fingerprint_model, known_weights
+from megatron_opd.recipe.config import EvalStage, SampleStage
 from megatron_opd.records import ModelFingerprint, PromptFile
-from megatron_opd.untrusted import read_object
+from megatron_opd.safety.durable import write_json
+from megatron_opd.safety.untrusted import read_object
 
 IDENTITIES_FILE = "identities.json"
 # Weights of more bytes are not hashed just to tell how far a run is: reading 64 GB takes a minute.
@@ -61,7 +61,7 @@ class Identities:
         if not Path(path).exists():
             return None
         place = f"prompts {os.path.realpath(path)} {sorted(selection.items())}"
-        stamp = _stamp(find_files(path).files)
+        stamp = _stamp(find_files(path, selection.get("split", "train")).files)
         known = self._recall(place, stamp, PromptFile)
         if isinstance(known, PromptFile):
             return known
@@ -104,6 +104,7 @@ def _stamp(paths: Any) -> list[Any]:
 
 def selection_of(config: SampleStage | EvalStage) -> dict[str, Any]:
     """Which prompts of its file a stage takes, as `read_prompts` is told."""
+    selection: dict[str, Any] = {"limit": config.num_prompts, "subset_seed": config.subset_seed, "dates": config.dates}
     if isinstance(config, SampleStage):
-        return {"limit": config.num_prompts, "unique": config.unique_prompts, "share": config.share}
-    return {"limit": config.num_prompts}
+        return selection | {"unique": config.unique_prompts, "share": config.share}
+    return selection | {"split": "test"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.config import Recipe
-from megatron_opd.durable import make_folder, write_json
 from megatron_opd.errors import UserError
 from megatron_opd.pipeline.identities import Identities, Unread, selection_of
 from megatron_opd.pipeline.stores import differences, short
-from megatron_opd.untrusted import read_object
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.safety.durable import make_folder, write_json
+from megatron_opd.safety.untrusted import read_object
 
 INPUTS_FILE = "inputs.json"
 _NOT_OF_INPUTS = {"run_dir"}
@@ -45,7 +45,8 @@ def _identity(recipe: Recipe, identities: Identities) -> dict[str, Any]:
     for role in ("teacher", "student"):
         model = identities.model(getattr(recipe.models, role))
         found[role] = None if model is None else short(model.weights_sha256)
-    for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), ("eval", recipe.eval)):
+    evaluations = ((f"eval.{name}", stage) for name, stage in recipe.eval.items())
+    for name, stage in (("generate", recipe.generate), ("rollout", recipe.rollout), *evaluations):
         if stage is None:
             continue
         prompts = identities.prompts(stage.prompts, **selection_of(stage))

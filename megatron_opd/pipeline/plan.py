@@ -5,15 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 
-from megatron_opd.config import Recipe
 from megatron_opd.errors import ConfigError
 from megatron_opd.pipeline.slurm import job_states, read_jobs
 from megatron_opd.pipeline.stages import Stage, list_stages
 from megatron_opd.pipeline.states import Status
 from megatron_opd.pipeline.status import Survey
-from megatron_opd.redact import redact_override, redact_words
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.safety.redact import redact_override, redact_words
 
 NOT_FINISHED = 3  # exit code
+_WIDTH = 22  # of a label
 
 
 def show_plan(recipe: Recipe, *, typed: list[str], only: str | None = None, number: int | None = None, last: str | None = None) -> int:
@@ -45,10 +46,8 @@ def shown(typed: list[str]) -> list[str]:
 
 
 def select(stages: list[Stage], name: str) -> list[Stage]:
-    """Those that a person means by a label ('train', 'train@3'; 'eval' is all evaluations). Raises ConfigError."""
-    chosen = [stage for stage in stages if stage.label == name] or [
-        stage for stage in stages if stage.name == name or stage.name.startswith(f"{name}-")
-    ]
+    """Those that a person means by a label ('train', 'train@3'; 'eval' is all evaluations, 'eval-aime24' one of each model). Raises ConfigError."""
+    chosen = [stage for stage in stages if stage.is_meant(name)]
     if not chosen:
         raise ConfigError(f"no stage {name!r} in this recipe; there are {', '.join(stage.label for stage in stages)}")
     return chosen
@@ -58,8 +57,9 @@ def lines_of(found: Iterable[Status], queued: dict[str, str] | None = None) -> l
     """One line a stage, and more where there is something to say of it; `queued`: what Slurm says of its job, by label."""
     lines = []
     for status in found:
-        lines.append(f"{status.stage.label:<13} {status.state:<12} {status.amount:<22} {status.where}".rstrip())
-        lines += [f"{'':<13} {text}" for text in (status.stale, status.note, (queued or {}).get(status.stage.label)) if text]
+        lines.append(f"{status.stage.label:<{_WIDTH}} {status.state:<12} {status.amount:<22} {status.where}".rstrip())
+        said = [text for text in (status.stale, status.note, (queued or {}).get(status.stage.label)) if text]
+        lines += [f"{'':<{_WIDTH}} {line}" for text in said for line in text.splitlines()]
     return lines
 
 

@@ -9,11 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_opd.config import Recipe
 from megatron_opd.errors import BRANCH, UserError
 from megatron_opd.pipeline.closing import closing
 from megatron_opd.pipeline.plan import NOT_FINISHED, lines_of, select, shown
@@ -21,21 +20,25 @@ from megatron_opd.pipeline.set_aside import set_aside
 from megatron_opd.pipeline.stages import RECIPE, Stage, list_stages
 from megatron_opd.pipeline.states import Status
 from megatron_opd.pipeline.status import Survey
-from megatron_opd.processes import STOP_SIGNALS, has_gpu
-from megatron_opd.stored_recipe import store_recipe
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.stored import store_recipe
+from megatron_opd.safety.processes import STOP_SIGNALS, has_gpu
 
 # The package that runs here, whatever folder of that name lies where one stands; ended with the process that started it, kill -9 included.
 _CHILD = (
     "import sys; parent, root = sys.argv.pop(1), sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); "
-    "from megatron_opd.processes import end_with_parent; end_with_parent(int(parent)); from megatron_opd.__main__ import run; sys.exit(run())"
+    "from megatron_opd.safety.processes import end_with_parent; end_with_parent(int(parent)); from megatron_opd.__main__ import run; sys.exit(run())"
 )
 
 
-def run_recipe(recipe: Recipe, *, typed: list[str], first: str | None = None, last: str | None = None) -> int:
+CommandLine = Callable[[list[str]], int]  # the words after megatron-opd; returns the exit code
+
+
+def run_recipe(recipe: Recipe, command_line: CommandLine, *, typed: list[str], first: str | None = None, last: str | None = None) -> int:
     """Do what is left up to stage `last`; returns the exit code of the first stage that fails, or NOT_FINISHED where one stopped early.
 
     Stale stages from `first` on are made again, and so is what was made of them; what they made before is set aside. Earlier ones are taken
-    as they are. Without `first`, a stale stage is refused. `typed`: recipe and overrides as they were given. Raises UserError.
+    as they are. Without `first`, a stale stage is refused. `typed`: recipe and overrides as they were given. `command_line` runs a stage in this process. Raises UserError.
     """
     started = time.monotonic()
     stages = list_stages(recipe)
@@ -46,14 +49,14 @@ def run_recipe(recipe: Recipe, *, typed: list[str], first: str | None = None, la
     with _alone(recipe):
         _refuse_stale(recipe, begin, end, typed)  # before its settings are kept
         store_recipe(recipe, whole=True)
-        code = _do(recipe, begin, end, typed)
+        code = _do(recipe, command_line, begin, end, typed)
     if code == 0 and end == len(stages):
         print(f"\n{closing(recipe)}\n\n{time.monotonic() - started:.0f} s in all")
         print(f"report: {Path(recipe.run_dir) / 'report' / 'report.html'}")
     return code
 
 
-def _do(recipe: Recipe, begin: int | None, end: int, typed: list[str]) -> int:
+def _do(recipe: Recipe, command_line: CommandLine, begin: int | None, end: int, typed: list[str]) -> int:
     """The first stage that is not settled, again and again: what was set aside may send one back."""
     said: set[str] = set()
     while True:
@@ -71,7 +74,9 @@ def _do(recipe: Recipe, begin: int | None, end: int, typed: list[str]) -> int:
         if status.stale is not None:
             _make_again(recipe, found, number)
             continue
-        code = _run_stage(recipe, _with_its_round(recipe, status.stage, found[:end]), typed, place=f"{number + 1}/{end}")
+        due = [other for one, other in enumerate(found[number:end], number) if _is_due(other, one, begin) and other.stale is None]
+        stage = _with_its_model(_with_its_round(recipe, status.stage, found[:end]), [other.stage for other in due])
+        code = _run_stage(recipe, stage, command_line, typed, place=f"{number + 1}/{end}")
         if code:
             return code
         after = Survey(recipe).stages(begin or 0)[number]
@@ -121,22 +126,28 @@ def _refusal(recipe: Recipe, status: Status, typed: list[str]) -> str:
 
 def _with_its_round(recipe: Recipe, stage: Stage, until: list[Status]) -> Stage:
     """With `rounds.keep_alive` all rounds by one command, once the engines were compared on the first rollouts, unless --until ends before the last."""
-    first = stage.round == 1 and stage.name in ("rollout", "score")
+    first = stage.round == 1 and stage.name in ("rollout", "score", "derive")
     all_of_them = any(status.stage.name == "opd-hf" and status.stage.round == recipe.rounds.count for status in until)
     if stage.round is None or first or not recipe.rounds.keep_alive or not all_of_them:
         return stage
     return replace(stage, words=("rounds", RECIPE), runs_on="train")
 
 
-def _run_stage(recipe: Recipe, stage: Stage, typed: list[str], *, place: str) -> int:
+def _with_its_model(stage: Stage, due: list[Stage]) -> Stage:
+    """Evaluations of one model that are due by one command, which loads the model once."""
+    if stage.evaluation is None or stage.model is None:
+        return stage
+    names = [other.evaluation for other in due if other.model == stage.model and other.evaluation is not None]
+    return replace(stage, words=("eval", RECIPE, *names, "--of", stage.model))
+
+
+def _run_stage(recipe: Recipe, stage: Stage, command_line: CommandLine, typed: list[str], *, place: str) -> int:
     """The exit code of the stage's command. A person would give the run's folder for the recipe, which does not keep secrets."""
     words, by_folder = stage.command(typed[0], typed[1:]), stage.command(recipe.run_dir, [])
     print(f"\n[{place}] {stage.label}\n$ {shlex.join(['megatron-opd', *by_folder])}", flush=True)
     if stage.runs_on != "cpu" and has_gpu():
         return _in_a_process(words)
-    from megatron_opd.cli import main
-
-    return main(words)
+    return command_line(words)
 
 
 def _in_a_process(words: list[str]) -> int:

@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_opd.config import EvalStage, Recipe, require
 from megatron_opd.data.location import Location
-from megatron_opd.durable import make_folder, sync
 from megatron_opd.errors import UserError
-from megatron_opd.pipeline.stages import Stage, evaluation_of, recipe_of
-from megatron_opd.rounds import ROUND_FILE, student_after
+from megatron_opd.pipeline.stages import Stage, evaluation_at, recipe_of
+from megatron_opd.recipe.config import Recipe, require
+from megatron_opd.recipe.rounds import ROUND_FILE, student_after
+from megatron_opd.safety.durable import make_folder, sync
 
 FOLDER = "set_aside"
 
@@ -85,15 +85,16 @@ def _results(recipe: Recipe, stage: Stage) -> list[Path]:
         return [_local(require(recipe.rollout, "rollout").store)]
     if name == "score":
         return sorted(_local(recipe.score.store).glob(f"parts/*/teacher/{recipe.score.teacher}"))
+    if name == "derive":
+        return sorted(path for derived in recipe.score.derived for path in _local(recipe.score.store).glob(f"parts/*/teacher/{derived}"))
     if name == "engines":
         return [_local(require(recipe.rollout, "rollout").store) / "calibration.json"]
     if name in ("sft", "train"):
         return [Path(getattr(recipe, name).output)]
     if name in ("sft-hf", "opd-hf"):
         return [Path(require(recipe.rollout, "rollout").model if name == "sft-hf" else student_after(recipe, stage.round))]
-    if name.startswith("eval-"):
-        config: EvalStage = require(evaluation_of(recipe, name.removeprefix("eval-")).eval, "eval")
-        return [Path(config.output) / f"{config.name}.json", Path(config.output) / f"{config.name}.opd.zarr"]
+    if stage.evaluation is not None:
+        return evaluation_at(recipe, stage).results
     return []
 
 

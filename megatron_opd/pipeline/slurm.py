@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_opd.cluster import SlurmConfig, check_gpus_template
-from megatron_opd.config import Recipe
-from megatron_opd.cost import read_jsonl
+from megatron_opd.cost.meter import read_jsonl
 from megatron_opd.errors import ConfigError, UserError
-from megatron_opd.pipeline.stages import RECIPE, Stage, list_stages
-from megatron_opd.redact import redact_override, redact_words
+from megatron_opd.evaluate.chosen import check_code_allowed
+from megatron_opd.pipeline.stages import RECIPE, Stage, list_stages, made_by, upstream
+from megatron_opd.recipe.cluster import SlurmConfig, check_gpus_template
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.safety.redact import redact_override, redact_words
 
 RECORDS = "slurm_jobs.jsonl"  # in the run folder
 SCRIPT = "slurm/stage.sh"
@@ -129,9 +130,10 @@ def plan_jobs(
             raise ConfigError(f"the job engines can't run: {reason}")
         stages = [stage for stage in stages if stage.name != "engines"]
     check_layout(recipe, cluster)
+    check_code_allowed({name: recipe.eval[name] for name in dict.fromkeys(stage.evaluation for stage in stages) if name is not None})
     jobs: list[Job] = []
     for stage in stages:
-        after = _needs(stage, jobs)
+        after = _needs(recipe, stage, jobs)
         if stage.runs_on == "train":
             check = _check_before(stage, name, overrides, cluster)
             jobs.append(_job(check, check.label, recipe, name, overrides, cluster, after))
@@ -150,12 +152,12 @@ def select_stages(stages: list[Stage], first: str | None, last: str | None) -> l
         name, sign, number = first.partition("@")
         first = f"{_CHECKS[name]}{sign}{number}"
     for label in (first, last):
-        if label is not None and not any(label in (stage.label, stage.name) for stage in stages):
+        if label is not None and not any(stage.is_meant(label) for stage in stages):
             raise UserError(f"no stage {label!r} in this recipe; there are: {', '.join(stage.label for stage in stages)}")
     if first is not None:
-        begin = next(number for number, stage in enumerate(stages) if first in (stage.label, stage.name))
+        begin = next(number for number, stage in enumerate(stages) if stage.is_meant(first))
     if last is not None:
-        end = max(number for number, stage in enumerate(stages, start=1) if last in (stage.label, stage.name))
+        end = max(number for number, stage in enumerate(stages, start=1) if stage.is_meant(last))
     if begin >= end:
         raise UserError(f"stage {last!r} comes before {first!r}; the order is: {', '.join(stage.label for stage in stages)}")
     return stages[begin:end]
@@ -201,18 +203,17 @@ def check_layout(recipe: Recipe, cluster: Cluster) -> None:
         raise ConfigError("these jobs can't run as asked:" + "".join(f"\n  - {fault}" for fault in faults))
 
 
-def _needs(stage: Stage, jobs: list[Job]) -> tuple[str, ...]:
+def _needs(recipe: Recipe, stage: Stage, jobs: list[Job]) -> tuple[str, ...]:
     """The jobs before `stage`: an evaluation waits for its model (and for its baseline), the report for all, others for the one before."""
     chain = [job.label for job in jobs if not job.label.startswith("eval-")]
     evaluations = [job.label for job in jobs if job.label.startswith("eval-")]
     if stage.name == "report":
         return tuple(chain[-1:] + evaluations)
-    if not stage.name.startswith("eval-"):
+    if stage.evaluation is None:
         return tuple(chain[-1:])
-    made_by = {"eval-teacher": "inputs", "eval-sft": "sft-hf"}.get(stage.name, "opd-hf")
-    model = [label for label in chain if label.partition("@")[0] == made_by][-1:]
-    baseline = [label for label in evaluations if label == "eval-sft" and made_by == "opd-hf"]
-    return tuple(model + baseline)
+    there = [job.label for job in jobs]
+    needed = [name if number is None else f"{name}@{number}" for name, number in upstream(stage, recipe)]
+    return tuple(label for label in ([] if made_by(recipe, stage) else ["inputs"]) + needed if label in there)
 
 
 def _check_before(stage: Stage, name: str, overrides: list[str], cluster: Cluster) -> Stage:
@@ -240,7 +241,7 @@ def _job(stage: Stage, label: str, recipe: Recipe, name: str, overrides: list[st
         options.append(cluster.gpus(1 if stage.runs_on == "one" else section.gpus_per_node))
     if stage.runs_on in ("serve", "train"):
         options += section.gpu_options
-    kind = "cpu" if stage.runs_on == "cpu" else "eval" if stage.name.startswith("eval-") else stage.name
+    kind = "cpu" if stage.runs_on == "cpu" else "eval" if stage.evaluation is not None else stage.name
     options += [f"--time={getattr(section.time, kind)}", *section.options]
     before, after_all = _servers(stage, recipe, cluster)
     words = stage.command(name, [*before, *overrides, *after_all])
@@ -288,7 +289,7 @@ def show_plan(jobs: Sequence[Job], recipe: Recipe, cluster: Cluster) -> list[str
     for job in jobs:
         after = [f"--dependency=afterok:{':'.join(f'<{label}>' for label in job.after)}", "--kill-on-invalid-dep=yes"] if job.after else []
         words = [*job.options, *job.script[:3], *_shown(job.words)]
-        lines.append(f"{job.label:<12} {' '.join(['sbatch', *after, shlex.join(words)])}")
+        lines.append(f"{job.label:<20} {' '.join(['sbatch', *after, shlex.join(words)])}")
     return lines
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_opd.config import Recipe
 from megatron_opd.pipeline.stages import Stage, upstream
 from megatron_opd.pipeline.stores import Glance
+from megatron_opd.recipe.config import Recipe
 from megatron_opd.store_records import Excluded
 
 # Their results are needed only until the next stage has made its own.
-_PASSING = ("inputs", "generate", "sft", "rollout", "score", "engines", "train")
+_PASSING = ("inputs", "generate", "sft", "rollout", "score", "derive", "engines", "train")
 
 
 @dataclass(frozen=True)

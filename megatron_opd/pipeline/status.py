@@ -11,28 +11,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.checksums import content_id
-from megatron_opd.config import EvalStage, Recipe, SampleStage, TrainerConfig, TrainStage, require
+from megatron_opd.checkpoints.checksums import content_id
+from megatron_opd.checkpoints.saved import find_checkpoint, latest_checkpoint, read_state
 from megatron_opd.data.calibration import read_calibration, servers_differ
 from megatron_opd.data.identity import rollouts_id, sums_of
 from megatron_opd.data.joined import open_training_stores, show_stores
 from megatron_opd.data.joining import as_of, flat
 from megatron_opd.data.location import Location
-from megatron_opd.data.order import num_steps
+from megatron_opd.data.manifests import source_id
+from megatron_opd.data.order import TrainingOrder, num_steps, order_settings
+from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
-from megatron_opd.lineage import ORIGIN_FILE
+from megatron_opd.evaluate.chosen import code_refusal
+from megatron_opd.evaluate.grade import GRADING
+from megatron_opd.evaluate.run_files import evaluation_files
+from megatron_opd.hf.lineage import ORIGIN_FILE
 from megatron_opd.pipeline.identities import Identities, Unread, selection_of
 from megatron_opd.pipeline.inputs_record import inputs_difference
-from megatron_opd.pipeline.stages import Stage, evaluation_of, list_stages, recipe_of
+from megatron_opd.pipeline.stages import Stage, evaluation_at, list_stages, recipe_of
 from megatron_opd.pipeline.states import Status, mark_gone, pass_on_staleness, quarantined
 from megatron_opd.pipeline.stores import Glance, differences, glance, glance_at_all, prompt_difference, sampling_differences, short
-from megatron_opd.pipeline.trainings import FIXED, as_of_round, differs, of_round, other_scores, settings
+from megatron_opd.pipeline.trainings import as_of_round, differs, of_round, other_scores, settings
+from megatron_opd.recipe.config import Recipe, SampleStage, require
+from megatron_opd.recipe.evaluation import Evaluation
+from megatron_opd.recipe.rounds import ROUND_FILE, entry_of, read_entries, round_folder, round_steps, student_after
+from megatron_opd.recipe.training_stages import TrainerConfig, TrainStage
 from megatron_opd.records import ModelFingerprint, SamplingParams
-from megatron_opd.redact import public_address
-from megatron_opd.rounds import ROUND_FILE, entry_of, read_entries, round_folder, round_steps, student_after
-from megatron_opd.saved import find_checkpoint, latest_checkpoint, read_state
+from megatron_opd.safety.redact import public_address
+from megatron_opd.safety.untrusted import read_object
 from megatron_opd.store_records import StoreManifest
-from megatron_opd.untrusted import read_object
 
 
 class Survey:
@@ -48,6 +55,7 @@ class Survey:
             "sft-hf": lambda stage, recipe: self._converted(stage, recipe.sft.output, require(recipe.rollout, "rollout").model),
             "rollout": self._rolled_out,
             "score": self._scored,
+            "derive": self._derived,
             "engines": self._compared,
             "train": lambda stage, recipe: self._trained(stage, recipe.train),
             "opd-hf": lambda stage, recipe: self._converted(stage, recipe.train.output, student_after(self.recipe, stage.round)),
@@ -105,16 +113,16 @@ class Survey:
         trained = {
             models.teacher: "the teacher was replaced",
             self.recipe.rollout.model if self.recipe.rollout else "": "the student was fine-tuned again",
-            self.recipe.eval.model if self.recipe.eval else "": "the student was trained again",
+            **{student_after(self.recipe, number): "the student was trained again" for number in range(1, self.recipe.rounds.count + 1)},
         }
         return f"{trained.get(directory, f'{directory} is another model')} since ({short(weights)} -> {short(model.weights_sha256)})"
 
     def _inputs(self, stage: Stage, recipe: Recipe) -> Status:
-        status = Status(stage, "")
+        status = Status(stage, "", note=code_refusal(recipe.eval))
         difference = inputs_difference(recipe, self.identities)
         if difference is None:
             return status
-        return replace(status, done=1, total=1, outdated=bool(difference), note=difference or None)
+        return replace(status, done=1, total=1, outdated=bool(difference), note=difference or status.note)
 
     def _generated(self, stage: Stage, recipe: Recipe) -> Status:
         return self._sampled(stage, require(recipe.generate, "generate"), recipe.sft.max_response_tokens)
@@ -157,7 +165,7 @@ class Survey:
             return ""
         return "; it is the beginning of that, and --extend makes what is new alone"
 
-    def _other_prompts(self, there: StoreManifest, config: SampleStage | EvalStage) -> str | None:
+    def _other_prompts(self, there: StoreManifest, config: SampleStage | Evaluation) -> str | None:
         return prompt_difference(there.prompts, self.identities.prompts(config.prompts, **selection_of(config)))
 
     def _scored(self, stage: Stage, recipe: Recipe) -> Status:
@@ -173,6 +181,25 @@ class Survey:
         )
         candidates = {record.top_k for record in found.scores.values()}
         return replace(status, stale=differs([text for there in sorted(candidates) for text in differences(there, config.top_k, "top_k")]))
+
+    def _derived(self, stage: Stage, recipe: Recipe) -> Status:
+        config = recipe.score
+        status, source = Status(stage, "parts", public_address(config.store)), glance(config.store, config.teacher)
+        if source is None:
+            return status
+        status = replace(status, total=source.manifest.num_parts * len(config.derived))
+        for name, section in config.derived.items():
+            found, wanted = glance(config.store, name), section.derivation(config.teacher)
+            records = [] if found is None else list(found.scores.values())
+            status = replace(status, done=status.done + len(records))
+            for derived in (record.derived for record in records):
+                if derived is None:
+                    return replace(status, stale=f"{name!r} are scores of a model; give the derived teacher another name")
+                if changed := differences(derived.derivation.model_dump(), wanted.model_dump()):
+                    return replace(status, stale=differs([f"{name}: {text}" for text in changed]))
+            if any(record.derived and record.derived.source_id != source_id(source.parts, source.scores) for record in records):
+                status = replace(status, outdated=True, note=f"the scores that {name!r} is made of are others since")
+        return status
 
     def _other_teacher(self, directory: str, found: Glance) -> str | None:
         """What to say if scores are of another model than the one in `directory`."""
@@ -197,7 +224,10 @@ class Survey:
         data = glance_at_all(config.store, teacher)  # may be gone when the run is finished
         steps = config.steps
         if steps is None and data is not None:
-            steps = num_steps(data.num_rollouts, global_batch=config.global_batch, epochs=config.epochs)
+            if config.global_batch is not None:
+                steps = num_steps(data.num_rollouts, step=config.global_batch, epochs=config.epochs)
+            elif data.num_rollouts:  # in tokens the lengths are needed
+                steps = TrainingOrder.of(_reader(config, teacher), config).num_steps(config.epochs)
         notes = found.notes[:-1]  # the last says which one is taken
         status = Status(stage, "steps", str(found.checkpoint or config.output), done, steps or int(state.get("steps", 0)))
         if found.checkpoint is None:
@@ -230,7 +260,9 @@ class Survey:
             known = objective.get(role, {}) if directory is not None else {}
             if directory is not None and (why := self._replaced(directory, known.get("weights"), known.get("tokens"))) is not None:
                 return why
-        wanted: dict[str, Any] = {key: getattr(config, key) for key in FIXED}
+        wanted = order_settings(config)
+        if not finished:
+            wanted["distributed_optimizer"] = config.distributed_optimizer  # no result depends on it, but no resume can change it
         if isinstance(config, TrainStage):
             wanted["loss"] = config.loss.model_dump(mode="json")
         there = {**fixed, "loss": objective.get("loss", {})}
@@ -244,7 +276,8 @@ class Survey:
     def _teacher_of(self, config: TrainerConfig) -> str | None:
         """The directory of the teacher that a training learns from, None where the recipe does not say."""
         if isinstance(config, TrainStage):
-            return self.recipe.score.model if self.recipe.score.teacher == config.teacher else None
+            scoring = self.recipe.score
+            return scoring.model if config.teacher in (scoring.teacher, *scoring.derived) else None
         return self.recipe.generate.model if self.recipe.generate is not None else None
 
     def _other_rollouts(self, fixed: dict[str, Any], config: TrainerConfig, data: Glance, teacher: str | None) -> str | None:
@@ -252,7 +285,7 @@ class Survey:
             return None
         excluded = [[part, len(record.excluded), record.max_tokens] for part, record in data.scores.items()]
         key = f"rollouts {sums_of(data.parts)} {excluded}"
-        now = self.identities.hash_of(key, lambda: rollouts_id(open_training_stores(config.store, teacher)))
+        now = self.identities.hash_of(key, lambda: rollouts_id(_reader(config, teacher)))
         if recorded == now:
             return None
         return f"the rollouts in {show_stores(config.store)} are others since ({short(recorded)} -> {short(now)})"
@@ -284,8 +317,8 @@ class Survey:
         )
 
     def _evaluated(self, stage: Stage, recipe: Recipe) -> Status:
-        config = require(evaluation_of(recipe, stage.name.removeprefix("eval-")).eval, "eval")
-        path, store = Path(config.output) / f"{config.name}.json", f"{config.output}/{config.name}.opd.zarr"
+        config = evaluation_at(recipe, stage)
+        path, store = config.record, config.store
         status, record, found = Status(stage, "", str(path)), _read(path), glance(store)
         if record:
             status = replace(status, done=1, total=1)
@@ -303,9 +336,10 @@ class Survey:
             changed.append(prompts)
         if (stale := differs(changed)) is None and config.teacher is not None and (scored := glance(store, "teacher")) is not None:
             stale = self._other_teacher(config.teacher, scored)
-        graded = differences(record.get("grader", "none"), config.grader, "grader") if record else []
-        graded += differences(record.get("against", {}).get("name"), config.baseline, "baseline") if record else []
-        return replace(status, stale=stale, outdated=bool(graded), note=f"graded anew: {'; '.join(graded)}" if graded else None)
+        again = _other_figures(record, config) if record else []
+        return replace(
+            status, stale=stale, outdated=bool(again), note=f"made again from the same samples: {'; '.join(again)}" if again else None
+        )
 
     def _reported(self, stage: Stage, recipe: Recipe) -> Status:
         folder = Path(recipe.run_dir)
@@ -314,9 +348,29 @@ class Survey:
         if not page.exists():
             return status
         outputs = [Path(recipe.sft.output), Path(recipe.train.output)]
-        read = [*folder.glob("eval/*.json"), *(path for output in outputs if (path := output / "metrics.jsonl").exists())]
+        read = [*evaluation_files(folder), *(path for output in outputs if (path := output / "metrics.jsonl").exists())]
         newer = [path for path in read if path.stat().st_mtime_ns > page.stat().st_mtime_ns]
         return replace(status, done=1, total=1, outdated=bool(newer), note=f"{newer[0]} is newer" if newer else None)
+
+
+def _reader(config: TrainerConfig, teacher: str | None) -> StoreReader:
+    """The rollouts of a training. That a derived teacher is stale is what the stage 'derive' says, and mends."""
+    return open_training_stores(config.store, teacher, allow_stale=True)
+
+
+def _other_figures(record: dict[str, Any], config: Evaluation) -> list[str]:
+    """What the figures of an evaluation lack, or were made otherwise than now; what records of older versions don't say is not known."""
+    found = differences(record.get("grader", "none"), config.grader, "grader")
+    if config.grader != "none":
+        now: dict[str, Any] = {"grading_version": GRADING}
+        now |= {"limits": config.code.model_dump(mode="json")} if config.grader == "code" else {"grading_seconds": config.grading_seconds}
+        known = {field: wanted for field, wanted in now.items() if record.get(field) is not None}
+        found += [
+            text for field, wanted in known.items() for text in differences(record[field], wanted, "code" if field == "limits" else field)
+        ]
+    if config.teacher is not None and "reverse_kl" not in record:
+        found.append("the reverse KL to the teacher is missing")
+    return found + differences(record.get("against", {}).get("name"), config.baseline, "baseline")
 
 
 def training_status(recipe: Recipe, name: str, number: int | None = None) -> Status:

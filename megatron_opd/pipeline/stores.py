@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.config import EvalStage, SampleStage
 from megatron_opd.data.joined import store_list
 from megatron_opd.data.location import Location
 from megatron_opd.data.manifests import part_id, part_number, read_manifest, read_part, read_scores
-from megatron_opd.inference import EncodingConfig
+from megatron_opd.recipe.config import EvalStage, SampleStage
+from megatron_opd.recipe.inference import EncodingConfig
 from megatron_opd.records import PromptFile, SamplingParams
 from megatron_opd.store_records import PartManifest, ScoreManifest, StoreManifest
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_opd.config import TrainerConfig
 from megatron_opd.data.identity import scores_hash
 from megatron_opd.data.joined import show_stores
-from megatron_opd.objective import RoundsConfig
 from megatron_opd.pipeline.stores import Glance, differences, short
-from megatron_opd.rounds import RoundEntry
+from megatron_opd.recipe.objective import RoundsConfig
+from megatron_opd.recipe.rounds import RoundEntry
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 if TYPE_CHECKING:
     from megatron_opd.pipeline.states import Status
@@ -23,6 +23,9 @@ _HOW_IT_RUNS = {
     "keep_every",
     "keep_last",
     "log_every",
+    "log_group",
+    "log_name",
+    "log_tags",
     "loggers",
     "loss_chunk_tokens",
     "max_engine_gap",
@@ -38,7 +41,6 @@ _HOW_IT_RUNS = {
     "steps",
     "wandb_project",
 }
-FIXED = ("seed", "global_batch", "max_response_tokens")
 
 
 def of_round(status: Status, entry: RoundEntry, steps: int) -> Status:

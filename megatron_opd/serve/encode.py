@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from megatron_opd.errors import UserError
-from megatron_opd.inference import EncodingConfig
+from megatron_opd.hf.turns import confined_texts, render
+from megatron_opd.recipe.inference import EncodingConfig
 from megatron_opd.records import Prompt
 from megatron_opd.serve.rendered import Messages, check_printed
-from megatron_opd.turns import confined_texts, render
 
 
 def uses_template(prompt: Prompt, config: EncodingConfig) -> bool:
@@ -63,7 +63,7 @@ def find_overlong(encoded: Sequence[np.ndarray], prompts: Sequence[Prompt], conf
 
 def describe_encoding(tokenizer: Any, prompts: Sequence[Prompt], config: EncodingConfig) -> list[str]:
     """What people may not expect of how these prompts reach the model, a line each."""
-    lines = []
+    lines = [] if config.question is None else [f"questions are put to the model as {config.question!r}"]
     if tokenizer.chat_template is None:
         return lines
     as_text = sum(not uses_template(prompt, config) for prompt in prompts)
@@ -96,12 +96,13 @@ def _encode_text(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> list
         raise UserError(f"encoding.{lost[0]} needs the chat template (encoding.chat_template='always')")
     if prompt.tools:
         raise UserError(f"prompt {prompt.index} has tools, which only a chat template prints; set encoding.chat_template='always'")
-    ids = tokenizer(prompt.content, add_special_tokens=False)["input_ids"]
-    full = tokenizer(prompt.content)["input_ids"]
+    text = config.put(prompt.content)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    full = tokenizer(text)["input_ids"]
     starts = [start for start in range(len(full) - len(ids) + 1) if full[start : start + len(ids)] == ids]
     if not starts:
         raise UserError(
-            f"prompt {prompt.index}: {tokenizer.name_or_path} reads it otherwise with special tokens than without; mend its files"
+            f"prompt {prompt.index}: {tokenizer.name_or_path} encodes the text differently with special tokens than without; fix its files"
         )
     before = full[: starts[0]]
     return ids if ids[: len(before)] == before else before + ids
@@ -148,6 +149,11 @@ def _messages_of(tokenizer: Any, prompt: Prompt, config: EncodingConfig) -> Mess
             raise UserError(
                 f"{where} ends in a tool call of the assistant's, which nothing can go on from; remove it, or add the tool's result"
             )
+    if config.question is not None:
+        place = next((number for number in reversed(range(len(messages))) if messages[number]["role"] == "user"), None)
+        if place is None:
+            raise UserError(f"{where} has no user message, which encoding.question is for; leave that out, or the prompt")
+        messages[place] = {**messages[place], "content": config.put(messages[place]["content"])}
     if not _knows_developer(tokenizer):
         messages = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
     if config.system is not None:

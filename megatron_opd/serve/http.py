@@ -14,7 +14,7 @@ import aiohttp
 import orjson
 
 from megatron_opd.errors import EngineError
-from megatron_opd.untrusted import printable
+from megatron_opd.safety.untrusted import printable
 
 CONNECT_SECONDS = 10.0
 # The servers close idle connections after 5 s; let go of them first, or the next request meets a closed one.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_opd.errors import EngineError, LineageError
+from megatron_opd.safety.untrusted import is_deep
 from megatron_opd.serve.http import said
-from megatron_opd.untrusted import is_deep
 
 # Two engines of one model differ by some 0.03 nats a token in bf16, other models by more than one: see `check_probe`.
 PROBE_TOKENS = 48

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_opd.config import RolloutStage, SampleStage
-from megatron_opd.cost import StageCost, provenance
+from megatron_opd.cost.meter import StageCost, provenance
 from megatron_opd.data.imported import (
     ImportedRow,
     check_same_import,
@@ -28,15 +27,17 @@ from megatron_opd.data.manifests import read_manifest
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_part
 from megatron_opd.errors import ConfigError, UserError
-from megatron_opd.inference import EncodingConfig, EngineConfig
-from megatron_opd.lineage import fingerprint_model, load_tokenizer
+from megatron_opd.hf.lineage import fingerprint_model, load_tokenizer
+from megatron_opd.hf.turns import Turns, describe_tokens, generation_prompt, resolve_encoding
+from megatron_opd.recipe.config import RolloutStage, SampleStage
+from megatron_opd.recipe.inference import EncodingConfig, EngineConfig
 from megatron_opd.records import Finish, Lineage, Rollout, check_ending
 from megatron_opd.serve.encode import encode_prompts, uses_template
-from megatron_opd.serve.engine import Failed, ScoreRequest, open_engine
+from megatron_opd.serve.engine import Failed, ScoreRequest
+from megatron_opd.serve.opening import open_engine
 from megatron_opd.serve.sample import account, prompt_format, say_result, student_lineage
 from megatron_opd.serve.stage import Bar, ModelGuard, Shard, closing_engine, engine_meter, quarantine
 from megatron_opd.store_records import Excluded, StoreManifest
-from megatron_opd.turns import Turns, describe_tokens, generation_prompt, resolve_encoding
 
 _NAME = "import"
 
@@ -78,14 +79,14 @@ def import_responses(
     That the model made them is declared, and recorded so. Log-probabilities are the rows', or computed with the model if no row has any
     or `compute_log_probs`. Goes on where an earlier run stopped. Raises UserError naming file, row and field.
     """
-    if stage.sampling.samples_per_prompt != 1 or stage.unique_prompts:
+    if stage.sampling.samples_per_prompt != 1 or stage.unique_prompts or stage.subset_seed is not None:
         raise ConfigError(
-            "each row of an imported file is a prompt of its own with one response; leave samples_per_prompt and unique_prompts out"
+            "each row of an imported file is a prompt of its own with one response; leave samples_per_prompt, unique_prompts and subset_seed out"
         )
     rows = read_responses(stage.prompts, limit=stage.num_prompts, field=field)
     declares = not compute_log_probs and _have_log_probs(rows)
     fingerprint, tokenizer = fingerprint_model(stage.model), load_tokenizer(stage.model)
-    lineage, allowed = _declared_lineage(stage, fingerprint.short())
+    lineage, allowed = declared_lineage(stage, fingerprint.short())
     templated = _templated(tokenizer, rows, stage.encoding)
     turns, lineage = prompt_format(stage, tokenizer, templated, lineage, allow_mismatch=allowed, section="rollout")
     prompts = prompts_of(stage.prompts, rows)
@@ -118,7 +119,7 @@ def import_responses(
     ends = describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)
     print(f"{_NAME}: {len(rows)} responses of {fingerprint.short()}, as declared; they end at {ends}")
     if role == "student" and (texts := sum(row.response is not None for row in rows)):
-        print(f"WARNING: {texts} responses are text: their token ids are made anew, and may be others than those that the student sampled")
+        print(f"WARNING: {texts} responses are text: they are tokenised again, and the ids may differ from those that the student sampled")
     parts = {part: manifest.prompt_range(part) for part in todo}
     encoded = _encode(tokenizer, rows, [row for numbers in parts.values() for row in numbers], turns, stage, fingerprint.vocab_size)
 
@@ -198,12 +199,12 @@ def _have_log_probs(rows: Sequence[ImportedRow]) -> bool:
     return not without
 
 
-def _declared_lineage(stage: SampleStage, model: str) -> tuple[Lineage, bool]:
-    """Lineage of the responses, and whether another prompt format than the SFT answers' is allowed."""
+def declared_lineage(stage: SampleStage, model: str, how: str = "imported") -> tuple[Lineage, bool]:
+    """Lineage of responses that are declared to be `model`'s, and whether another prompt format than the SFT answers' is allowed."""
     if not isinstance(stage, RolloutStage):
         return Lineage(sft_teacher_declared=True), False
     lineage = student_lineage(stage)
-    said = f"rollouts were imported: that {model} made them is declared"
+    said = f"rollouts were {how}: that {model} made them is declared"
     return lineage.model_copy(update={"overrides": [*lineage.overrides, said]}), stage.allow_template_mismatch
 
 
@@ -285,7 +286,7 @@ def _encode_response(tokenizer: Any, row: ImportedRow, prompt: np.ndarray, turns
     try:
         check_ending(tokens, finish, stop_ids)
     except ValueError as error:
-        raise UserError(f"{row.where}: {row.field!r}: {error}; name further ones with sampling.stop_token_ids, or mend the row") from None
+        raise UserError(f"{row.where}: {row.field!r}: {error}; name further ones with sampling.stop_token_ids, or fix the row") from None
     return tokens, finish
 
 

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from megatron_opd.errors import EngineError
-from megatron_opd.inference import EngineConfig, LaunchConfig
-from megatron_opd.redact import NOT_KEPT, secret_values
-from megatron_opd.untrusted import printable
+from megatron_opd.recipe.inference import EngineConfig, LaunchConfig
+from megatron_opd.safety.redact import NOT_KEPT, secret_values
+from megatron_opd.safety.untrusted import printable
 
 STOP_SECONDS = 30.0
 TAIL_BYTES = 3000
@@ -131,15 +131,17 @@ class ServerProcess:
 
     def stop(self) -> None:
         """SIGTERM, on which SGLang ends its own children; then SIGKILL to what is left of its session, which is ours alone."""
-        if self._process is None:
+        process = self._process  # two callers may end it at once
+        if process is None:
             return
-        self._process.terminate()
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
+            process.wait(STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._process = None
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if self._process is process:
+            self._process = None
 
 
 def check_program(launch: LaunchConfig) -> None:

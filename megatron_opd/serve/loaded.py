@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import MODEL_TYPES, read_rope, spell_for_all
+from megatron_opd.hf.model_config import MODEL_TYPES, read_rope, spell_for_all
 
 _TOLERANCE = 1e-5  # relative; two RoPE bases that people use differ by far more
 

@@ -6,6 +6,8 @@ A server that fails is away until it has been inspected again: a restart of the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 import uuid
 from collections import OrderedDict
@@ -17,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from megatron_opd.errors import EngineError, LineageError, ServersLost, UserError
-from megatron_opd.hf_config import read_config
-from megatron_opd.inference import EngineConfig
+from megatron_opd.hf.model_config import read_config
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.serve.engine import ScoreRequest
 from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused, StrangeAnswer, said
 from megatron_opd.serve.identity import (
@@ -129,6 +131,14 @@ class Pool:
                 if server.gone is None:
                     group.create_task(self._load(server, model))
         self._check_alike()
+
+    async def reclaim(self, folder: Path) -> None:
+        """Servers with weights from below `folder` take the model's; others are left as they are, for `open` to judge. Raises as `load`."""
+        for server in self.servers:
+            with contextlib.suppress(*FAILURES):
+                facts = await self._facts(server)
+                if Path(os.path.realpath(facts.model_path)).is_relative_to(os.path.realpath(folder)):
+                    await self._load(server, self.model)
 
     async def _load(self, server: Server, model: Path) -> None:
         before, server.identity, server.up = server.identity, None, False

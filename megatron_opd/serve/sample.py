@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_opd.config import Recipe, RolloutStage, SampleStage, require
-from megatron_opd.cost import StageCost, provenance
+from megatron_opd.cost.meter import StageCost, provenance
 from megatron_opd.data.joining import join_store
 from megatron_opd.data.location import Location
-from megatron_opd.data.prompt_files import find_files
+from megatron_opd.data.missing import require_made
 from megatron_opd.data.prompts import hash_prompts, read_prompts
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_part
 from megatron_opd.errors import LineageError
-from megatron_opd.inference import EngineConfig
-from megatron_opd.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
-from megatron_opd.pipeline.missing import require_made
-from megatron_opd.records import Finish, Lineage, Rollout
-from megatron_opd.rounds import round_recipe
+from megatron_opd.hf.lineage import LINEAGE_FILE, fingerprint_model, load_tokenizer, read_lineage
+from megatron_opd.hf.turns import Turns, check_prompt_format, describe_tokens, read_turns, with_override
+from megatron_opd.recipe.config import Recipe, RolloutStage, SampleStage, require
+from megatron_opd.recipe.inference import EngineConfig
+from megatron_opd.recipe.rounds import round_recipe
+from megatron_opd.records import Finish, Lineage, Prompt, PromptFile, Rollout
 from megatron_opd.serve.encode import describe_encoding, encode_prompts, find_overlong, uses_template
 from megatron_opd.serve.engine import Failed, Generated, GenerateRequest
 from megatron_opd.serve.stage import Bar, Lend, ModelGuard, Shard, check_quarantined, engine_meter, lending, quarantine, round_facts
 from megatron_opd.store_records import Excluded, StoreManifest
-from megatron_opd.turns import Turns, check_prompt_format, describe_tokens, read_turns, with_override
 
 Stage = TypeVar("Stage", bound=SampleStage)
 
@@ -99,9 +98,8 @@ def sample_into_store(
     lineage. `number` is the round of several, which the store and the account name. `lend` gives an engine that is open and stays so;
     without it one is opened for the stage. Raises UserError.
     """
-    prompt_file, prompts = read_prompts(
-        stage.prompts, limit=stage.num_prompts, share=stage.share, unique=stage.unique_prompts, answers=False
-    )
+    notes: list[str] = []
+    prompt_file, prompts = read_stage_prompts(stage, role=role, answers=False, say=notes.append)
     fingerprint, tokenizer, lineage = fingerprint_model(stage.model), load_tokenizer(stage.model), lineage or Lineage()
     templated = [uses_template(prompt, stage.encoding) for prompt in prompts]
     turns, lineage = prompt_format(stage, tokenizer, templated, lineage, allow_mismatch=allow_template_mismatch, section=name.split()[0])
@@ -114,7 +112,7 @@ def sample_into_store(
         sampling=stage.sampling,
         allow_template_mismatch=allow_template_mismatch,
         round=number,
-        provenance=provenance(),
+        provenance=provenance() | ({} if stage.subset_seed is None else {"subset_seed": stage.subset_seed}),
         **turns.manifest_fields(),
     )
     sampling = stage.sampling.model_copy(update={"stop_token_ids": wanted.stop_ids})
@@ -134,7 +132,7 @@ def sample_into_store(
             + (f"; it was extended by {more} since, which this command does not make" if more else "")
         )
         return account(before or StoreReader(stage.store), shard, stage, name, run_dir)
-    for line in (f"prompts of {find_files(stage.prompts).note}", *describe_encoding(tokenizer, prompts, stage.encoding)):
+    for line in (*notes, *describe_encoding(tokenizer, prompts, stage.encoding)):
         print(f"{name}: {line}")
     rows = sorted({row for part in todo for row in manifest.prompt_range(part)})
     own = [prompts[row] for row in rows]
@@ -149,9 +147,7 @@ def sample_into_store(
         cost.num_gpus = engine.num_gpus
         cost.facts["opening_seconds"] = cost.seconds()  # of the engine, or of other weights into an open one
         guard = ModelGuard(engine, stage.model)
-        max_prompt = max(engine.context_length - stage.sampling.max_new_tokens, 1)
-        if stage.sampling.max_new_tokens >= engine.context_length:
-            max_prompt = engine.context_length - 1
+        max_prompt = longest_prompt(engine.context_length, stage.sampling.max_new_tokens)
         skipped = {rows[position] for position in find_overlong(own_ids, own, stage.encoding, max_tokens=max_prompt)}
         print(f"{name}: responses end at {describe_tokens(tokenizer, turns.stop_ids, turns.stop_ids)}", flush=True)
         # A new one, or an extension, only now: what is refused until here leaves nothing behind.
@@ -183,6 +179,28 @@ def sample_into_store(
     return account(reader, shard, stage, name, run_dir)
 
 
+def longest_prompt(context_length: int, max_new_tokens: int) -> int:
+    """Tokens of a prompt behind which a response has room; one token of it where `max_new_tokens` alone fill the context."""
+    return context_length - (max_new_tokens if max_new_tokens < context_length else 1)
+
+
+def read_stage_prompts(
+    stage: SampleStage, *, role: str, answers: bool, say: Callable[[str], None] | None = None
+) -> tuple[PromptFile, list[Prompt]]:
+    """`read_prompts` by a stage's settings; `role` is that of who samples. Raises UserError."""
+    return read_prompts(
+        stage.prompts,
+        limit=stage.num_prompts,
+        subset_seed=stage.subset_seed,
+        dates=stage.dates,
+        share=stage.share,
+        unique=stage.unique_prompts,
+        answers=answers,
+        split="test" if role == "evaluation" else "train",
+        say=say,
+    )
+
+
 def prompt_format(
     stage: SampleStage, tokenizer: Any, templated: Sequence[bool], lineage: Lineage, *, allow_mismatch: bool, section: str
 ) -> tuple[Turns, Lineage]:
@@ -202,7 +220,7 @@ def prompt_format(
     return turns, with_override(lineage, problem, allowed=allow_mismatch, remedy=remedy)
 
 
-def account(reader: StoreReader, shard: Shard, stage: SampleStage, name: str, run_dir: str) -> StoreReader:
+def account(reader: StoreReader, shard: Shard, stage: SampleStage, name: str, run_dir: str | None) -> StoreReader:
     """The reader; raises QuarantineError if too many rollouts of the shard were quarantined."""
     records = [record for part, record in reader.parts.items() if shard.owns(part)]
     excluded = [entry for record in records for entry in record.excluded]

@@ -19,9 +19,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from megatron_opd.errors import EngineError, UserError
-from megatron_opd.hf_config import check_version_reads, read_config
-from megatron_opd.inference import EngineConfig
-from megatron_opd.lineage import fingerprint_model
+from megatron_opd.hf.lineage import fingerprint_model
+from megatron_opd.hf.model_config import check_version_reads, read_config
+from megatron_opd.hf.turns import own_stop_ids
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.records import SamplingParams, TeacherScores
 from megatron_opd.serve.engine import Engine, Failed, Generated, GenerateRequest, Progress, ScoreRequest, all_stop_ids, check_requests
 from megatron_opd.serve.http import HttpClient, NoAnswer, NotSent, Refused
@@ -29,7 +30,6 @@ from megatron_opd.serve.identity import weights_changed
 from megatron_opd.serve.launch import ServerProcess
 from megatron_opd.serve.pool import Balancer, Pool, Server
 from megatron_opd.serve.sglang_answers import WrongAnswer, read_generated, read_scores, score_body
-from megatron_opd.turns import own_stop_ids
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -45,7 +45,16 @@ PARTS_UNREAD = 2  # finished parts that wait for the caller before more is sent
 class SglangEngine(Engine):
     """See `serve.engine.Engine`. The servers hold the weights; `model` must be the directory that they serve."""
 
-    def __init__(self, config: EngineConfig, model: str | Path, *, log_dir: str | Path = "logs", first_gpu: int = 0):
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: str | Path,
+        *,
+        log_dir: str | Path = "logs",
+        first_gpu: int = 0,
+        reclaim: Path | None = None,
+    ):
+        """reclaim: a running server with weights from below this folder, which an evaluation left there that was killed, takes the model's again."""
         self.config = config
         self.model = Path(model)
         servers = [Server(url.rstrip("/")) for url in config.urls]
@@ -65,7 +74,7 @@ class SglangEngine(Engine):
         self._http: HttpClient | None = None
         self._pool: Pool | None = None
         try:
-            self._run(self._open(servers))
+            self._run(self._open(servers, reclaim))
             self.vocab_size = self.pool.vocab_size
             self.context_length = self._agreed_context_length()
         except BaseException:
@@ -80,9 +89,11 @@ class SglangEngine(Engine):
         self.model, self.fingerprint, self.stop_ids = Path(model), fingerprint, stop_ids
         self.context_length = self._agreed_context_length()
 
-    async def _open(self, servers: list[Server]) -> None:
+    async def _open(self, servers: list[Server], reclaim: Path | None) -> None:
         self._http = HttpClient()
         self._pool = Pool(self.config, self.model, self._http, servers)
+        if reclaim is not None:
+            await self._pool.reclaim(reclaim)
         await self._pool.open()
 
     @property

@@ -13,12 +13,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opd.cost import GpuMeter, StageCost, append_jsonl, clock, open_meter
+from megatron_opd.cost.meter import GpuMeter, StageCost, append_jsonl, clock, open_meter
 from megatron_opd.errors import LineageError, QuarantineError, UserError
-from megatron_opd.inference import EngineConfig
-from megatron_opd.lineage import fingerprint_model
-from megatron_opd.redact import public_address
-from megatron_opd.serve.engine import Engine, open_engine
+from megatron_opd.hf.lineage import fingerprint_model
+from megatron_opd.recipe.inference import EngineConfig
+from megatron_opd.safety.redact import public_address
+from megatron_opd.serve.engine import Engine
+from megatron_opd.serve.opening import open_engine
 from megatron_opd.store_records import Excluded
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -65,6 +66,21 @@ def lending(config: EngineConfig, run_dir: str) -> Lend:
     return lambda model: closing_engine(open_engine(config, model, log_dir=f"{run_dir}/logs"))
 
 
+@contextlib.contextmanager
+def lending_one(config: EngineConfig, run_dir: str) -> Iterator[Lend]:
+    """One engine for several stages of the same model, opened when the first asks for it, and closed at the end."""
+    with contextlib.ExitStack() as stack:
+        opened: list[Engine] = []
+
+        @contextlib.contextmanager
+        def lend(model: str) -> Iterator[Engine]:
+            if not opened:
+                opened.append(stack.enter_context(lending(config, run_dir)(model)))
+            yield opened[0]
+
+        yield lend
+
+
 def round_facts(number: int | None) -> dict[str, int]:
     """For the account of a stage: the round of several that it is of."""
     return {} if number is None else {"round": number}
@@ -81,10 +97,10 @@ def closing_engine(engine: Engine) -> Iterator[Engine]:
 class Bar:
     """Progress with rate and ETA, tokens/s and GPU hours so far: a bar on a terminal, elsewhere (a Slurm log) a line a minute.
 
-    `unit` is what `total` counts. `update` may be called from another thread.
+    `unit` is what `total` counts; without a `cost` that is all there is to say. `update` may be called from another thread.
     """
 
-    def __init__(self, name: str, cost: StageCost, *, total: int, initial: int, unit: str, every: float = LINE_SECONDS):
+    def __init__(self, name: str, cost: StageCost | None, *, total: int, initial: int, unit: str, every: float = LINE_SECONDS):
         self.name, self.cost, self.total, self.unit, self.every = name, cost, total, unit, every
         self.initial = self.done = initial
         self.tokens = 0
@@ -105,6 +121,8 @@ class Bar:
             self._say()
 
     def _facts(self) -> dict[str, str]:
+        if self.cost is None:
+            return {}
         seconds = self.cost.seconds()
         facts = {} if self.unit == "token" else {"tokens/s": f"{self.tokens / max(seconds, 1e-9):.0f}"}
         if self.cost.num_gpus:
@@ -139,11 +157,12 @@ def quarantine(run_dir: str, stage: str, store: str, part: int, excluded: Sequen
             append_jsonl(Path(run_dir) / QUARANTINE_FILE, row)
 
 
-def check_quarantined(stage: str, excluded: Sequence[Excluded], *, total: int, limit: float, run_dir: str, remedy: str) -> None:
-    """Raise QuarantineError if more than `limit` of `total` rollouts were quarantined."""
+def check_quarantined(stage: str, excluded: Sequence[Excluded], *, total: int, limit: float, run_dir: str | None, remedy: str) -> None:
+    """Raise QuarantineError if more than `limit` of `total` rollouts were quarantined. Without a run only the parts' manifests have the reasons."""
     count = sum(record.quarantined for record in excluded)
     if count:
-        print(f"{stage}: {count} of {total} rollouts were quarantined (excluded): {Path(run_dir) / QUARANTINE_FILE} has the reasons")
+        place = "'megatron-opd inspect' has" if run_dir is None else f"{Path(run_dir) / QUARANTINE_FILE} has"
+        print(f"{stage}: {count} of {total} rollouts were quarantined (excluded): {place} the reasons")
     if count > limit * total:
         raise QuarantineError(
             f"{stage} is done, but {count} of {total} rollouts were quarantined, over max_quarantined = {limit:g}; {remedy}"

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from megatron_opd.errors import EngineError, UserError
-from megatron_opd.hf_config import read_config, refuse_quantised
-from megatron_opd.inference import EngineConfig
-from megatron_opd.lineage import fingerprint_model, tensor_index
+from megatron_opd.hf.lineage import fingerprint_model, tensor_index
+from megatron_opd.hf.model_config import read_config, read_context_length, refuse_quantised
+from megatron_opd.hf.turns import own_stop_ids
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.records import Finish, SamplingParams, TeacherScores
 from megatron_opd.serve.engine import (
     SERVE_QUANTISED,
@@ -30,7 +31,6 @@ from megatron_opd.serve.engine import (
     check_requests,
 )
 from megatron_opd.serve.loaded import check_loaded
-from megatron_opd.turns import own_stop_ids
 
 
 class TransformersEngine(Engine):
@@ -50,9 +50,7 @@ class TransformersEngine(Engine):
         refuse_quantised(model, "engine 'transformers'", SERVE_QUANTISED)
         self.fingerprint = fingerprint_model(model)
         self.hf_config = hf_config = read_config(model)
-        longest = hf_config.get("max_position_embeddings", 1 << 20)
-        if type(longest) is not int or longest < 1:
-            raise UserError(f"{model}/config.json: max_position_embeddings = {longest!r:.100}, but a whole number above 0 is expected")
+        longest = read_context_length(model)
         self.context_length = self.config.context_length or longest
         self.vocab_size = int(hf_config["vocab_size"])
         self.stop_ids = list(own_stop_ids(model))

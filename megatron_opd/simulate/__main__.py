@@ -8,8 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_opd.cost.gpus import GPUS
 from megatron_opd.errors import UserError
-from megatron_opd.gpus import GPUS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> None:
-    from megatron_opd.recipe_files import load_recipe
+    from megatron_opd.recipe.files import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     from megatron_opd.simulate import gpu as _  # noqa: F401  before torch

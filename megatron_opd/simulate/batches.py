@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_opd.config import Recipe, TrainerConfig
 from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.estimate.workload import PROMPT_TOKENS
 from megatron_opd.model.architecture import Architecture
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.training_stages import TrainerConfig
 from megatron_opd.records import Finish, Rollout, TeacherScores
 from megatron_opd.train.batches import BatchSource, MicroBatch
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import Recipe, TrainerConfig
+from megatron_opd.cost.gpus import Gpu
 from megatron_opd.errors import UserError
 from megatron_opd.estimate.memory import GIB, Layout, stage_memory
 from megatron_opd.estimate.workload import student_of, trained_lengths
-from megatron_opd.gpus import Gpu
 from megatron_opd.pipeline.stages import list_stages
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.training_stages import TrainerConfig
 from megatron_opd.simulate.needs import build_guard, python_path
 from megatron_opd.simulate.report import describe, provenance
 from megatron_opd.simulate.result import Simulation
@@ -108,7 +109,7 @@ def _micro_batches(recipe: Recipe, stage: str, gpus: int) -> int:
     config: TrainerConfig = getattr(recipe, stage)
     sampler = recipe.generate if stage == "sft" else recipe.rollout
     mean = trained_lengths(config, sampler).tokens.high if sampler is not None else float(config.micro_batch_tokens)
-    number = max(1, round(config.global_batch * mean / Layout.of(config, gpus).dp / config.micro_batch_tokens))
+    number = max(1, round(config.step_tokens(mean) / Layout.of(config, gpus).dp / config.micro_batch_tokens))
     multiple = config.parallel.pp if config.parallel.vpp > 1 else 1
     return -(-number // multiple) * multiple
 
@@ -144,7 +145,8 @@ def _beside(recipe: Recipe, request: Request, stage: str, found: Simulation, mic
     config: TrainerConfig = getattr(recipe, stage)
     arch, layout = _arch(recipe, request), Layout.of(config, request.gpus)
     number = found.rank // (request.gpus // layout.pp)
-    memory = stage_memory(arch, config, layout, number, micro_batches=found.micro_batches)
+    version = found.versions["megatron-core"]
+    memory = stage_memory(arch, config, layout, number, micro_batches=found.micro_batches, megatron_core=version)
     tensors = sum(memory.parts.values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.parts.items())
     yield (

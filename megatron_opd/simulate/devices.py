@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_opd.cost.gpus import Gpu
 from megatron_opd.errors import UserError
-from megatron_opd.gpus import Gpu
 
 GIB = 2**30
 GPUS_PER_NODE = 8
@@ -31,7 +31,7 @@ _KINDS = {
 
 
 def device_of(gpu: Gpu) -> Device:
-    """The device to simulate for a GPU of gpus.py. Raises UserError for one whose capability is not known here."""
+    """The device to simulate for a GPU of cost/gpus.py. Raises UserError for one whose capability is not known here."""
     if gpu.name not in _KINDS:
         raise UserError(f"a {gpu.name} can't be simulated, as its compute capability is not known; take one of {', '.join(_KINDS)}")
     name, capability, multiprocessors = _KINDS[gpu.name]

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_opd.gpus import GPUS, Gpu
+from megatron_opd.cost.gpus import GPUS, Gpu
 from megatron_opd.simulate.needs import build_guard, check_before_torch
 
 check_before_torch()

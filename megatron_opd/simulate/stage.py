@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.config import Recipe, TrainerConfig
+from megatron_opd.cost.gpus import GPUS, Gpu
 from megatron_opd.errors import UserError
 from megatron_opd.estimate.memory import FIXED_BYTES
-from megatron_opd.gpus import GPUS, Gpu
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.training_stages import TrainerConfig
 from megatron_opd.simulate import gpu as simulated  # before torch
 from megatron_opd.simulate.devices import GIB
 from megatron_opd.simulate.result import Message, Simulation
@@ -116,7 +117,7 @@ def default_lengths(recipe: Recipe, stage: str) -> list[int]:
     if sampler is not None:
         longest = trained_lengths(config, sampler).longest
     else:
-        longest = PROMPT_TOKENS + config.max_response_tokens if config.max_response_tokens else budget
+        longest = PROMPT_TOKENS + config.longest_response if config.longest_response else budget
     longest = max(multiple, min(longest, budget) // multiple * multiple)
     rest = budget % longest
     return [longest] * (budget // longest) + ([rest] if rest > 1 else [])

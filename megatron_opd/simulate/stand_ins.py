@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_opd.config import TrainerConfig
 from megatron_opd.model.architecture import Architecture
+from megatron_opd.recipe.training_stages import TrainerConfig
 from megatron_opd.simulate.arithmetic import SEQUENCES
 from megatron_opd.simulate.gpu import replaced
 from megatron_opd.simulate.ledger import Ledger
@@ -32,6 +32,7 @@ def stand_ins(ledger: Ledger, arch: Architecture, config: TrainerConfig, lengths
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_triton_launches())
+        stack.enter_context(replaced(torch.nn.functional, "rms_norm", _rms_norm))
         stack.enter_context(_packed_groups(lengths))
         SEQUENCES[:] = lengths
         stack.callback(SEQUENCES.clear)
@@ -59,6 +60,27 @@ def _triton_launches() -> Iterator[None]:
 
     with replaced(JITFunction, "run", launch), replaced(Autotuner, "run", tuned):
         yield
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """One kernel each way, as PyTorch has on a GPU (`_fused_rms_norm`): it keeps the input, and 1 / rms of each row.
+
+    A PyTorch without CUDA has none for tensors on "cuda", and would make it of operations that keep float32 copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _rms_norm(input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+    return _FusedRMSNorm.apply(input, weight)  # pyright: ignore[reportReturnType]
 
 
 @contextlib.contextmanager

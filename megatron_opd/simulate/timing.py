@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_opd.config import TrainerConfig
+from megatron_opd.cost.gpus import Gpu
 from megatron_opd.estimate.memory import Layout
 from megatron_opd.estimate.step_time import StepTime, predict_step
 from megatron_opd.estimate.traffic import sent_bytes, step_work
-from megatron_opd.gpus import Gpu
+from megatron_opd.recipe.training_stages import TrainerConfig
 from megatron_opd.simulate.result import Simulation
 
 if TYPE_CHECKING:

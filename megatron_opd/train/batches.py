@@ -12,14 +12,15 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from megatron_opd.config import TrainerConfig
 from megatron_opd.data.context import context_parallel_tokens
-from megatron_opd.data.order import cut_lengths, step_rollouts
+from megatron_opd.data.order import TrainingOrder, cut_lengths
 from megatron_opd.data.packing import plan_micro_batches
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import StoreError, UserError
-from megatron_opd.hf_config import read_config
+from megatron_opd.hf.model_config import read_config
+from megatron_opd.recipe.objective import Horizon
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,24 @@ class BatchSource:
     topk: bool = False  # whether the loss needs the teacher's candidates
     cp_rank: int = 0
     first_step: int = 0  # steps of earlier rounds, which other stores had
+    horizon: Horizon | None = None  # of the loss: what stands behind it is not read
 
     def __post_init__(self) -> None:
         config, reader = self.config, self.reader
         if len(reader) == 0:
             raise StoreError(f"{reader.location.url}: no rollouts in it")
-        if config.global_batch < self.dp_size:
-            raise UserError(f"global_batch {config.global_batch} is smaller than {self.dp_size} data-parallel ranks")
+        if fault := config.batch_fault(self.dp_size):
+            raise UserError(fault)
         check_lengths(reader, config)
 
     @cached_property
+    def order(self) -> TrainingOrder:
+        return TrainingOrder.of(self.reader, self.config)
+
+    @property
     def all_lengths(self) -> np.ndarray:
-        """Tokens of every rollout after the cut, int64."""
-        return cut_lengths(self.reader, self.config)
+        """Tokens of every rollout after the cut that all steps have, int64."""
+        return self.order.lengths
 
     @cached_property
     def num_candidates(self) -> int:
@@ -131,17 +137,21 @@ class BatchSource:
     def _measures_overlap(self, index: int) -> bool:
         return self.num_candidates > 0 and index % OVERLAP_EVERY == 0
 
-    def lengths(self, rollouts: np.ndarray) -> np.ndarray:
-        return self.all_lengths[rollouts]
+    def lengths(self, rollouts: Sequence[int] | np.ndarray, step: int = 0) -> np.ndarray:
+        """Tokens of these rollouts (global indices) as step `step` reads them, int64."""
+        lengths = self.all_lengths[rollouts]
+        if self.horizon is None:
+            return lengths
+        return np.minimum(lengths, self.reader.prompt_lens[rollouts].astype(np.int64) + self.horizon.at(step))
 
     def step_rollouts(self, step: int) -> np.ndarray:
-        """Global indices of the rollouts of a step, int64 [global_batch]."""
-        return step_rollouts(step - self.first_step, len(self.reader), global_batch=self.config.global_batch, seed=self.config.seed)
+        """Global indices of the rollouts of a step, int64 [n]."""
+        return self.order.rollouts(step - self.first_step)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of a step."""
         rollouts = self.step_rollouts(step)
-        lengths = self.lengths(rollouts)
+        lengths = self.lengths(rollouts, step)
         parallel = self.config.parallel
         plan = plan_micro_batches(
             lengths,
@@ -153,10 +163,10 @@ class BatchSource:
             equal_counts=parallel.ep > 1,
             multiple=parallel.pp if parallel.vpp > 1 else 1,
         )
-        return [self.build([int(rollouts[position]) for position in bin_]) for bin_ in plan[self.dp_rank]]
+        return [self.build([int(rollouts[position]) for position in bin_], step) for bin_ in plan[self.dp_rank]]
 
-    def build(self, rollouts: Sequence[int]) -> MicroBatch:
-        """One micro-batch of these rollouts (global indices); of none, padding alone. Raises StoreError for what is missing or broken."""
+    def build(self, rollouts: Sequence[int], step: int = 0) -> MicroBatch:
+        """One micro-batch of these rollouts (global indices) for a step; of none, padding alone. Raises StoreError for what is missing or broken."""
         tokens, positions, rows, labels, places, weights, student, teacher, topk_ids, topk_logp = ([] for _ in range(10))
         overlap_ids: list[np.ndarray] = []
         lengths: list[int] = []  # with the padding that context parallelism needs in each sequence
@@ -165,9 +175,10 @@ class BatchSource:
             topk_ids.append(np.empty((0, self.num_candidates), np.int32))
             topk_logp.append(np.empty((0, self.num_candidates), np.float32))
         cp = self.config.parallel.cp
-        for index in sorted(rollouts, key=lambda index: not self._measures_overlap(index)):
+        ordered = sorted(rollouts, key=lambda index: not self._measures_overlap(index))
+        for index, length in zip(ordered, self.lengths(np.array(ordered, np.int64), step).tolist(), strict=True):
             rollout = self.reader.rollout(index)
-            length, start = int(self.all_lengths[index]), rollout.prompt_len
+            start = rollout.prompt_len
             self.vocabulary.check(rollout.tokens[:length], f"{self.reader.location.url}, rollout {index}", "use models of one tokenizer")
             offset = sum(lengths)
             padded = length if cp == 1 else -(-length // (2 * cp)) * 2 * cp

@@ -13,7 +13,7 @@ import pickle
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -28,15 +28,15 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_opd.checksums import check_files, collect_sums, id_of, record_checksums, said_of
+from megatron_opd.checkpoints.checksums import check_files, collect_sums, id_of, record_checksums, said_of
+from megatron_opd.checkpoints.saved import LATEST, STATE_FILE, STEP_PREFIX, checkpoint_folder, last_saved, step_name, step_of
 from megatron_opd.convert.hf_files import copy_side_files
 from megatron_opd.convert.pickles import check_common, check_extra_state, read_metadata
 from megatron_opd.convert.to_hf import HF_FOLDER
-from megatron_opd.durable import publish_folder, sync, write_file, write_json
 from megatron_opd.errors import CheckpointError, DamagedCheckpoint, UserError
-from megatron_opd.lineage import write_lineage
+from megatron_opd.hf.lineage import write_lineage
 from megatron_opd.records import Lineage
-from megatron_opd.saved import LATEST, STATE_FILE, STEP_PREFIX, checkpoint_folder, last_saved, step_name, step_of
+from megatron_opd.safety.durable import publish_folder, sync, write_file, write_json
 from megatron_opd.train.optim import Trainee, optimizer_parts
 from megatron_opd.train.optimizer_state import attach
 from megatron_opd.train.writers import Results, how_it_ended, write_and_sum
@@ -75,7 +75,29 @@ class CheckpointWriter:
         self._saving = step
         staging = self._make_staging(step)
         metadata = _content_metadata(trainee)
-        sharded_state = _sharded_state(trainee, metadata, is_loading=False)
+        self._write(_sharded_state(trainee, metadata, is_loading=False), metadata, staging, partial(self._publish, staging, state))
+        if not self.asynchronous:
+            self.finish()
+        return checkpoint_folder(self.output) / step_name(step)
+
+    def write_weights(self, trainee: Trainee, step: int) -> Path:
+        """The weights alone, as a checkpoint holds them, on disk when this returns; who asked removes the folder, or the next save does.
+
+        Raises CheckpointError.
+        """
+        self.finish()
+        trainee.gather_weights()
+        self._saving = step
+        staging = self._make_staging(step)
+        metadata = _content_metadata(trainee)
+        self._write({"model": _model_state(trainee, metadata)}, metadata, staging)
+        self.finish()
+        return staging
+
+    def _write(
+        self, sharded_state: dict[str, Any], metadata: dict[str, Any], staging: Path, then: Callable[[], None] | None = None
+    ) -> None:
+        """Start to write; `then` is done once the files of all ranks are there."""
         try:
             request: Any = dist_checkpointing.save(
                 sharded_state,
@@ -92,12 +114,10 @@ class CheckpointWriter:
             raise failure from None
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(write_and_sum, request.async_fn, staging, self._results))
-        request.add_finalize_fn(partial(self._publish, staging, state))
+        if then is not None:
+            request.add_finalize_fn(then)
         self._calls.schedule_async_request(request)
         self._writer = getattr(self._calls.async_calls[-1].async_caller, "process", None)
-        if not self.asynchronous:
-            self.finish()
-        return checkpoint_folder(self.output) / step_name(step)
 
     def poll(self) -> None:
         """Publish a save whose writers are done; returns at once."""
@@ -141,7 +161,7 @@ class CheckpointWriter:
         free = shutil.disk_usage(self.output).free / 2**20
         return CheckpointError(
             f"the checkpoint of step {self._saving} could not be written: {reason} ({free:.1f} MiB are free there); {last_saved(self.output)}; "
-            "mend this and run the same command again"
+            "fix this and run the same command again"
         )
 
     def _make_staging(self, step: int) -> Path:
@@ -312,6 +332,12 @@ def _sharded_state(trainee: Trainee, metadata: dict[str, Any], *, is_loading: bo
     optimizer_state = trainee.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     force_all_tensors_to_non_fp8(model_state)  # in a checkpoint, FP8 parameters are the bfloat16 numbers that they stand for
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _model_state(trainee: Trainee, metadata: dict[str, Any]) -> dict[str, Any]:
+    state = {str(number): student.sharded_state_dict(metadata=metadata) for number, student in enumerate(trainee.students)}
+    force_all_tensors_to_non_fp8(state)
+    return state
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_opd.config import DriftConfig
+from megatron_opd.recipe.objective import DriftConfig
+from megatron_opd.recipe.training_stages import TrainStage
 from megatron_opd.train.batches import MicroBatch
 
 # Class p holds the response positions 2^p - 1 to 2^(p+1) - 2 (from 0): one token, two, four, ... and the last class all that follow.
@@ -89,11 +90,19 @@ class DriftRule:
         return f"{' and '.join(faults)} for {self.beyond} steps" if due else None
 
 
-def advice(reason: str, output: str, recipe: str) -> str:
-    """What to do about a student that has left its rollouts."""
+def advice(reason: str, stage: TrainStage, recipe: str) -> str:
+    """What to do about a student that has left its rollouts, by what docs/study.md measured: on one small task, of one seed."""
+    candidates = "score.top_k=8 score.teacher=candidates train.teacher=candidates train.loss.name=reverse_kl"
+    stored = (
+        "a divergence over the teacher's candidates did most there, on the rollouts that are there; in a new run:\n"
+        f"  megatron-opd score {recipe} {candidates}\n"
+        f"  megatron-opd train {recipe} {candidates} train.output=NEW\n"
+    )
     return (
-        f"collect new rollouts: {reason}. The stored tokens are no longer the student's own:\n"
-        f"  megatron-opd convert to-hf {output} {output}-hf\n"
-        f"  megatron-opd rollout {recipe} rollout.model={output}-hf rollout.store=NEW   (then score, and train on NEW with train.init={output}-hf)\n"
+        f"the student has left its rollouts: {reason}. What helped on a small task (docs/study.md):\n"
+        f"{'' if stage.loss.is_divergence else stored}"
+        f"new rollouts, at a lower rate (train.lr, here {stage.lr:g}): at the rate of one store they ruined the student of the plain loss\n"
+        f"  megatron-opd convert to-hf {stage.output} {stage.output}-hf\n"
+        f"  megatron-opd rollout {recipe} rollout.model={stage.output}-hf rollout.store=NEW   (then score, and train on NEW with train.init={stage.output}-hf)\n"
         "or let a new run do it: rounds.count = N and rounds.until = 'drift' (docs/rounds.md)"
     )

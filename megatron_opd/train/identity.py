@@ -11,27 +11,38 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_opd.checksums import content_id
-from megatron_opd.config import TrainerConfig, TrainStage
-from megatron_opd.data.identity import content_of, rollouts_id, scores_id
+from megatron_opd.checkpoints.checksums import content_id
+from megatron_opd.checkpoints.saved import find_checkpoint, read_state
+from megatron_opd.data.identity import content_of, lengths_id, rollouts_id, scores_id
 from megatron_opd.data.joined import show_stores
+from megatron_opd.data.order import ORDER_FIELDS, order_settings
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import BRANCH, CheckpointError
 from megatron_opd.model.architecture import Architecture
-from megatron_opd.objective import LossConfig, RoundsConfig
+from megatron_opd.recipe.objective import LossConfig, RoundsConfig
+from megatron_opd.recipe.rounds import RoundEntry, entry_of, read_entries
+from megatron_opd.recipe.training_stages import TrainerConfig, TrainStage
 from megatron_opd.records import ModelFingerprint
-from megatron_opd.rounds import RoundEntry, entry_of, read_entries
-from megatron_opd.saved import find_checkpoint, read_state
 
 # Settings that decide which rollouts are in which step, and the one that decides how the optimizer's state is laid out.
-_FIXED = ("seed", "global_batch", "max_response_tokens", "distributed_optimizer")
+_FIXED = {*ORDER_FIELDS, "distributed_optimizer"}
 # Data and models are known by their content, wherever they lie and whatever their group in the store is called.
-_BY_CONTENT = {"init", "store", "output", "teacher", "loss", "allow_incomplete", "allow_teacher_mismatch", "allow_stop_mismatch"}
+_BY_CONTENT = {
+    "init",
+    "store",
+    "output",
+    "teacher",
+    "loss",
+    "allow_incomplete",
+    "allow_teacher_mismatch",
+    "allow_stop_mismatch",
+    "allow_off_policy",
+}
 _STATE: dict[str, type] = {"fixed": dict, "objective": dict, "settings": dict, "overrides": list}
 # How far a model reads, not what it computes.
 _NOT_THE_FUNCTION = ("max_positions",)
 # Of a round: another one has others.
-_OF_THE_ROUND = {"num_rollouts", "rollouts", "scores", "init"}
+_OF_THE_ROUND = {"num_rollouts", "rollouts", "lengths", "scores", "init"}
 
 
 @dataclass(frozen=True)
@@ -74,10 +85,14 @@ def run_identity(
     objective: dict[str, Any] = {"teacher": _model(teacher), "init": _model(init) | {"architecture": json.loads(json.dumps(function))}}
     if isinstance(config, TrainStage):
         objective |= {"loss": config.loss.model_dump(mode="json"), "scores": scores_id(reader)}
+    fixed = order_settings(config) | {"distributed_optimizer": config.distributed_optimizer}
+    fixed |= {"num_rollouts": len(reader), "rollouts": rollouts_id(reader)}
+    if config.global_batch_tokens is not None:
+        fixed["lengths"] = lengths_id(reader, config)
     return RunIdentity(
-        fixed={key: getattr(config, key) for key in _FIXED} | {"num_rollouts": len(reader), "rollouts": rollouts_id(reader)},
+        fixed=fixed,
         objective=objective,
-        free=config.model_dump(mode="json", exclude=_BY_CONTENT | set(_FIXED)),
+        free=config.model_dump(mode="json", exclude=_BY_CONTENT | _FIXED),
         rollouts_and_scores=content_of(reader),
     )
 
@@ -167,8 +182,8 @@ def plan_resume(
     new = _changes_of_objective(objective, now.objective)
     if new and not allow_changes:
         raise CheckpointError(
-            f"{checkpoint}: {name} was begun with another objective than it would go on with: {', '.join(new)}; give the new run a folder of its "
-            f"own ({name}.output=...), or use what it was begun with. --continue-with-changes goes on in this folder, and is recorded for good; {BRANCH}"
+            f"{checkpoint}: {name} was started with a different objective: {', '.join(new)}; give the new run a folder of its own "
+            f"({name}.output=...), or restore the old objective. --continue-with-changes proceeds in this folder, and is recorded permanently; {BRANCH}"
         )
     step = int(state["step"])
     earlier = [str(entry) for entry in state.get("overrides", [])]
@@ -247,12 +262,16 @@ def _check_fixed(checkpoint: Path, before: dict[str, Any], now: RunIdentity, nam
     if "rollouts" not in before:  # an older version's
         del wanted["rollouts"]
         wanted["store"] = now.rollouts_and_scores
+    if "lengths" not in before:
+        wanted.pop("lengths", None)
     for key, value in wanted.items():
         if before.get(key) == value:
             continue
         what = f"{key} = {before.get(key)!r}, now {value!r}"
         if key in ("store", "rollouts"):
             what = f"other rollouts{' or scores' if key == 'store' else ''} than {store} has now ({before.get(key)}, now {value})"
+        if key == "lengths":
+            what = f"rollouts of other lengths than {store} has now ({before.get(key)}, now {value}), so that steps would hold others"
         raise CheckpointError(
             f"{checkpoint}: made with {what}; a resumed run can't change that: use it as it was, or another folder ({name}.output=...); {BRANCH}"
         )

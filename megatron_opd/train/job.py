@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config import DriftConfig, Recipe, TrainerConfig, TrainStage
-from megatron_opd.cost import provenance
+from megatron_opd.checkpoints.saved import LATEST, checkpoint_folder
+from megatron_opd.cost.meter import provenance
 from megatron_opd.errors import UserError
-from megatron_opd.saved import LATEST, checkpoint_folder
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.objective import DriftConfig
+from megatron_opd.recipe.training_stages import TrainerConfig, TrainStage
 from megatron_opd.train.batches import BatchSource, MicroBatch
 from megatron_opd.train.identity import Resumption
+from megatron_opd.train.launch import threads_alone
 from megatron_opd.train.metrics import StepFacts
 from megatron_opd.train.readiness import Readiness
 from megatron_opd.train.step import StepResult
 
 T = TypeVar("T")
+
+_WAIT = timedelta(seconds=60)
+_turns = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -97,9 +107,8 @@ class Progress:
     def state(self, job: Job, ended_by: str | None = None) -> dict[str, Any]:
         """For a checkpoint; `ended_by`: 'steps' or 'drift' if the round, of several, ends with it."""
         counts = {key: value for key, value in vars(self).items() if key != "step"}
-        consumed = self.step * job.config.global_batch
         settings = job.ready.identity.state() | {"overrides": job.going.overrides}
-        state = {"step": self.step, "steps": job.steps, "consumed_rollouts": consumed, **settings, **counts, **provenance()}
+        state = {"step": self.step, "steps": job.steps, **settings, **counts, **provenance()}
         if job.going.rounds:
             *before, now = job.going.rounds
             ended = replace(now, last_step=self.step, ended_by=ended_by) if ended_by else now
@@ -119,10 +128,10 @@ def read_step(job: Job, step: int) -> list[MicroBatch]:
 
 def step_facts(job: Job, step: int, micro_batches: int, *, seconds: float, data_seconds: float) -> StepFacts:
     source, rollouts = job.source, job.source.step_rollouts(step)
-    lengths = source.lengths(rollouts)
+    lengths = source.lengths(rollouts, step)
     return StepFacts(
         step=step + 1,
-        epoch=(step + 1 - job.first) * job.config.global_batch / len(source.reader),
+        epoch=source.order.epochs(step + 1 - job.first),
         lengths=lengths,
         response_lengths=lengths - source.reader.prompt_lens[rollouts],
         flops=job.ready.arch.train_flops(int(lengths.sum()), int((lengths**2).sum())),
@@ -130,6 +139,7 @@ def step_facts(job: Job, step: int, micro_batches: int, *, seconds: float, data_
         seconds=seconds,
         data_seconds=data_seconds,
         num_ranks=dist.get_world_size(),
+        horizon=source.horizon.at(step) if source.horizon else None,
     )
 
 
@@ -156,6 +166,42 @@ def on_first_rank(function: Callable[[], T]) -> T:
     return box[0]
 
 
+def while_others_wait(function: Callable[[], T]) -> T:
+    """As `on_first_rank`, for what may take hours: the other ranks sleep meanwhile, and the first has their cores."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    key = f"opd_turn_{next(_turns)}"
+    answer: Callable[[], T]
+    if dist.get_rank() == 0:
+        try:
+            with _cores_of_all():
+                result = function()
+            answer = lambda: result  # noqa: E731
+        except (UserError, OSError) as error:
+            answer = partial(_raise, error)
+        store.set(key, "done")
+    else:
+        answer = partial(_raise, AssertionError("the first rank's"))
+        while True:
+            with contextlib.suppress(dist.DistStoreError):  # not yet
+                store.wait([key], _WAIT)
+                break
+    return on_first_rank(answer)
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
+
+
+@contextlib.contextmanager
+def _cores_of_all() -> Iterator[None]:
+    before, alone = torch.get_num_threads(), threads_alone()
+    torch.set_num_threads(alone or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def say(text: str) -> None:
     if dist.get_rank() == 0:
         print(text, flush=True)
@@ -165,5 +211,5 @@ def describe(job: Job) -> str:
     p = job.config.parallel
     return (
         f"{job.title}: {job.ready.arch.num_parameters / 1e6:.1f}M parameters from {job.config.init}; {len(job.source.reader)} rollouts, {job.steps - job.first} steps of "
-        f"{job.config.global_batch}; tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {job.source.dp_size}{f' (ep {p.ep})' if p.ep > 1 else ''} on {dist.get_world_size()} rank(s), {job.device.type}"
+        f"{job.config.batch}; tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {job.source.dp_size}{f' (ep {p.ep})' if p.ep > 1 else ''} on {dist.get_world_size()} rank(s), {job.device.type}"
     )

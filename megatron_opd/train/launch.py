@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.checkpoints.saved import last_saved
 from megatron_opd.errors import INTERRUPTED, ConfigError
-from megatron_opd.processes import INTERRUPT, LISTENER, STOP_SIGNALS, end_with_parent, signal_name
-from megatron_opd.saved import last_saved
+from megatron_opd.safety.processes import INTERRUPT, LISTENER, STOP_SIGNALS, end_with_parent, signal_name
 from megatron_opd.train.stop import STOPPING, ended_at_once, not_started
 
 RANKS_PER_CORE = 4  # started without being asked for, on a CPU

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_opd.config import ParallelConfig
 from megatron_opd.convert.to_mcore import load_hf_weights
 from megatron_opd.model import parallel
 from megatron_opd.model.architecture import read_architecture
 from megatron_opd.model.student import build_chunks, transformer_config
+from megatron_opd.recipe.layout import ParallelConfig
 
 _ROWS = 1024  # logits of so many tokens at once
 

@@ -12,22 +12,23 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_opd.checksums import content_id
-from megatron_opd.config import Recipe, TrainerConfig, TrainStage
+from megatron_opd.checkpoints.checksums import content_id
 from megatron_opd.convert.to_mcore import load_hf_weights
-from megatron_opd.cost import StageCost, open_meter
+from megatron_opd.cost.meter import StageCost, open_meter
 from megatron_opd.data.joined import open_training_stores
-from megatron_opd.data.order import num_steps
-from megatron_opd.durable import write_file
 from megatron_opd.errors import Interrupted, UserError
-from megatron_opd.lineage import check_weights
+from megatron_opd.hf.lineage import check_weights
 from megatron_opd.model import parallel
 from megatron_opd.model.student import build_chunks, transformer_config
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.rounds import round_recipe, round_steps, write_round
+from megatron_opd.recipe.training_stages import TrainerConfig, TrainStage
 from megatron_opd.records import ModelFingerprint
-from megatron_opd.rounds import round_recipe, round_steps, write_round
+from megatron_opd.safety.durable import write_file
 from megatron_opd.train.batches import BatchSource
 from megatron_opd.train.checkpoint import CheckpointWriter, find_fault, load_checkpoint
 from megatron_opd.train.drift import DriftRule, Watch, advice
+from megatron_opd.train.evaluating import Evals
 from megatron_opd.train.identity import Resumption, plan_resume
 from megatron_opd.train.job import Job, Progress, describe, on_first_rank, read_step, say, step_facts, too_many_skipped
 from megatron_opd.train.launch import tell_launcher
@@ -56,15 +57,14 @@ def run_train(recipe: Recipe, *, number: int | None = None, allow_changes: bool 
 
 
 def _run(recipe: Recipe, name: str, number: int | None, *, allow_changes: bool) -> Path | None:
-    session = open_session(recipe, name, number, allow_changes=allow_changes)
-    job = prepare(session, number)
-    outcome = Outcome(job.going.checkpoint, ended=True)
-    if job.going.finished_round is not None:
-        keep_round(job)
-    else:
-        trainee, progress = start_training(session, job)
-        outcome = run_job(session, job, trainee, progress)
-    session.close()
+    with open_session(recipe, name, number, allow_changes=allow_changes) as session:
+        job = prepare(session, number)
+        outcome = Outcome(job.going.checkpoint, ended=True)
+        if job.going.finished_round is not None:
+            keep_round(job)
+        else:
+            trainee, progress = start_training(session, job)
+            outcome = run_job(session, job, trainee, progress)
     if session.stop.interrupted and not outcome.ended:
         raise Interrupted
     return outcome.checkpoint
@@ -106,10 +106,14 @@ class Session:
     def num_gpus(self) -> int:
         return dist.get_world_size() if self.device.type == "cuda" else 0
 
-    def close(self) -> None:
-        self.stop.close()
-        parallel.stop()
-        self.lock.release()
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None or dist.get_world_size() == 1:  # leaving a world whose other ranks may wait in a collective can block
+            self.stop.close()
+            parallel.stop()
+            self.lock.release()
 
 
 def open_session(recipe: Recipe, name: str, number: int | None, *, allow_changes: bool) -> Session:
@@ -139,9 +143,10 @@ def prepare(session: Session, number: int | None, *, in_memory: bool = False) ->
         pad_multiple=config.token_multiple,
         cp_rank=parallel_state.get_context_parallel_rank(),
         topk=stage is not None and stage.loss.needs_topk,
+        horizon=stage.loss.horizon if stage is not None else None,
         quadratic_cost=ready.arch.train_flops(0, 1) / ready.arch.train_flops(1, 0),
     )
-    steps = config.steps or num_steps(len(source.reader), global_batch=config.global_batch, epochs=config.epochs)
+    steps = config.steps or source.order.num_steps(config.epochs)
     session.hold_output()
     going = find_start(name, config, ready, allow_changes=session.allow_changes, in_memory=in_memory)
     first = 0
@@ -227,6 +232,7 @@ def train(
     writer = CheckpointWriter(
         job.output, config.init, lineage, config.keep_last, config.keep_every, config.async_save, damaged=set(job.going.damaged)
     )
+    evals = Evals(job, lineage)
     checkpoint, saved = job.going.checkpoint, progress.step
     stopping, too_far, ended_by = stop.requested(), None, None
     log = open_log(job) if progress.step < job.steps and not stopping else None
@@ -247,11 +253,14 @@ def train(
             on_first_rank(lambda: start_files(job))
         facts = step_facts(job, step, len(micro_batches), seconds=time.perf_counter() - start, data_seconds=data_seconds)
         row = step_row(result, facts, resources.read(facts.seconds)) | ({} if job.number is None else {"round": job.number})
+        row |= evals.after(step + 1, trainee, writer)
         report(job, row, log)
         cost.tokens += row["batch_tokens"]
+        cost.facts |= evals.facts()
         progress.count_skipped(result)
         if progress.skipped_in_a_row > config.max_skipped_steps:
             writer.finish()
+            cost.facts |= log.close() if log is not None else {}
             raise too_many_skipped(job, step, result, progress)
         too_far = None if result.skipped else drift.check(row)
         progress.step, progress.beyond_drift_limit = step + 1, drift.beyond
@@ -260,8 +269,8 @@ def train(
         elif too_far and job.ends_by_drift:
             ended_by = "drift"
             say(f"{job.title} ends after step {progress.step}: {too_far}")
-        elif too_far:
-            say(advice(too_far, config.output, job.recipe.name))
+        elif too_far and isinstance(config, TrainStage):
+            say(advice(too_far, config, job.recipe.name))
         stopping = stop.requested() or bool(too_far and job.drift.stop and ended_by is None)
         writer.poll()
         due = progress.step % config.save_every == 0 or ended_by or stopping
@@ -273,8 +282,7 @@ def train(
     cost.facts |= {"skipped_steps": progress.skipped} if progress.skipped else {}
     if (energy := resources.total_energy()) is not None:
         cost.facts["energy_joules"] = energy
-    if log is not None:
-        log.close()
+    cost.facts |= log.close() if log is not None else {}
     if stopping:
         stop.done()
     if stopping and progress.step < job.steps and ended_by is None:

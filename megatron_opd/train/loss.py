@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from megatron_opd.config import LossConfig
+from megatron_opd.recipe.objective import LossConfig
 from megatron_opd.records import LOSS_SUM_NAMES
 from megatron_opd.train.batches import MicroBatch
 
@@ -73,6 +73,11 @@ def exopd_advantage(logp: torch.Tensor, stored: Stored, *, scale: float) -> torc
     """scale (log pi_T - log pi_ref) - (log pi_S - log pi_ref) with the stored pi_ref; scale 1 is `opd`. Source: ExOPD, arXiv 2602.12125."""
     assert stored.teacher_logp is not None
     return scale * (stored.teacher_logp - stored.student_logp) - (logp[:, 0] - stored.student_logp)
+
+
+def constant_advantage(logp: torch.Tensor, stored: Stored, *, value: float) -> torch.Tensor:
+    """The same for every token, a control: what training does where the teacher says nothing. Source: arXiv 2608.31046."""
+    return torch.full_like(logp[:, 0], value)
 
 
 def policy_loss(
@@ -150,6 +155,7 @@ ADVANTAGES: dict[str, Callable[[LossConfig], Advantage]] = {
     "opd": lambda config: opd_advantage,
     "vopd": lambda config: vopd_advantage,
     "exopd": lambda config: partial(exopd_advantage, scale=config.exopd_scale),
+    "constant": lambda config: partial(constant_advantage, value=config.constant_advantage),
 }
 DIVERGENCES: dict[str, Callable[[LossConfig], Divergence]] = {
     "reverse_kl": lambda config: reverse_kl,

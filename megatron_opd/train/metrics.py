@@ -1,14 +1,13 @@
-"""What a step reports: one console line with units, one JSONL row; TensorBoard and W&B on request. docs/training.md says what each is."""
+"""What a step reports: one console line with units, one JSONL row; loggers on request. docs/training.md says what each is."""
 
 from __future__ import annotations
 
 import math
 import re
 import resource
-import sys
-import uuid
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_opd.config import TrainerConfig
-from megatron_opd.cost import GpuMeter, append_jsonl, clock, read_jsonl, write_jsonl
-from megatron_opd.durable import sync, write_file
+from megatron_opd.checkpoints.saved import step_name
+from megatron_opd.cost.gpus import find_gpu
+from megatron_opd.cost.meter import GpuMeter, append_jsonl, clock, read_jsonl, write_jsonl
 from megatron_opd.errors import UserError
-from megatron_opd.gpus import find_gpu
-from megatron_opd.redact import redact_override
-from megatron_opd.train.readiness import not_installed
+from megatron_opd.evaluate.rows import read_rows
+from megatron_opd.recipe.training_stages import TrainerConfig
+from megatron_opd.safety.durable import sync
+from megatron_opd.train.loggers import Row, about, close_loggers, open_loggers
 from megatron_opd.train.step import StepResult
-from megatron_opd.untrusted import read_bytes
+
+_SAMPLES = 16  # rollouts of an evaluation under way that a logger shows
+_LONGEST_RESPONSE = 4000  # characters
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class StepFacts:
     seconds: float
     data_seconds: float  # of them, on the first rank: reading and packing
     num_ranks: int
+    horizon: int | None = None  # response tokens that count, where the loss has a limit
 
 
 def step_row(result: StepResult, facts: StepFacts, resources: dict[str, float]) -> dict[str, Any]:
@@ -72,8 +75,11 @@ def step_row(result: StepResult, facts: StepFacts, resources: dict[str, float]) 
         "model_tflops_per_rank": facts.flops / seconds / facts.num_ranks / 1e12,
         **resources,
     }
+    if facts.horizon is not None:
+        row["horizon"] = facts.horizon
     if sums.reverse_kl:
         row["reverse_kl_by_position"] = watched.means_by_position()
+        row["tokens_by_position"] = [int(n) for n in watched.tokens_by_position[: len(row["reverse_kl_by_position"])]]
     if watched.overlap_tokens:
         row["topk_overlap"] = watched.overlap / watched.overlap_tokens
     if (peak := peak_flops()) is not None:
@@ -175,7 +181,7 @@ def peak_flops() -> float | None:
 
 
 class MetricsLog:
-    """Where rows go, on the first rank: metrics.jsonl always, TensorBoard (output/tensorboard) and W&B on request."""
+    """Where rows go, on the first rank: metrics.jsonl always, and the loggers of the recipe (`loggers.py`)."""
 
     def __init__(self, output: Path, config: TrainerConfig, *, first_step: int, settings: dict[str, Any]):
         """Rows after `first_step` are those of steps that will be made again: the first `write` cuts them. Raises UserError for a missing package."""
@@ -183,11 +189,8 @@ class MetricsLog:
         self._is_cut = False
         self._unwritten: list[dict[str, Any]] = []
         self.pace = Pace()
-        self._sinks: list[Any] = []
-        if "tensorboard" in config.loggers:
-            self._sinks.append(_TensorBoard(output / "tensorboard", first_step))
-        if "wandb" in config.loggers:
-            self._sinks.append(_WandB(output, config.wandb_project, settings))
+        name = f"{settings.get('name') or output.parent.name} {output.name}"
+        self._loggers = open_loggers(config.loggers, about(output, config, run=name, settings=settings), begun=first_step > 0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Rows that find no room wait for the next: other ranks can't know of it before they save."""
@@ -196,9 +199,10 @@ class MetricsLog:
             self._append()
         except OSError as error:
             print(f"WARNING: {error}; rows that are not written are kept until the next checkpoint", flush=True)
-        scalars = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
-        for sink in self._sinks:
-            sink.log(row["step"], scalars)
+        if self._loggers:
+            sent = Row(row["step"], scalars_of(row), sample_tables(self.path.parent, row))
+            for logger in self._loggers:
+                logger.put(sent)
 
     def _append(self) -> None:
         if not self._is_cut:
@@ -215,57 +219,31 @@ class MetricsLog:
         if self._is_cut:
             sync(self.path)
 
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+    def close(self) -> dict[str, Any]:
+        """What the account of the training says of it: how many rows did not reach a logger, where there are any."""
+        unsent = close_loggers(self._loggers)
+        return {"rows_not_sent": unsent} if unsent else {}
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, first_step: int):
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError:
-            raise not_installed("tensorboard") from None
-        self._open = lambda: SummaryWriter(str(folder), purge_step=first_step + 1)
-        self.writer: Any = None
-
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        self.writer = self.writer or self._open()
-        for key, value in scalars.items():
-            self.writer.add_scalar(key, value, step)
-        self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+def scalars_of(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row for loggers; reverse KL by position under the first position of each class, from 1, as reverse_kl_by_position/00004."""
+    found = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+    positions = row.get("reverse_kl_by_position") or []
+    return found | {f"reverse_kl_by_position/{2**p:05d}": float(value) for p, value in enumerate(positions) if value is not None}
 
 
-class _WandB:
-    """One W&B run for an output folder: a resumed run goes on in it. WANDB_MODE=offline works as ever."""
+def sample_tables(output: Path, row: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Of each evaluation that the row has, the first samples with their verdicts, by the name of the table, out of the rows that it left."""
+    names = [match[1] for key in row if (match := re.fullmatch(r"eval/([^/]+)/seconds", key))]
+    return {f"eval/{name}/samples": table for name in names if len(table := _samples(output, name, row["step"])) > 1}
 
-    def __init__(self, output: Path, project: str, settings: dict[str, Any]):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise not_installed("wandb") from None
-        identity = output / "wandb_run_id"
-        write_file(identity, uuid.uuid4().hex[:8], exclusive=True)
-        name = read_bytes(identity).decode(errors="replace").strip()
-        if not re.fullmatch(r"[\w.-]{1,128}", name, re.ASCII):
-            raise UserError(f"{identity}: {name[:80]!r} is no name of a W&B run; remove the file, and the rows go on in a new one")
-        arguments, sys.argv = sys.argv, [sys.argv[0], *map(redact_override, sys.argv[1:])]  # W&B sends the command line too
-        try:
-            self.run = wandb.init(project=project, id=name, resume="allow", dir=str(output), config=settings)
-        except Exception as error:  # no key, no network, a project that is not there: the client's errors have no common ground
-            raise UserError(
-                f"loggers has 'wandb', which could not start: {type(error).__name__}: {error}; log in with `wandb login` (or WANDB_API_KEY), "
-                "set WANDB_MODE=offline to write to files alone, or take it out"
-            ) from error
-        finally:
-            sys.argv = arguments
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        self.run.log(scalars, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+def _samples(output: Path, name: str, step: int) -> list[list[str]]:
+    table = [["prompt", "outcome", "answer", "right answer", "response"]]
+    path = output / "eval" / name / f"{step_name(step).replace('_', '-')}.prompts.jsonl"
+    try:
+        for row in islice(read_rows(path), _SAMPLES):
+            table.append([str(row.prompt), row.outcome, row.answer or "", row.gold or "", (row.response or "")[:_LONGEST_RESPONSE]])
+    except (OSError, UserError):  # not graded
+        return table[:1]
+    return table

@@ -16,7 +16,7 @@ import time
 from enum import IntEnum
 
 from megatron_opd.errors import INTERRUPTED
-from megatron_opd.processes import signal_name
+from megatron_opd.safety.processes import signal_name
 from megatron_opd.train.launch import rank_command
 
 ENDINGS = "OPD_ENDINGS"  # variable with the file, which all nodes see; a row an ending: KIND NANOSECONDS NODE RANK CODE WORDS
@@ -46,7 +46,7 @@ def run_ranks(words: list[str], *, per_node: int, leader: str, port: int) -> int
 
     place = [f"--nnodes={os.environ['SLURM_NNODES']}", f"--node-rank={os.environ['SLURM_NODEID']}", f"--nproc-per-node={per_node}"]
     meeting = ["--max-restarts=0", "--monitor-interval=0.5", f"--master-addr={leader}", f"--master-port={port}"]
-    python, *flags = rank_command("megatron_opd.train.node")
+    python, *flags = rank_command("megatron_opd.rank")
     arguments = torchrun.parse_args([*place, *meeting, "--no-python", python, "-u", *flags, *words])
     try:
         torchrun.run(arguments)
@@ -89,18 +89,3 @@ def classify(error: BaseException) -> Ending:
 
 def _describe(codes: list[int]) -> str:
     return ", ".join(f"exit code {code}" if code > 0 else signal_name(-code) for code in codes)
-
-
-def run() -> int:
-    """In a rank: the command line, with a note of how it ended."""
-    from megatron_opd.__main__ import run as command_line
-
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        code = command_line()
-    except Exception as error:
-        note(classify(error), rank, 1, f"{type(error).__name__}: {error}")
-        raise
-    if code:
-        note(Ending.REFUSED if code in REFUSALS else Ending.FAILED, rank, code, "see the log")
-    return code

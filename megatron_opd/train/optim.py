@@ -15,9 +15,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_opd.config import TrainerConfig
 from megatron_opd.errors import UserError
 from megatron_opd.model.student import Student, uses_transformer_engine
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 # This clips nothing; a limit of 0 would scale all gradients to 0.
 _NO_CLIPPING = 1e30

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.cost import read_jsonl, write_jsonl
-from megatron_opd.durable import file_system, make_folder
+from megatron_opd.cost.meter import read_jsonl, write_jsonl
 from megatron_opd.errors import UserError
+from megatron_opd.safety.durable import file_system, make_folder
 from megatron_opd.train.identity import Resumption
 
 LOCK_FILE = ".lock"

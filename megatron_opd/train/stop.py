@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_opd.checkpoints.saved import last_saved
 from megatron_opd.errors import INTERRUPTED
-from megatron_opd.processes import INTERRUPT, STOP_SIGNALS
-from megatron_opd.saved import last_saved
+from megatron_opd.safety.processes import INTERRUPT, STOP_SIGNALS
 
 STOP_FILE = "STOP"
 STOPPING = "interrupted: the step under way is finished and saved first; a second Ctrl-C ends at once"

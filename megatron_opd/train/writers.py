@@ -18,8 +18,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_opd.checksums import sum_files, write_part
-from megatron_opd.processes import end_with_parent, leave_interrupts_to_parent, signal_name
+from megatron_opd.checkpoints.checksums import sum_files, write_part
+from megatron_opd.safety.processes import end_with_parent, leave_interrupts_to_parent, signal_name
 
 _FAILED = 1  # exit code of a writer
 _LOOK_SECONDS = 0.5

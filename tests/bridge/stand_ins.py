@@ -109,5 +109,6 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 assert not any(name.startswith("megatron.core") for name in sys.modules)
 sys.meta_path.insert(0, _Finder())
+importlib.import_module(_ROOT)  # already imported: megatron_opd.model hides, on a CPU, one that is not
 if not hasattr(typing, "override"):  # a decorator of Python 3.12 that megatron-bridge 0.6 uses; it does nothing at run time
     typing.override = lambda method: method  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from transformers import AutoModelForCausalLM
 
-from megatron_opd.config import LossConfig
 from megatron_opd.model.architecture import read_architecture
+from megatron_opd.recipe.objective import LossConfig
 from megatron_opd.train.batches import OVERLAP_EVERY, MicroBatch
 from megatron_opd.train.loss import LossFunction, Stored, make_loss, opd_loss
 from megatron_opd.train.step import forward_backward, train_step
@@ -25,13 +26,10 @@ def every_loss(folder: Path) -> dict[str, list[float]]:
     directory = folder / "qwen3-tied"
     arch = read_architecture(directory)
     results = {}
-    for number, name in enumerate(["opd", "vopd", "exopd", "reverse_kl", "forward_kl", "jsd"]):
-        sampled = number < 3
-        loss = make_loss(
-            LossConfig.model_validate(
-                {"name": name, "entropy_bonus": 0.1, **({"advantage_clip": 2.0, "importance_clip": 1.5} if sampled else {})}
-            )
-        )
+    for number, name in enumerate(["opd", "vopd", "exopd", "constant", "reverse_kl", "forward_kl", "jsd"]):
+        options_of_loss: dict[str, float] = {"importance_clip": 1.5} if number < 4 else {}
+        options_of_loss |= {"advantage_clip": 2.0} if number < 3 else {}
+        loss = make_loss(LossConfig.model_validate({"name": name, "entropy_bonus": 0.1, **options_of_loss}))
 
         def formula(logp: torch.Tensor, batch: MicroBatch, chosen: torch.Tensor, loss: LossFunction = loss) -> torch.Tensor:
             stored = Stored(*(piece[chosen].double() for piece in (batch.student_logp, batch.teacher_logp, batch.topk_logp)))
@@ -47,6 +45,37 @@ def every_loss(folder: Path) -> dict[str, list[float]]:
         sums = forward_backward(trainee.chunks, arch, loss, source_of(config, topk=True).micro_batches(0), chunk_tokens=31)
         error = gradient_error(trainee.students, expected)
         results[name] = [abs(sums[0].item() / sums[1].item() - value), max_over_ranks(error)]
+    return results
+
+
+def horizon(folder: Path) -> dict[str, list[float]]:
+    """[loss difference, relative gradient error] of a step of a schedule, in layouts, against whole responses of which the first tokens count."""
+    directory = folder / "qwen3-tied"
+    arch = read_architecture(directory)
+    limit, step, results = {"start": 40, "end": 4, "steps": 3}, 2, {}
+    counted = 40 - 36 * step // 3
+    options: dict[str, Any] = {"init": str(directory), "distributed_optimizer": False}
+    for sequence_mean in (True, False):
+        layout()
+        source = source_of(stage_config(str(folder), packing=False, **options), sequence_mean=sequence_mean)
+        batches = []
+        for index in source.step_rollouts(step):
+            batch = source.build([int(index)])
+            weights = batch.weights.where(batch.response_positions < counted, 0.0)
+            n = int((weights > 0).sum())
+            batches.append(
+                replace(batch, weights=weights / weights.sum() if sequence_mean else weights, denominator=1 if sequence_mean else n)
+            )
+        assert any(len(batch.rows) > counted for batch in batches)
+        value, expected = reference_gradients(arch, batches, directory, opd_formula)
+        for sizes in ({}, {"pp": 2, "cp": 2}) if sequence_mean else ({"tp": 2, "pp": 2},):
+            config = stage_config(str(folder), parallel=layout(**sizes), loss={"horizon": limit}, **options)
+            trainee = build(config, arch)
+            trainee.chunks[0].zero_grad_buffer()
+            source = replace(source_of(config, sequence_mean=sequence_mean), horizon=config.loss.horizon)
+            sums = forward_backward(trainee.chunks, arch, opd_loss, source.micro_batches(step), chunk_tokens=31)
+            error = max_over_ranks(gradient_error(trainee.students, expected))
+            results[f"{sizes} {sequence_mean}"] = [abs(sums[0].item() / sums[1].item() - value), error]
     return results
 
 
@@ -94,4 +123,4 @@ def overlap(folder: Path) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main([every_loss, overlapped, overlap])
+    main([every_loss, horizon, overlapped, overlap])

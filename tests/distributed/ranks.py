@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from fork_server import Job, shared_server
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -50,7 +51,7 @@ def run_ranks(
     logs = [folder / f"{function}-{rank}.log" for rank in range(world)]
     for log in logs:
         log.unlink(missing_ok=True)
-    if on_gpus or environment:  # what these change is looked at when something is imported
+    if on_gpus or environment or torch.cuda.is_available():  # what these change is looked at when something is imported
         codes = _processes([sys.executable, str(worker), *words], ranks, logs, timeout)
     else:
         jobs = [Job(words, str(log), str(worker), rank) for rank, log in zip(ranks, logs, strict=True)]

@@ -15,8 +15,8 @@ from tiny_models import ARCHITECTURES, make_model
 from worker import DENSE, MIXTURE
 
 from megatron_opd.cli import main
-from megatron_opd.config import ParallelConfig
 from megatron_opd.model.architecture import read_architecture
+from megatron_opd.recipe.layout import ParallelConfig
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import AutoModelForCausalLM
 
-from megatron_opd.config import ParallelConfig, TrainStage
 from megatron_opd.convert.mapping import table
 from megatron_opd.convert.to_mcore import load_hf_weights, sharded_tensors
 from megatron_opd.data.store import StoreReader
 from megatron_opd.model.architecture import Architecture, read_architecture
 from megatron_opd.model.student import Student, build_chunks, transformer_config
+from megatron_opd.recipe.layout import ParallelConfig
+from megatron_opd.recipe.training_stages import TrainStage
 from megatron_opd.records import Lineage
 from megatron_opd.train.batches import BatchSource, MicroBatch
 from megatron_opd.train.checkpoint import CheckpointWriter, load_checkpoint
@@ -269,7 +270,8 @@ def gradients(folder: Path, kinds: list[str]) -> dict[str, list[float]]:
         layouts = MIXTURE if arch.num_experts else DENSE
         for sequence_mean in (True, False):
             layout()
-            common = {"init": str(directory), "distributed_optimizer": False, "clip_grad": 0.0, "lr": 1e-9}
+            common: dict[str, Any] = {"init": str(directory), "distributed_optimizer": False, "clip_grad": 0.0, "lr": 1e-9}
+            common |= {} if sequence_mean else {"global_batch": None, "global_batch_tokens": 480}
             source = source_of(stage_config(str(folder), packing=False, **common), sequence_mean=sequence_mean)
             everything = [source.build([int(i)]) for i in source.step_rollouts(0)]
             loss, expected = reference_gradients(arch, everything, directory, opd_formula)

@@ -15,7 +15,7 @@ from tiny_models import make_model, make_tokenizer, write_prompts
 
 from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
-from megatron_opd.lineage import CACHE_FILE
+from megatron_opd.hf.lineage import CACHE_FILE
 
 PROMPTS, PER_PART = 12, 3
 
@@ -141,7 +141,7 @@ def test_an_sft_teacher_that_is_not_known(work: Workplace) -> None:
 
 def test_a_declared_teacher_that_is_not_the_recorded_one(work: Workplace) -> None:
     work.run("score")
-    from megatron_opd.lineage import fingerprint_model, write_lineage
+    from megatron_opd.hf.lineage import fingerprint_model, write_lineage
     from megatron_opd.records import Lineage
 
     write_lineage(work.path("student"), Lineage(sft_teacher=fingerprint_model(work.path("other"))), for_weights=True)
@@ -349,7 +349,7 @@ def test_a_full_disk(work: Workplace, disk: Callable[[str], None], tmp_path: Pat
     changes = (f"run_dir={run_dir}", f"--sft-teacher={work.path('teacher')}")
     filler = fill_disk(tmp_path / "disk", leave=leave)
     message = work.refused("rollout", *changes)
-    assert "No space left on device; nothing that was finished is lost: mend this and run the same command again" in message
+    assert "No space left on device; nothing that was finished is lost: fix this and run the same command again" in message
     store = Workplace(tmp_path / "disk")
     before = store.snapshot()
     sealed = sealed_checksums(store.store) if leave else {}

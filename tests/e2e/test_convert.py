@@ -18,11 +18,11 @@ from checkpoints import make_older
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, make_model
 
-from megatron_opd import lineage
 from megatron_opd.cli import main
 from megatron_opd.convert import hf_files
 from megatron_opd.convert.hf_files import HfTensors, hash_tensor, write_hf_directory
-from megatron_opd.lineage import fingerprint_model, hash_tensors, read_lineage, tensor_index, write_lineage
+from megatron_opd.hf import lineage
+from megatron_opd.hf.lineage import fingerprint_model, hash_tensors, read_lineage, tensor_index, write_lineage
 from megatron_opd.records import Lineage
 
 

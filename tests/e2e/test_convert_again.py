@@ -17,8 +17,8 @@ from tiny_models import make_model
 from megatron_opd.cli import main
 from megatron_opd.convert import staging
 from megatron_opd.convert.staging import whole_directory
-from megatron_opd.durable import publish_folder
-from megatron_opd.lineage import CACHE_FILE, ORIGIN_FILE
+from megatron_opd.hf.lineage import CACHE_FILE, ORIGIN_FILE
+from megatron_opd.safety.durable import publish_folder
 
 
 class Finished:
@@ -27,7 +27,13 @@ class Finished:
     def __init__(self, folder: Path):
         student, teacher = make_model(folder / "student"), make_model(folder / "teacher", seed=1)
         make_scored_store(folder / "store", sampler=student, teacher=teacher)
-        paths = {"run_dir": folder, "models.teacher": teacher, "train.init": student, "train.store": folder / "store", "eval.prompts": "p"}
+        paths = {
+            "run_dir": folder,
+            "models.teacher": teacher,
+            "train.init": student,
+            "train.store": folder / "store",
+            "eval.held_out.prompts": "p",
+        }
         fields = ["tiny", *(f"{key}={path}" for key, path in paths.items()), "train.steps=1", "train.global_batch=4"]
         assert main(["train", *fields]) == 0
         (self.checkpoint,) = (folder / "opd/checkpoints").glob("step_*")

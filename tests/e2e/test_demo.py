@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.data.store import StoreReader
-from megatron_opd.lineage import fingerprint_model, read_lineage
+from megatron_opd.hf.lineage import fingerprint_model, read_lineage
 
 SMALL = [
-    "generate.num_prompts=24", "sft.steps=6", "sft.save_every=6", "rollout.num_prompts=16", "eval.num_prompts=16",
+    "generate.num_prompts=24", "sft.steps=6", "sft.save_every=6", "rollout.num_prompts=16", "eval.addition.num_prompts=16",
     "train.steps=3", "train.global_batch=8", "train.save_every=3",
 ]  # fmt: skip
 
@@ -30,10 +30,11 @@ def test_the_whole_way(tmp_path: Path) -> None:
     output = demo(folder)
     for stage in ("check", "generate", "sft", "convert trained", "rollout", "score", "train", "eval", "report"):
         assert f"$ megatron-opd {stage}" in output
-    table = output[output.rindex("\nmodel ") :]
-    assert all(f"\n{name} " in table for name in ("teacher", "sft", "opd", "generate", "rollout", "score", "train"))
+    table = output[output.rindex("\nevaluation ") :]
+    assert all(f"\naddition    {name} " in table for name in ("teacher", "sft", "opd"))
+    assert all(f"\n{name} " in table for name in ("generate", "rollout", "score", "train"))
 
-    evaluations = {name: json.loads((folder / "eval" / f"{name}.json").read_text()) for name in ("teacher", "sft", "opd")}
+    evaluations = {name: json.loads((folder / "eval" / "addition" / f"{name}.json").read_text()) for name in ("teacher", "sft", "opd")}
     assert abs(evaluations["teacher"]["reverse_kl"]["mean"]) < 1e-4
     assert evaluations["teacher"]["accuracy"]["mean"] > 0.8
     against = evaluations["opd"]["against"]
@@ -42,10 +43,11 @@ def test_the_whole_way(tmp_path: Path) -> None:
         change = evaluations["opd"][figure]["mean"] - evaluations["sft"][figure]["mean"]
         assert against[figure]["mean"] == pytest.approx(change, abs=1e-9)
         assert against[figure]["low"] <= change <= against[figure]["high"]
-    assert "opd against sft, paired over 16 prompts" in output
+    assert "addition opd against sft, paired over 16 prompts" in output
     page = (folder / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 4  # results, training, positions, cost
-    assert (folder / "report" / "results.png").stat().st_size > 5000
+    assert page.count("<figure>") > 10
+    for name in ("results", "training-opd", "training-sft", "cost"):
+        assert all((folder / "report" / f"{name}.{kind}").stat().st_size > 5000 for kind in ("png", "svg"))
 
     teacher = fingerprint_model(folder / "teacher")
     lineage = read_lineage(folder / "opd-hf")

@@ -48,9 +48,9 @@ def settings(folder: Path, store: str, **changes: Any) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in (options | changes).items()]
 
 
-def sample(folder: Path, store: str, prompts: int, samples: int, *flags: str) -> int:
+def sample(folder: Path, store: str, prompts: int, samples: int, *flags: str, **changes: Any) -> int:
     size = {"rollout.num_prompts": prompts, "rollout.sampling.samples_per_prompt": samples}
-    return main(["rollout", "tiny", *settings(folder, store, **size), *flags])
+    return main(["rollout", "tiny", *settings(folder, store, **size, **changes), *flags])
 
 
 def by_name(reader: StoreReader) -> dict[tuple[int, int], Rollout]:
@@ -62,24 +62,30 @@ def bits(rollout: Rollout) -> tuple[Any, ...]:
 
 
 def test_an_extended_store_holds_what_one_made_at_once_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """More prompts (the last part of the old ones is not full), more samples, then both; bit for bit."""
-    assert sample(folder, "once", 9, 3) == 0
-    assert sample(folder, "grown", 6, 1) == 0
+    """More prompts, drawn by a seed (the last part of the old ones is not full), more samples, then both; bit for bit."""
+
+    def grow(store: str, prompts: int, samples: int, *flags: str) -> int:
+        return sample(folder, store, prompts, samples, *flags, **{"rollout.subset_seed": 3})
+
+    assert grow("once", 9, 3) == 0
+    assert grow("grown", 6, 1) == 0
     parts = {path: path.read_bytes() for path in (folder / "grown/parts").rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert sample(folder, "grown", 7, 1) == 2
+    assert grow("grown", 7, 1) == 2
     refused = capsys.readouterr().err
     assert "prompts is 6 prompts" in refused
     assert "--extend would make what is new alone" in refused
-    assert sample(folder, "grown", 7, 1, "--extend") == 0
-    assert sample(folder, "grown", 7, 2, "--extend", "--shard", "0/2") == 0
-    assert sample(folder, "grown", 7, 2, "--shard", "1/2") == 0  # is extended by now
-    assert sample(folder, "grown", 9, 3, "--extend") == 0
-    assert sample(folder, "grown", 6, 1) == 0
+    assert grow("grown", 7, 1, "--extend") == 0
+    assert grow("grown", 7, 2, "--extend", "--shard", "0/2") == 0
+    assert grow("grown", 7, 2, "--shard", "1/2") == 0  # is extended by now
+    assert grow("grown", 9, 3, "--extend") == 0
+    assert grow("grown", 6, 1) == 0
     assert "it was extended by" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in parts} == parts
     once, grown = by_name(StoreReader(str(folder / "once"))), by_name(StoreReader(str(folder / "grown")))
     assert len(once) == 27
+    assert StoreReader(str(folder / "once")).manifest.provenance["subset_seed"] == 3
+    assert sample(folder, "grown", 9, 3, **{"rollout.subset_seed": 4}) == 2, "other prompts"
     assert {name: bits(found) for name, found in grown.items()} == {name: bits(found) for name, found in once.items()}
 
 

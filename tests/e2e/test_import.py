@@ -16,7 +16,7 @@ from tiny_models import IM_END, make_base, make_instruct, make_model, write_chat
 
 from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
-from megatron_opd.lineage import read_lineage
+from megatron_opd.hf.lineage import read_lineage
 from megatron_opd.records import Finish
 
 

@@ -16,8 +16,8 @@ import pytest
 from stores import make_scored_store
 from tiny_models import make_model, write_prompts
 
+from megatron_opd.checkpoints.saved import latest_checkpoint, read_state
 from megatron_opd.errors import INTERRUPTED
-from megatron_opd.saved import latest_checkpoint, read_state
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.saved import latest_checkpoint, read_state
+from megatron_opd.checkpoints.saved import latest_checkpoint, read_state
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_who_writes_a_checkpoint_is_killed(folder: Path, generation: str, ranks:
     assert "was ended by SIGKILL" in printed
     checkpoint = latest_checkpoint(output)
     assert checkpoint is not None
-    assert f"the last whole checkpoint is {checkpoint}; mend this and run the same command again" in printed
+    assert f"the last whole checkpoint is {checkpoint}; fix this and run the same command again" in printed
     if ranks == 1:
         step = read_state(checkpoint)["step"]
         again, _ = start(folder, output.name, ranks, steps=step + 1).communicate(timeout=200)

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from stores import make_scored_store, random_candidates
 from tiny_models import make_model, make_tokenizer, write_prompts
 
-from megatron_opd import lineage
 from megatron_opd.cli import main
-from megatron_opd.config import TrainStage
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.errors import StoreError
-from megatron_opd.lineage import CACHE_FILE, RUN_CACHE_FILE, fingerprint_model
+from megatron_opd.hf import lineage
+from megatron_opd.hf.lineage import CACHE_FILE, RUN_CACHE_FILE, fingerprint_model
+from megatron_opd.recipe.training_stages import TrainStage
 from megatron_opd.records import Finish, Lineage, PromptFile, Rollout, SamplingParams, TeacherScores
 from megatron_opd.store_records import ScoreManifest, StoreManifest
 from megatron_opd.train.batches import BatchSource
@@ -47,7 +47,7 @@ def work(pristine: Path, tmp_path: Path) -> Path:
 
 def arguments(work: Path, stage: str, *more: str) -> list[str]:
     models = [f"models.{name}={str(work / name)!r}" for name in PUBLIC if not any(m.startswith(f"models.{name}=") for m in more)]
-    prompts = [f"{name}.prompts={str(work / 'prompts.jsonl')!r}" for name in ("generate", "rollout", "eval")]
+    prompts = [f"{name}.prompts={str(work / 'prompts.jsonl')!r}" for name in ("generate", "rollout", "eval.held_out")]
     overrides = [word for word in more if not word.startswith("--")]
     return [
         stage,

@@ -19,14 +19,14 @@ from e2e.power_cut_worker import IS_CUT, cut_power
 from stores import create_store, make_scored_store, random_rollout, write_part
 from tiny_models import make_model, write_prompts
 
-from megatron_opd.checksums import check_files
+from megatron_opd.checkpoints.checksums import check_files
+from megatron_opd.checkpoints.saved import latest_checkpoint, read_state
 from megatron_opd.cli import main
 from megatron_opd.convert.written import same_content
 from megatron_opd.data.store import StoreReader
-from megatron_opd.durable import make_folder, publish_folder, write_file
-from megatron_opd.lineage import hash_tensors
-from megatron_opd.recipe_files import load_recipe
-from megatron_opd.saved import latest_checkpoint, read_state
+from megatron_opd.hf.lineage import hash_tensors
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.safety.durable import make_folder, publish_folder, write_file
 
 WORKER = Path(__file__).with_name("power_cut_worker.py")
 STEPS = 3
@@ -181,12 +181,14 @@ def test_an_evaluation(worker: Worker, disk: Disk, inputs: Path) -> None:
         "eval",
         "tiny",
         f"run_dir={run}",
-        "eval.teacher=none",
-        f"eval.model={inputs / 'student'}",
-        f"eval.prompts={inputs / 'prompts.jsonl'}",
+        "eval.held_out.teacher=none",
+        f"models.student={inputs / 'student'}",
+        f"eval.held_out.prompts={inputs / 'prompts.jsonl'}",
+        "--of",
+        "base",
     )
-    assert json.loads((run / "eval" / "opd.json").read_text())["num_prompts"] == 4
-    assert StoreReader(str(run / "eval" / "opd.opd.zarr")).verify() == []
+    assert json.loads((run / "eval" / "held_out" / "base.json").read_text())["num_prompts"] == 4
+    assert StoreReader(str(run / "eval" / "held_out" / "base.opd.zarr")).verify() == []
 
 
 @pytest.mark.parametrize(("announcement", "asynchronous"), [(rf"^step +{STEPS}/", False), (rf"step_{STEPS:06d}", True)])

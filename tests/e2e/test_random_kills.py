@@ -21,7 +21,7 @@ from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
 from megatron_opd.train.readiness import check_train
 
 PARTS = 16

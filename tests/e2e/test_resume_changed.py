@@ -19,7 +19,7 @@ import pytest
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.data.order import step_rollouts
+from megatron_opd.data.order import TrainingOrder
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
 from megatron_opd.train.identity import changes
@@ -99,7 +99,7 @@ def test_an_error_that_one_rank_alone_has_is_seen(folder: Path) -> None:
     lengths = np.array([len(reader.rollout(index).tokens) for index in range(len(reader))])
 
     def second_alone_reads_the_last_part(seed: int) -> bool:
-        long, short = sorted(step_rollouts(0, len(reader), global_batch=2, seed=seed), key=lambda index: -lengths[index])
+        long, short = sorted(TrainingOrder(lengths, seed, 2).rollouts(0), key=lambda index: -lengths[index])
         return lengths[long] > lengths[short] and reader.part_ids[long] != 2 and reader.part_ids[short] == 2
 
     seed = next(seed for seed in range(100) if second_alone_reads_the_last_part(seed))

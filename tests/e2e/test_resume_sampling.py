@@ -15,7 +15,7 @@ import pytest
 from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
-from megatron_opd.cost import read_stages
+from megatron_opd.cost.meter import read_stages
 from megatron_opd.data.location import Location
 from megatron_opd.data.store import StoreReader
 from megatron_opd.serve import sample

@@ -15,9 +15,10 @@ import pytest
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.lineage import hash_tensors
+from megatron_opd.hf.lineage import hash_tensors
 
 STEPS = 8
+HORIZON = {"start": 4, "end": 64, "steps": 6}  # a schedule must go on where it was, too
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, output: str, **options: Any) -> subprocess.Popen[str]:
-    settings = {"steps": STEPS, "save_every": 2, "global_batch": 8, "micro_batch_tokens": 128, "lr": 1e-2, "parallel.tp": 2} | options
+    settings = {"steps": STEPS, "save_every": 2, "global_batch": 8, "micro_batch_tokens": 128, "lr": 1e-2, "parallel.tp": 2}
+    settings |= {f"loss.horizon.{key}": value for key, value in HORIZON.items()} | options
     overrides = [f"train.{key}={json.dumps(value)}" for key, value in settings.items()]
     paths = [f"run_dir={str(folder / 'run')!r}", f"train.init={str(folder / 'student')!r}", f"train.store={str(folder / 'store')!r}"]
     command = [sys.executable, "-m", "megatron_opd", "train", "tiny", *paths, f"train.output={str(folder / output)!r}", *overrides]
@@ -48,8 +50,8 @@ def rows(folder: Path, output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def results(folder: Path, output: str) -> list[tuple[int, float, float, float]]:
-    return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows(folder, output)]
+def results(folder: Path, output: str) -> list[tuple[int, float, float, float, int]]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"], row["horizon"]) for row in rows(folder, output)]
 
 
 def wait_for_step(folder: Path, output: str, step: int, run: subprocess.Popen[str]) -> None:
@@ -84,7 +86,7 @@ def processes_of(output: Path) -> list[str]:
 def test_killed_and_stopped_runs_end_like_an_undisturbed_one(folder: Path) -> None:
     finish(start(folder, "whole"))
     expected = results(folder, "whole")
-    assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
+    assert [(step, horizon) for step, *_, horizon in expected] == list(enumerate([4, 14, 24, 34, 44, 54, 64, 64], start=1))
 
     for step in (1, 5):  # before the first checkpoint, and after one: the fifth step comes when the save of the second is done
         run = start(folder, "killed")

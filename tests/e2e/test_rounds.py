@@ -18,7 +18,7 @@ from tiny_models import make_model, write_prompts
 from megatron_opd.cli import main
 from megatron_opd.data.location import Location
 from megatron_opd.data.store import StoreReader
-from megatron_opd.lineage import fingerprint_model, hash_tensors, read_lineage
+from megatron_opd.hf.lineage import fingerprint_model, hash_tensors, read_lineage
 
 ROUNDS, STEPS = 3, 2
 STAGES = (("rollout",), ("score",), ("train",), ("convert", "trained"))
@@ -75,7 +75,7 @@ def fields(folder: Path, run: str, overrides: dict[str, Any] | None = None) -> l
         "train.save_every": 1,
         "train.lr": 1e-2,
         "train.schedule.decay": "linear",
-        "eval.prompts": folder / "prompts.jsonl",
+        "eval.held_out.prompts": folder / "prompts.jsonl",
         "rounds.count": ROUNDS,
         "rounds.steps": STEPS,
     } | (overrides or {})

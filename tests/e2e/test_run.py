@@ -17,7 +17,7 @@ from tiny_models import make_model, write_prompts
 
 from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
-from megatron_opd.lineage import fingerprint_model
+from megatron_opd.hf.lineage import fingerprint_model
 from megatron_opd.pipeline.plan import NOT_FINISHED
 from megatron_opd.train.resume import OutputLock
 
@@ -31,9 +31,9 @@ STAGES = [
     "engines",
     "train",
     "opd-hf",
-    "eval-teacher",
-    "eval-sft",
-    "eval-opd",
+    "eval-held_out-teacher",
+    "eval-held_out-sft",
+    "eval-held_out-opd",
     "report",
 ]
 
@@ -50,8 +50,8 @@ def words(inputs: Path, run_dir: Path, *overrides: str) -> list[str]:
         "run_dir": run_dir,
         "models.teacher": inputs / "teacher",
         "models.student": inputs / "student",
-        **{f"{stage}.prompts": inputs / "prompts.jsonl" for stage in ("generate", "rollout", "eval")},
-        "eval.num_prompts": 8,
+        **{f"{stage}.prompts": inputs / "prompts.jsonl" for stage in ("generate", "rollout", "eval.held_out")},
+        "eval.held_out.num_prompts": 8,
         "sft.steps": 4,
         "train.steps": 4,
         **{f"{stage}.save_every": 2 for stage in ("sft", "train")},
@@ -77,7 +77,7 @@ def finished(inputs: Path) -> Path:
 def results(run_dir: Path) -> dict[str, Any]:
     """Everything that a run's stages came to, without times."""
     found: dict[str, Any] = {}
-    for name in ("sft", "rollouts", "eval/teacher", "eval/sft", "eval/opd"):
+    for name in ("sft", "rollouts", "eval/held_out/teacher", "eval/held_out/sft", "eval/held_out/opd"):
         reader = StoreReader(str(run_dir / f"{name}.opd.zarr"))
         reader.check_complete()
         found[name] = [record.crc32c for record in reader.parts.values()]
@@ -87,7 +87,7 @@ def results(run_dir: Path) -> dict[str, Any]:
         rows = [json.loads(line) for line in (run_dir / name / "metrics.jsonl").read_text().splitlines()]
         found[f"{name} losses"] = [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
     for name in ("teacher", "sft", "opd"):
-        record = json.loads((run_dir / "eval" / f"{name}.json").read_text())
+        record = json.loads((run_dir / "eval" / "held_out" / f"{name}.json").read_text())
         found[f"eval {name}"] = [record.get(key) for key in ("reverse_kl", "against", "response_tokens", "stopped_share")]
     return found
 
@@ -98,7 +98,7 @@ def plan(capsys: pytest.CaptureFixture[str], *recipe: str) -> tuple[int, dict[st
     code = main(["run", *recipe, "--plan"])
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if line and not line.startswith((" ", "next:"))]
-    return code, {line.split()[0]: line[14:26].strip() for line in lines}, text
+    return code, {line.split()[0]: line[23:35].strip() for line in lines}, text
 
 
 def states(*stale: str, inputs: str = "done") -> dict[str, str]:
@@ -112,9 +112,25 @@ def test_one_command_makes_everything(finished: Path, inputs: Path, capsys: pyte
     assert main(["run", *recipe]) == 0
     text = capsys.readouterr().out
     assert "$ megatron-opd" not in text, "nothing was left to do"
-    assert text.count("eval teacher scores") == 1, "the closing table"
+    assert text.count("eval.held_out teacher scores") == 1, "the closing table"
     after = {path: path.stat().st_mtime_ns for path in before}
     assert [path for path in before if before[path] != after[path] and path.name not in (".lock", "recipe.toml")] == []
+
+
+def test_new_evaluations_of_a_finished_run(finished: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of one model by one command; the rest stays."""
+    shutil.copytree(finished, tmp_path / "run")
+    more = [f"eval.{name}.{field}" for name in "ab" for field in (f"prompts={inputs / 'prompts.jsonl'}", "num_prompts=2", "teacher=none")]
+    more += [f"eval.{name}.sampling.max_new_tokens=4" for name in "ab"]
+    recipe = words(inputs, tmp_path / "run", *more, "eval.a.models=['base','sft']", "eval.b.models=['sft']")
+    _, found, _ = plan(capsys, *recipe)
+    assert [stage for stage, state in found.items() if state == "not started"] == ["eval-a-base", "eval-a-sft", "eval-b-sft"]
+    assert main(["run", *recipe]) == 0
+    text = capsys.readouterr().out
+    commands = [line.partition(f" {tmp_path / 'run'} ")[2] for line in text.splitlines() if line.startswith("$ megatron-opd eval")]
+    assert commands == ["a --of base", "a b --of sft"]
+    closing = text[text.rindex("\nmodel ") :].split("\n\n")[0].strip()
+    assert [line.split()[0] for line in closing.splitlines()] == ["model", "-------", "teacher", "base", "sft", "opd"]
 
 
 def test_a_fresh_recipe_has_everything_left(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +143,7 @@ def test_a_fresh_recipe_has_everything_left(inputs: Path, tmp_path: Path, capsys
 
 
 def test_the_plan_after_changes_of_the_recipe(finished: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    after_train = ("train", "opd-hf", "eval-opd")
+    after_train = ("train", "opd-hf", "eval-held_out-opd")
     after_rollout = ("rollout", "score", "engines", *after_train)
     for changed, stale, reason in (
         (["train.lr=2e-3"], after_train, "differs from the recipe: lr 0.001 there, 0.002 here"),
@@ -136,7 +152,7 @@ def test_the_plan_after_changes_of_the_recipe(finished: Path, inputs: Path, caps
         (["rollout.sampling.temperature=0.8"], after_rollout, "differs from the recipe: temperature 1.0 there, 0.8 here"),
         (["score.top_k=2"], ("score", *after_train), "differs from the recipe: top_k 0 there, 2 here"),
         (["score.model=STUDENT"], ("score", *after_train), "STUDENT is another model since ("),
-        (["sft.schedule.warmup_steps=1"], ("sft", "sft-hf", *after_rollout, "eval-sft"), "schedule.warmup_steps 0 there, 1 here"),
+        (["sft.schedule.warmup_steps=1"], ("sft", "sft-hf", *after_rollout, "eval-held_out-sft"), "schedule.warmup_steps 0 there, 1 here"),
     ):
         changed, reason = (
             [text.replace("STUDENT", str(inputs / "student")) for text in changed],
@@ -156,9 +172,9 @@ def test_the_plan_after_changes_of_the_recipe(finished: Path, inputs: Path, caps
     ):
         assert plan(capsys, *words(inputs, finished, changed))[0] == 0, changed
     assert plan(capsys, *words(inputs, finished, "train.steps=6"))[1]["train"] == "partial"
-    _, found, text = plan(capsys, *words(inputs, finished, "eval.grader=exact"))
-    assert {found[f"eval-{model}"] for model in ("teacher", "sft", "opd")} == {"outdated"}, "the samples stay"
-    assert "graded anew: grader none there, exact here" in text
+    _, found, text = plan(capsys, *words(inputs, finished, "eval.held_out.grader=exact"))
+    assert {found[f"eval-held_out-{model}"] for model in ("teacher", "sft", "opd")} == {"outdated"}, "the samples stay"
+    assert "made again from the same samples: grader none there, exact here" in text
     assert plan(capsys, *words(inputs, finished, "rounds.count=2"))[1]["train@1"] == "STALE", "the training was one without rounds"
     assert set(plan(capsys, *words(inputs, finished, "rollout=null", "eval=null"))[1]) == {"inputs", "generate", "sft", "report"}
     code, _, text = plan(capsys, *words(inputs, finished, "engine.launch.environment.MY_KEY=s3cret", "train.lr=2e-3"))
@@ -184,9 +200,9 @@ def test_the_plan_after_changes_of_the_inputs(finished: Path, inputs: Path, tmp_
     before = prompts.read_text()
     prompts.write_text(before + '{"prompt": "one more"}\n')
     code, found, text = plan(capsys, *recipe)
-    assert (code, found["generate"], found["rollout"], found["eval-opd"]) == (NOT_FINISHED, "STALE", "STALE", "STALE")
+    assert (code, found["generate"], found["rollout"], found["eval-held_out-opd"]) == (NOT_FINISHED, "STALE", "STALE", "STALE")
     assert "prompts 24 (" in text
-    assert found["eval-teacher"] == "done", "its first eight are the same"
+    assert found["eval-held_out-teacher"] == "done", "its first eight are the same"
     prompts.write_text(before)
     assert plan(capsys, *recipe)[:2] == (0, states())
 
@@ -238,7 +254,7 @@ def test_a_student_that_was_trained_again(finished: Path, inputs: Path, tmp_path
     shutil.rmtree(run / "sft-hf")
     assert main(["convert", "trained", *recipe, "--stage", "sft"]) == 0
     _, found, text = plan(capsys, *recipe)
-    assert [found[stage] for stage in ("sft-hf", "rollout", "eval-sft")] == ["done", "STALE", "STALE"]
+    assert [found[stage] for stage in ("sft-hf", "rollout", "eval-held_out-sft")] == ["done", "STALE", "STALE"]
     assert text.count("the student was fine-tuned again since (") >= 2
 
 
@@ -290,7 +306,7 @@ def test_what_was_read_and_removed_is_not_made_again(
     code, found, _ = plan(capsys, *words(inputs, run))
     assert (code, found["generate"], found["rollout"], found["train"]) == (0, *["not needed"] * 3)
     _, found, _ = plan(capsys, *words(inputs, run, f"models.teacher={inputs / 'student'}"))
-    assert found["eval-opd"] == "STALE", "its scores are there"
+    assert found["eval-held_out-opd"] == "STALE", "its scores are there"
     shutil.copytree(finished / "sft", run / "sft")
     _, found, _ = plan(capsys, *words(inputs, run, "sft.lr=2e-3"))
     assert [found[stage] for stage in ("sft", "sft-hf", "rollout", "opd-hf")] == ["STALE", "STALE", "not started", "STALE"]
@@ -312,11 +328,11 @@ def in_rounds(run_dir: Path) -> dict[str, Any]:
 
 def test_rounds(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    recipe = words(inputs, run, *ROUNDS, "eval.models=['opd']")
+    recipe = words(inputs, run, *ROUNDS, "eval.held_out.models=['opd']")
     assert main(["run", *recipe, "--until", "train@1"]) == 0
     code, found, text = plan(capsys, *recipe)
     assert code == NOT_FINISHED
-    assert list(found) == [*STAGES[:4], *IN_ROUNDS, "eval-opd", "report"]
+    assert list(found) == [*STAGES[:4], *IN_ROUNDS, "eval-held_out-opd", "report"]
     assert [found[stage] for stage in IN_ROUNDS] == ["done"] * 4 + ["not started"] * 5
     assert "convert trained tiny" in text
     assert "--round 1" in text.splitlines()[-1]
@@ -326,7 +342,7 @@ def test_rounds(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert set(plan(capsys, *recipe)[1].values()) == {"done"}
     assert plan(capsys, *recipe)[0] == 0
 
-    together = words(inputs, tmp_path / "together", *ROUNDS, "eval.models=['opd']", "rounds.keep_alive=true")
+    together = words(inputs, tmp_path / "together", *ROUNDS, "eval.held_out.models=['opd']", "rounds.keep_alive=true")
     assert main(["run", *together]) == 0
     assert capsys.readouterr().out.count("$ megatron-opd rounds ") == 1
     assert plan(capsys, *together)[0] == 0
@@ -350,7 +366,7 @@ def kill_often(inputs: Path, tmp_path: Path, *, kills: int, rng: random.Random) 
         answer = shared_server().run(job, kill_after=rng.uniform(0.05, 2.0))[0]
         assert answer.killed or answer.code == 0, log.read_text()[-3000:]
         if not answer.killed:  # it came to its end: what is killed next is a run that makes the last stages again
-            for path in (run / "eval/opd.json", run / "report/report.html"):
+            for path in (run / "eval/held_out/opd.json", run / "report/report.html"):
                 path.unlink()
     assert shared_server().run(job)[0].code == 0, log.read_text()[-3000:]
 

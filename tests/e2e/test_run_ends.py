@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.cost import read_stages
-from megatron_opd.data.order import step_rollouts
+from megatron_opd.checkpoints.saved import checkpoint_folder, last_saved, latest_checkpoint, read_state
+from megatron_opd.cost.meter import read_stages
+from megatron_opd.data.order import TrainingOrder
 from megatron_opd.data.store import StoreReader
-from megatron_opd.evaluate.report import write_report
-from megatron_opd.saved import checkpoint_folder, last_saved, latest_checkpoint, read_state
+from megatron_opd.report.write import write_report
 
 STEPS = 5
 
@@ -169,7 +169,7 @@ def test_a_full_disk(folder: Path, whole: int) -> None:
         assert "the checkpoint of step" in text
         assert "could not be written: " in text
         assert re.search(r"\(\d\.\d MiB are free there\)", text)
-        assert f"{last_saved(disk)}; mend this and run the same command again" in text
+        assert f"{last_saved(disk)}; fix this and run the same command again" in text
         assert "Traceback" not in text
         subprocess.run([*mount[:4], "remount,size=64m", *mount[5:]], check=True)
         run(folder, "small")
@@ -234,7 +234,7 @@ def test_a_run_whose_loss_is_not_a_number(folder: Path) -> None:
     assert [row["skipped"] for row in found[first - 1 :]] == [True] * 3
     assert found[-1]["loss"] is None or found[-1]["grad_norm"] is None
     text = (folder / "diverges.log").read_text()
-    order = step_rollouts(len(found) - 1, 20, global_batch=4, seed=0)
+    order = TrainingOrder(np.ones(20, np.int64), 0, 4).rollouts(len(found) - 1)
     assert (
         f"after 2 skipped steps in a row; weights are those from before them. Look at the rollouts (global index) {', '.join(map(str, order))};"
         in text
@@ -273,7 +273,7 @@ def test_drift_stops_the_run_with_advice(folder: Path, whole: int) -> None:
     limits = {"drift.max_off_share": 0.5, "drift.min_effective_share": 0.9, "drift.patience": 2}
     run(folder, "drifts", **limits)
     text = (folder / "drifts.log").read_text()
-    assert text.count("collect new rollouts: ") == 1
+    assert text.count("the student has left its rollouts: ") == 1
     assert "of the tokens have pi_S / pi_ref beyond 2 (limit 50.0%) and the effective sample share is" in text
     assert f"megatron-opd convert to-hf {folder / 'drifts'} " in text
     assert losses(folder, "drifts") == losses(folder, "whole")
@@ -293,7 +293,9 @@ def test_the_report_of_these_runs(folder: Path) -> None:
     shutil.copytree(folder / "reported", other / "opd")
     shutil.copy(folder / "stages.jsonl", other)
     page = write_report([str(folder), str(other)], str(folder / "report")).read_text()
-    assert page.count("data:image/png;base64") == 3  # training, positions, cost
+    assert "<h2>Training: reported</h2>" in page
+    names = ("training-opd", "training-reported", "training-reported-badly", "cost")
+    assert all((folder / "report" / f"{name}.{kind}").exists() for name in names for kind in ("png", "svg"))
     text = (folder / "report" / "report.md").read_text()
     rows_of = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|") for line in text.splitlines() if line.startswith("|")}
     cells = [cell.strip() for cell in rows_of["other", "opd"][3:-1]]
@@ -314,7 +316,7 @@ def test_position_means_add_up(folder: Path) -> None:
     run(folder, "positions", steps=1)
     row = rows(folder, "positions")[0]
     reader = StoreReader(str(folder / "store"))
-    lengths = reader.response_lens[step_rollouts(0, 20, global_batch=4, seed=0)]
+    lengths = reader.response_lens[TrainingOrder(reader.lengths, 0, 4).rollouts(0)]
     counts = np.bincount(np.concatenate([np.floor(np.log2(np.arange(length) + 1)).astype(int) for length in lengths]))
     assert row["response_tokens"] == counts.sum() == lengths.sum()
     assert np.dot(row["reverse_kl_by_position"], counts) / counts.sum() == pytest.approx(row["reverse_kl"], rel=1e-6)

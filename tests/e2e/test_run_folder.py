@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tiny_models import make_model, write_prompts
 
+from megatron_opd.checkpoints.saved import latest_checkpoint
 from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
-from megatron_opd.saved import latest_checkpoint
 
 BRANCH = "for a run of its own: megatron-opd recipe new NAME --like RECIPE"
 

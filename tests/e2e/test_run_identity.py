@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from safetensors.torch import load_file, save_file
 from stores import make_scored_store
 from tiny_models import make_model, write_prompts
 
+from megatron_opd.checkpoints.saved import latest_checkpoint, read_state
 from megatron_opd.cli import main
-from megatron_opd.lineage import read_lineage
-from megatron_opd.saved import latest_checkpoint, read_state
+from megatron_opd.data.store import StoreReader
+from megatron_opd.data.writer import write_scores
+from megatron_opd.hf.lineage import read_lineage
+from megatron_opd.pipeline.plan import NOT_FINISHED
+from megatron_opd.records import TeacherScores
+from megatron_opd.store_records import ScoreManifest
 
 FORWARD = 'train.loss={name="forward_kl"}'
 
@@ -111,6 +117,35 @@ def test_a_start_that_trains_nothing_leaves_the_folder_as_it_was(runs: Runs) -> 
     (output / "STOP").touch()
     assert "stopped after step 2 as asked" in runs("train", "untouched", steps=4)
     assert content(output) == before
+
+
+def test_steps_of_tokens_hold_what_they_held(runs: Runs) -> None:
+    """A teacher that took but the beginnings makes rollouts shorter, and micro-batches where they are cut: steps would hold others."""
+    tokens: dict[str, Any] = {"global_batch": None, "global_batch_tokens": 300, "overlong": "cut"}
+    reader = StoreReader(str(runs.folder / "store"))
+    for part, record in reader.parts.items():
+        own, rollouts = reader.score_manifest(part, "teacher"), reader.part_rollouts(part)
+        assert own is not None
+        scores = [TeacherScores(rollout.cut(24).student_logp) for rollout in rollouts]
+        short = ScoreManifest(part=part, teacher=own.teacher, max_tokens=24, part_crc32c=record.crc32c, crc32c={})
+        write_scores(reader.location, "short", short, rollouts, scores)
+    runs("train", "tokens", steps=1, **tokens)
+    for stage in ("train", "check"):
+        said = runs(stage, "tokens", "train.teacher=short", "--continue-with-changes", code=2, steps=2, **tokens)
+        assert "made with rollouts of other lengths than" in said
+        assert "cut_at = 128, now 96" in runs(stage, "tokens", code=2, steps=2, micro_batch_tokens=96, **tokens)
+    for changes, said in (
+        ({"micro_batch_tokens": 96}, "STALE .*differs from the recipe: cut_at 128 there, 96 here"),
+        ({"distributed_optimizer": False}, "STALE .*differs from the recipe: distributed_optimizer True there, False here"),
+        ({"lr": 1e-3}, "partial .*goes on with other settings: lr 0.01 there, 0.001 here"),
+    ):
+        progress = runs("progress", "tokens", "--stage=train", code=NOT_FINISHED, steps=2, **tokens, **changes)
+        assert re.search(said, " ".join(progress.split())), progress
+    runs("progress", "tokens", "--stage=train", steps=1, distributed_optimizer=False, **tokens)
+
+    edit_state(runs.folder / "tokens", lambda state: state["fixed"].pop("lengths"))  # as older versions left it
+    runs("train", "tokens", steps=2, **tokens)
+    assert "lengths" in runs.state("tokens")["fixed"]
 
 
 def test_a_wanted_change_goes_into_history_checkpoints_and_lineage(runs: Runs) -> None:
@@ -252,8 +287,8 @@ def test_parts_that_different_teachers_scored(runs: Runs) -> None:
 
 def test_a_converted_model_is_known_by_its_checkpoint(runs: Runs) -> None:
     """A copied run's times say nothing; more training shows, whatever they say."""
-    output, target = runs.copy("converts"), runs.folder / "converts-hf"
-    words = ["convert", "trained", *runs.arguments("train", "converts", steps=2)[1:], f"eval.model={str(target)!r}", "eval.prompts=p"]
+    output, target = runs.copy("converts"), runs.folder / "opd-hf"
+    words = ["convert", "trained", *runs.arguments("train", "converts", steps=2)[1:]]
     assert main(words) == 0
     assert f"wrote {target}" in runs.capsys.readouterr().out
     shutil.rmtree(output)

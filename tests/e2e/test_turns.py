@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
-from megatron_opd.lineage import LINEAGE_FILE, read_lineage
+from megatron_opd.hf.lineage import LINEAGE_FILE, read_lineage
 from megatron_opd.records import Finish
 
 THINKING = CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n")
@@ -34,8 +34,8 @@ SETTINGS = {
     "train.steps": 2,
     "train.lr": 1e-5,
     "train.global_batch": 8,
-    "eval.sampling.max_new_tokens": 48,
-    "eval.num_prompts": 8,
+    "eval.held_out.sampling.max_new_tokens": 48,
+    "eval.held_out.num_prompts": 8,
 }
 
 
@@ -45,7 +45,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder, self.store = folder, folder / "run" / "rollouts.opd.zarr"
         paths = {"run_dir": "run", "models.teacher": "teacher", "models.student": "student"}
-        paths |= {f"{stage}.prompts": "prompts.jsonl" for stage in ("generate", "rollout", "eval")}
+        paths |= {f"{stage}.prompts": "prompts.jsonl" for stage in ("generate", "rollout", "eval.held_out")}
         self.settings = [f"{key}={str(folder / path)!r}" for key, path in paths.items()]
         self.settings += [f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()]
 
@@ -122,8 +122,8 @@ def test_rollouts_end_there_and_nothing_behind_it_is_stored(run: Run) -> None:
 def test_the_delivered_model_stops_in_transformers_own_generate(run: Run) -> None:
     run.child("train", "tiny")
     run.here("convert", "trained", "tiny")
-    run.here("eval", "tiny", "eval.grader='none'")
-    result = json.loads((run.folder / "run" / "eval" / "opd.json").read_text())
+    run.here("eval", "tiny", "eval.held_out.grader='none'", "--of", "opd")
+    result = json.loads((run.folder / "run" / "eval" / "held_out" / "opd.json").read_text())
     assert result["stopped_share"] > 0.8
     folder = str(run.folder / "run" / "opd-hf")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_opd.config import Recipe, TrainerConfig
+from megatron_opd.estimate.known_models import KNOWN
 from megatron_opd.estimate.workload import PROMPT_TOKENS
-from megatron_opd.known_models import KNOWN
 from megatron_opd.model.architecture import Architecture, parse_architecture
-from megatron_opd.recipe_files import build_recipe
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.files import build_recipe
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 DENSE, MIXTURE = "Qwen3-8B", "Qwen3-30B-A3B"
 OLDEST, NEWEST = "0.16.1", "0.19.2"
@@ -18,10 +19,7 @@ STEP = {"micro_batch_tokens": 16384, "max_response_tokens": 4096, "global_batch"
 
 @dataclass(frozen=True)
 class Case:
-    """A training step of `stage` as rank `rank` of `gpus`; `fields` are the stage's, `versions` those of Megatron-Core that can run it.
-
-    memory_gap: by version, why the estimate is more than 3 % off the simulated peak.
-    """
+    """A training step of `stage` as rank `rank` of `gpus`; `fields` are the stage's, `versions` those of Megatron-Core that can run it."""
 
     id: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +33,6 @@ class Case:
     top_k: int = 0  # the teacher's candidates in the store
     with_te: bool = True
     versions: tuple[str, ...] = (OLDEST, NEWEST)
-    memory_gap: dict[str, str] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -82,9 +79,6 @@ def precise(**options: Any) -> dict[str, Any]:
 TP4, PP2, VPP2 = layout(tp=4), layout(tp=4, pp=2), layout(tp=4, pp=2, vpp=2)
 EXPERTS = layout(tp=4, ep=8) | {"micro_batch_tokens": 12288}
 AGAIN = {"recompute": "selective"}
-MESSAGES = "4 % low: an interleaved stage of a layer a chunk holds more messages than the estimate's two"
-LOCAL = "6 % low: the estimate is of Transformer Engine's layers; local ones keep the results of norms, too"
-COPIED = "10 % low: this version gathers into memory of its own, not the gradients'"
 
 DENSE_CASES = [
     Case("tp4", TP4),
@@ -103,16 +97,7 @@ DENSE_CASES = [
     Case("cp2", layout(tp=2, cp=2)),
     Case("cp2-rank3", layout(tp=2, cp=2), rank=3),
     Case("cp4", layout(tp=1, cp=4) | {"recompute": "none"}),
-    Case(
-        "512-gpus",
-        layout(tp=8, pp=2, vpp=2),
-        model="Qwen3-32B",
-        gpus=512,
-        rank=300,
-        layers=4,
-        micro_batches=4,
-        memory_gap=dict.fromkeys((OLDEST, NEWEST), MESSAGES),
-    ),
+    Case("512-gpus", layout(tp=8, pp=2, vpp=2), model="Qwen3-32B", gpus=512, rank=300, layers=4, micro_batches=4),
     Case("recompute-none", TP4 | {"recompute": "none"}),
     Case("recompute-attention", TP4 | AGAIN | {"recompute_modules": ["core_attn"]}),
     Case("recompute-norms-mlp", TP4 | AGAIN | {"recompute_modules": ["layernorm", "mlp"]}),
@@ -125,7 +110,7 @@ DENSE_CASES = [
     Case("fp8-blockwise-edges", fp8("blockwise", bf16_first_layers=1, bf16_last_layers=1), layers=4),
     Case("fp8-blockwise-parameters", fp8("blockwise", parameters=True)),
     Case("mxfp8", fp8("mxfp8"), gpu="b200"),
-    Case("mxfp8-parameters", fp8("mxfp8", parameters=True), gpu="b200", memory_gap={OLDEST: COPIED}),
+    Case("mxfp8-parameters", fp8("mxfp8", parameters=True), gpu="b200"),
     Case("moments-bf16", precise(moments_dtype="bfloat16", main_grads_dtype="bfloat16")),
     Case("moments-fp16", precise(moments_dtype="float16")),
     Case("moments-fp8", precise(moments_dtype="fp8")),
@@ -153,7 +138,7 @@ MIXTURE_CASES = [
     Case("moe-fp8-blockwise", EXPERTS | {"fp8": {"recipe": "blockwise"}}, model=MIXTURE, versions=(NEWEST,)),
 ]
 LOCAL_CASES = [
-    Case("no-te", TP4, with_te=False, memory_gap=dict.fromkeys((OLDEST, NEWEST), LOCAL)),
+    Case("no-te", TP4, with_te=False),
     Case("no-te-moe", EXPERTS, model=MIXTURE, with_te=False),
 ]
 CASES = [*DENSE_CASES, *MIXTURE_CASES, *LOCAL_CASES]

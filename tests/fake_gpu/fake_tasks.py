@@ -28,7 +28,7 @@ def step(case: dict[str, Any], *, fault: str | None = None) -> dict[str, Any]:
     import faults
     from cases import Case
 
-    from megatron_opd.gpus import GPUS
+    from megatron_opd.cost.gpus import GPUS
     from megatron_opd.simulate.stage import simulate_stage
 
     wanted = Case(**case)
@@ -53,7 +53,7 @@ def save_and_load(case: dict[str, Any], folder: str) -> dict[str, Any]:
     import checkpoint_shapes
     from cases import Case
 
-    from megatron_opd.gpus import GPUS
+    from megatron_opd.cost.gpus import GPUS
     from megatron_opd.simulate import gpu, stage
     from megatron_opd.simulate.stand_ins import stand_ins
     from megatron_opd.train.checkpoint import load_checkpoint
@@ -90,7 +90,7 @@ def whole_run(tree: dict[str, Any], stage: str, *, rank: int, size: int, steps: 
     import checkpoint_shapes
     import whole_run as runs
 
-    from megatron_opd.recipe_files import build_recipe
+    from megatron_opd.recipe.files import build_recipe
 
     found = []
     with checkpoint_shapes.shelf() as shelf:
@@ -102,7 +102,7 @@ def whole_run(tree: dict[str, Any], stage: str, *, rank: int, size: int, steps: 
 
 def shipped(name: str, stage: str, *, gpus: int, rank: int, micro_batches: int) -> dict[str, Any]:
     """A step of a shipped recipe as it is."""
-    from megatron_opd.recipe_files import load_recipe
+    from megatron_opd.recipe.files import load_recipe
     from megatron_opd.simulate.stage import simulate_stage
 
     return simulate_stage(load_recipe(name), stage, ranks=gpus, rank=rank, micro_batches=micro_batches).to_json()

@@ -17,6 +17,8 @@ import pytest
 from cases import Case
 from needs import mcore_paths, missing, te_paths
 
+from megatron_opd.estimate.traffic import sent_bytes
+
 ROOT = Path(__file__).parents[2]
 START_SECONDS, TASK_SECONDS = 600.0, 600.0  # seconds as a rule; a busy machine takes minutes
 
@@ -114,6 +116,16 @@ class Step:
         found: Counter[str] = Counter()
         for message in self.result["messages"]:
             found[f"{message['operation']} {message['group']}"] += message["bytes"]
+        return dict(found)
+
+    @property
+    def sent_by_kind(self) -> dict[str, float]:
+        """Bytes that leave the rank, by the kinds of groups of `traffic.StepWork.sent`."""
+        found: Counter[str] = Counter()
+        for message in self.result["messages"]:
+            if message["operation"] != "receive":
+                kind = "dp" if message["group"] == "dp-cp" else message["group"]
+                found[kind] += sent_bytes(message["operation"], message["bytes"], message["ranks"])
         return dict(found)
 
 

@@ -29,9 +29,9 @@ def files_are_real(lengths: list[int]) -> Iterator[None]:
         with unset_fake_temporarily():
             return read(self, name)
 
-    def build_real(self: Any, rollouts: Any) -> Any:
+    def build_real(self: Any, *args: Any) -> Any:
         with unset_fake_temporarily():
-            made = build(self, rollouts)
+            made = build(self, *args)
         lengths[:] = [made.tokens.shape[1] * self.config.parallel.cp]
         return made
 
@@ -40,7 +40,7 @@ def files_are_real(lengths: list[int]) -> Iterator[None]:
 
 
 def install_nvml(num_gpus: int = 8) -> None:
-    """The calls that cost.py makes; energy in millijoules."""
+    """The calls that cost/meter.py makes; energy in millijoules."""
     nvml: Any = types.ModuleType("pynvml")
     nvml.NVMLError = type("NVMLError", (Exception,), {})
     nvml.nvmlInit = lambda: None

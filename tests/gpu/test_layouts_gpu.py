@@ -11,9 +11,9 @@ from ranks import run_ranks
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.config import Fp8Config, ParallelConfig
 from megatron_opd.errors import UserError
 from megatron_opd.model.fp8 import Machine, check_fp8, this_machine
+from megatron_opd.recipe.layout import Fp8Config, ParallelConfig
 
 pytestmark = pytest.mark.gpu
 LAYOUTS: list[dict[str, Any]] = [{"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}, {"tp": 2, "cp": 2}, {"ep": 2}, {"tp": 2, "ep": 4}]
@@ -55,8 +55,11 @@ def fitting_layouts(kind: str) -> tuple[int, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_a_gpu_trains_as_a_cpu_does(gpu: None, folder: Path, kind: str) -> None:
-    """With or without Transformer Engine."""
-    on_cpu, on_gpu = (run_ranks("losses", 1, folder, on_gpus=gpus, kind=kind, layouts=[{}])["dp"] for gpus in (False, True))
+    """With or without Transformer Engine; at a learning rate that bfloat16 follows."""
+    options = [{"lr": 1e-3}]
+    on_cpu, on_gpu = (
+        [*run_ranks("losses", 1, folder, on_gpus=gpus, kind=kind, layouts=[{}], options=options).values()][-1] for gpus in (False, True)
+    )
     assert on_gpu == pytest.approx(on_cpu, rel=5e-2)
     assert on_gpu != on_cpu
 

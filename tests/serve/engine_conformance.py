@@ -17,7 +17,7 @@ from tiny_models import make_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_opd.errors import EngineError
-from megatron_opd.lineage import fingerprint_model
+from megatron_opd.hf.lineage import fingerprint_model
 from megatron_opd.records import Finish, SamplingParams
 from megatron_opd.serve.engine import Engine, Generated, GenerateRequest, ScoreRequest
 

@@ -55,6 +55,7 @@ class SglangServer:
         command = [str(python), "-m", "sglang.launch_server", "--model-path", str(self.model), "--host", "127.0.0.1", "--port", str(port)]
         # Without --max-total-tokens the KV cache takes most of the machine's memory.
         command += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "8192", *self.options]
+        command += ["--sleep-on-idle"]  # its scheduler would keep a core busy while it waits for requests
         # PYTHONPATH would put this repository's packages, made for another environment, before the server's own.
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
         environment |= {

@@ -18,7 +18,7 @@ from serve.lying_server import LyingServer, response
 from tiny_models import make_model
 
 from megatron_opd.errors import EngineError, LineageError, UserError
-from megatron_opd.inference import EngineConfig
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.records import Finish, SamplingParams
 from megatron_opd.serve import sglang
 from megatron_opd.serve.engine import GenerateRequest, ScoreRequest

@@ -18,7 +18,7 @@ from serve.stub_server import LAUNCH_COMMAND, StubServer
 from tiny_models import make_model
 
 from megatron_opd.errors import EngineError, LineageError, ServersLost
-from megatron_opd.inference import EngineConfig, LaunchConfig
+from megatron_opd.recipe.inference import EngineConfig, LaunchConfig
 from megatron_opd.records import SamplingParams
 from megatron_opd.serve import sglang
 from megatron_opd.serve.engine import Failed, GenerateRequest, ScoreRequest

@@ -24,9 +24,10 @@ from serve.faulty_proxy import FaultyProxy
 from serve.sglang_server import HOW_TO_INSTALL, SglangServer, sglang_python
 
 from megatron_opd.errors import EngineError, LineageError
-from megatron_opd.inference import EngineConfig
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.records import SamplingParams
-from megatron_opd.serve.engine import GenerateRequest, ScoreRequest, open_engine
+from megatron_opd.serve.engine import GenerateRequest, ScoreRequest
+from megatron_opd.serve.opening import open_engine
 from megatron_opd.serve.sglang import SglangEngine
 
 pytestmark = pytest.mark.sglang

@@ -17,8 +17,8 @@ from serve.engine_conformance import write_model
 from serve.faulty_proxy import FaultyProxy
 
 from megatron_opd.errors import ConfigError, EngineError
-from megatron_opd.inference import EngineConfig
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.records import Finish
 from megatron_opd.serve.engine import ScoreRequest
 from megatron_opd.serve.identity import served_dtype

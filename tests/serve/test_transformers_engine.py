@@ -10,7 +10,7 @@ import pytest
 from serve.engine_conformance import CHECKS, CONTEXT_LENGTH, VOCAB_SIZE, Reference, random_prompts, random_score_requests, write_model
 from tiny_models import make_model
 
-from megatron_opd.inference import EngineConfig
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.records import SamplingParams
 from megatron_opd.serve.engine import GenerateRequest
 from megatron_opd.serve.transformers_engine import TransformersEngine

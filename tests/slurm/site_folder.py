@@ -55,7 +55,7 @@ class Site:
             "sft": shared,
             "rollout": sampled,
             "train": shared,
-            "eval": {"prompts": f"{self.folder}/prompts.jsonl", "sampling": {"max_new_tokens": 12}, "grader": "none"},
+            "eval": {"held_out": {"prompts": f"{self.folder}/prompts.jsonl", "sampling": {"max_new_tokens": 12}, "grader": "none"}},
             "rounds": {},
             "slurm": {},
         }

@@ -11,7 +11,7 @@ from megatron_opd.pipeline.slurm import read_jobs, read_rows
 pytestmark = pytest.mark.slurm
 
 ENDLESS = 1_000_000
-RANK = "from megatron_opd.train.node import run;"
+RANK = "from megatron_opd.rank import run;"
 
 
 def test_a_rank_that_is_killed_costs_its_node_and_not_the_run(site: Site) -> None:

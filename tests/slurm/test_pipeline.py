@@ -13,7 +13,7 @@ from megatron_opd.pipeline.slurm import read_jobs, read_rows
 pytestmark = pytest.mark.slurm
 
 STAGES = ["inputs", "generate", "check-sft", "sft", "sft-hf", "rollout", "score", "engines", "check", "train", "opd-hf"]
-STAGES += ["eval-teacher", "eval-sft", "eval-opd", "report"]
+STAGES += ["eval-held_out-teacher", "eval-held_out-sft", "eval-held_out-opd", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,14 @@ def test_the_whole_pipeline_then_a_scoring_array_with_a_failed_task(site: Site, 
         assert "ready to" not in site.log(jobs[label]), "checked without GPUs, not again with them"
     assert "ready to train" in site.log(jobs["check"])
     assert "from the prologue" in site.log(jobs["inputs"])
-    assert {path.stem for path in (run_dir / "eval").glob("*.json")} == {"teacher", "sft", "opd"}
+    assert {path.stem for path in (run_dir / "eval" / "held_out").glob("*.json")} == {"teacher", "sft", "opd"}
     assert (run_dir / "report/report.html").exists()
     assert "gres:gpu:h100:8" in site.cluster.field(jobs["train"], "TresPerNode")
     assert not re.search("TresPerNode|gres/gpu", site.cluster.ask("scontrol", "show", "job", jobs["check"])), "needs no GPU"
     assert read_jobs(run_dir) == {label: [job] for label, job in jobs.items()}
     after = {row["label"]: row["after"] for row in read_rows(run_dir) if row["event"] == "submitted"}
-    assert after["eval-teacher"] == [jobs["inputs"]], "beside the chain"
-    assert after["eval-opd"] == [jobs["opd-hf"], jobs["eval-sft"]], "its model, and what it is compared with"
+    assert after["eval-held_out-teacher"] == [jobs["inputs"]], "beside the chain"
+    assert after["eval-held_out-opd"] == [jobs["opd-hf"], jobs["eval-held_out-sft"]], "its model, and what it is compared with"
 
     again = site.sbatch("slurm/opd_8b.sh", recipe, "train.lr=1e-4", OPD_CHECKED="yes")
 

@@ -68,7 +68,7 @@ def test_a_job_stopped_in_every_way_ends_like_an_undisturbed_one(site: Site) -> 
     recipe = site.write_recipe("whole", train=store | {"steps": steps})
     whole = site.sbatch("--nodes=2", "slurm/opd_8b.sh", recipe, "train.seed=3", env=container)
     log = site.complete(whole)
-    assert f"{steps} steps of 8; tp 1 x pp 1 x cp 1 x dp 2 on 2 rank(s)" in log
+    assert f"{steps} steps of 8 rollouts; tp 1 x pp 1 x cp 1 x dp 2 on 2 rank(s)" in log
     image_steps = [line.split()[0] for line in (cluster.folder / "containers.log").read_text().splitlines()]
     assert sorted(image_steps) == [f"{whole}.{step}" for step in (0, 1, 2, 2, 3)], "check, progress, a task on each node, progress"
     undisturbed = site.metrics(site.folder / "runs/whole/opd")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import megatron_opd.model  # noqa: F401  before megatron.core
-from megatron_opd.config import ParallelConfig
-from megatron_opd.known_models import known_config
+from megatron_opd.estimate.known_models import known_config
 from megatron_opd.model.accumulation import choose_fusion, fuse_accumulation_
 from megatron_opd.model.architecture import parse_architecture
+from megatron_opd.recipe.layout import ParallelConfig
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import megatron_opd.model  # noqa: F401  before megatron.core
-from megatron_opd.config import ParallelConfig, TrainStage
 from megatron_opd.errors import UserError
-from megatron_opd.known_models import known_config
+from megatron_opd.estimate.known_models import known_config
 from megatron_opd.model.architecture import parse_architecture
 from megatron_opd.model.attention import CoreAttention, ask_transformer_engine, choose_attention
 from megatron_opd.model.layers import order_strictly
+from megatron_opd.recipe.layout import ParallelConfig
+from megatron_opd.recipe.training_stages import TrainStage
 
 A100, H100 = (8, 0), (9, 0)
 

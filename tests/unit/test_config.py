@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel
 
 from megatron_opd.cli import build_parser
-from megatron_opd.config import Recipe, require
 from megatron_opd.errors import ConfigError
-from megatron_opd.recipe_files import apply_overrides, build_recipe, load_recipe, parse_override, shipped_recipes
+from megatron_opd.recipe.config import Recipe, require
+from megatron_opd.recipe.files import apply_overrides, build_recipe, load_recipe, parse_override, shipped_recipes
 
 MINIMAL = 'name = "mine"\n[models]\nteacher = "models/big"\nstudent = "models/small"\n'
 
@@ -39,13 +39,12 @@ def test_there_are_shipped_recipes() -> None:
 
 def test_the_resolved_recipe_of_any_settings_round_trips() -> None:
     overrides = [
-        "eval.teacher=null", "generate=null", "rollout.num_prompts=3", "train.max_response_tokens=9", "train.loss.advantage_clip=2.5", "engine.context_length=64",
+        "eval.held_out.teacher=null", "generate=null", "rollout.num_prompts=3", "train.max_response_tokens=9", "train.loss.advantage_clip=2.5", "engine.context_length=64",
         'rollout.encoding.system="Say \\"hi\\" to {someone}.\\nThen stop. é"', "score.top_k=4", 'engine.urls=["http://127.0.0.1:1"]', "sft.steps=5",
     ]  # fmt: skip
     recipe = load_recipe("tiny", overrides)
     assert recipe.generate is None
-    assert recipe.eval is not None
-    assert recipe.eval.teacher is None
+    assert recipe.eval["held_out"].teacher is None
     assert build_recipe(tomllib.loads(recipe.to_toml())) == recipe
 
 
@@ -60,10 +59,10 @@ def test_every_optional_field_that_is_off_round_trips() -> None:
                 found.append(f"{path}{name}")
             for kind in kinds:
                 if isinstance(kind, type) and issubclass(kind, BaseModel):
-                    found += optional(kind, f"{path}{name}.")
+                    found += optional(kind, f"{path}{name}.held_out." if name == "eval" else f"{path}{name}.")
         return found
 
-    fields = [field for field in optional(Recipe, "") if field not in ("generate", "rollout", "eval")]
+    fields = [field for field in optional(Recipe, "") if field not in ("generate", "rollout", "sft.global_batch", "train.global_batch")]
     assert len(fields) > 10
     for field in fields:
         recipe = load_recipe("tiny", [f"{field}=null"])
@@ -81,6 +80,8 @@ def test_every_optional_field_that_is_off_round_trips() -> None:
         ("models.zzz=x", r"models\.zzz: no such field; there are teacher, student$"),
         ("train.lr=fast", r"train\.lr: .*valid number.*\(got 'fast'\)"),
         ("train.global_batch=0", r"train\.global_batch: .*greater than 0 \(got 0\)"),
+        ("train.global_batch=null", r"train: .*global_batch = null: steps need a size; give global_batch, or global_batch_tokens in its place$"),
+        ("rollout.subset_seed=1", r"rollout: .*subset_seed = 1 draws num_prompts prompts of the file; give num_prompts, or leave it out$"),
         ("train.global_batch=2.5", r"train\.global_batch: .*valid integer.*\(got 2.5\)"),
         ("engine.kind=vllm", r"engine\.kind: .*'auto', 'transformers' or 'sglang' \(got 'vllm'\)"),
         ("train=3", r"train: .*\(got 3\)"),
@@ -106,6 +107,36 @@ def test_a_fault_is_named_with_its_path_and_value(override: str, message: str) -
         load_recipe("tiny", [override])
 
 
+def test_a_batch_is_of_rollouts_or_of_tokens() -> None:
+    """What is laid over a recipe wins; both in one place are refused, and neither is the default."""
+    said: list[str] = []
+    tokens = load_recipe("tiny", ["sft.global_batch_tokens=5000"], say=said.append).sft
+    assert (tokens.global_batch, tokens.global_batch_tokens, tokens.batch, tokens.step_tokens(7)) == (None, 5000, "5,000 tokens", 5000)
+    assert said == ["tiny: sft.global_batch is not used, as sft.global_batch_tokens = 5000 is given over it"]
+    count = load_recipe("tiny", ["sft.global_batch=9"]).sft
+    assert (count.global_batch, count.global_batch_tokens, count.batch, count.step_tokens(7)) == (9, None, "9 rollouts", 63)
+    with pytest.raises(ConfigError, match=r"sft: .*global_batch = null: steps need a size"):
+        load_recipe("tiny", ["sft.global_batch=null"])
+    with pytest.raises(ConfigError, match=r"sft: .*global_batch = 9 and global_batch_tokens = 5000 both say what a step is"):
+        load_recipe("tiny", ["sft.global_batch=9", "sft.global_batch_tokens=5000"])
+    tokens.model_copy(update={"micro_batch_tokens": 1250}).check_ranks("sft", 4)
+    with pytest.raises(
+        ConfigError, match=r"^sft\.global_batch_tokens = 5000 is less than a micro-batch of 1251 for each of 4 data-parallel"
+    ):
+        tokens.model_copy(update={"micro_batch_tokens": 1251}).check_ranks("sft", 4)
+
+
+def test_a_divergence_over_a_recipe_with_a_clip() -> None:
+    said: list[str] = []
+    loss = load_recipe("opd_8b", ["train.loss.name=reverse_kl"], say=said.append).train.loss
+    assert (loss.name, loss.advantage_clip) == ("reverse_kl", None)
+    assert said == ["opd_8b: train.loss.advantage_clip is not used, as train.loss.name = 'reverse_kl' is given over it"]
+    assert load_recipe("opd_8b", ["train.loss.name=exopd"]).train.loss.advantage_clip == 10
+    assert load_recipe("opd_8b", ["train.loss.name=constant"]).train.loss.advantage_clip is None
+    with pytest.raises(ConfigError, match="has no advantage"):
+        load_recipe("opd_8b", ["train.loss={name='jsd', advantage_clip=2}"])
+
+
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(
@@ -122,8 +153,8 @@ def test_what_a_recipe_must_have(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ConfigError, match=r"(?s)empty.toml: 2 field\(s\) wrong\n  name: Field required\n  models: Field required"):
         load_recipe(str(path))
-    path.write_text(MINIMAL + "[rollout]\n[eval]\n")
-    with pytest.raises(ConfigError, match=r"(?s)rollout\.prompts: Field required.*eval\.prompts: Field required"):
+    path.write_text(MINIMAL + "[rollout]\n[eval.a]\n")
+    with pytest.raises(ConfigError, match=r"(?s)rollout\.prompts: Field required.*eval\.a\.prompts: Field required"):
         load_recipe(str(path))
 
 
@@ -195,12 +226,12 @@ def test_overrides_leave_the_tree_alone() -> None:
 def test_placeholders(recipe_file: Path) -> None:
     recipe = load_recipe(
         str(recipe_file),
-        ["generate.prompts={run_dir}/p.jsonl", "rollout.prompts=p", "eval.prompts=p", "rollout.store=/data/{name}/{name}.zarr"],
+        ["generate.prompts={run_dir}/p.jsonl", "rollout.prompts=p", "eval.a.prompts=p", "rollout.store=/data/{name}/{name}.zarr"],
     )
     assert require(recipe.generate, "generate").model == "models/big"
     assert require(recipe.generate, "generate").prompts == "runs/mine/p.jsonl"
     assert require(recipe.rollout, "rollout").store == "/data/mine/mine.zarr"
-    assert require(recipe.eval, "eval").teacher == "models/big"
+    assert recipe.eval["a"].teacher == "models/big"
     assert recipe.sft.init == "models/small"
     assert recipe.score.store == recipe.train.store == "runs/mine/rollouts.opd.zarr"
 
@@ -255,7 +286,7 @@ def test_paths_are_expanded_once_and_everywhere(monkeypatch: pytest.MonkeyPatch)
             "models.teacher=${SCRATCH}/teacher",
             "train.store=s3://bucket/~/a",
             "rollout.sft_teacher=$HOME/t",
-            "eval.teacher=~/e",
+            "eval.held_out.teacher=~/e",
         ],
     )
     assert recipe.run_dir == "/home/me/runs/x"
@@ -263,19 +294,19 @@ def test_paths_are_expanded_once_and_everywhere(monkeypatch: pytest.MonkeyPatch)
     assert recipe.score.model == recipe.models.teacher == "/scratch/$ODD/teacher"
     assert recipe.train.store == "s3://bucket/~/a"
     assert recipe.rollout is not None
-    assert recipe.eval is not None
-    assert (recipe.rollout.sft_teacher, recipe.eval.teacher) == ("/home/me/t", "/home/me/e")
-    assert load_recipe("tiny", ["eval.teacher=none"]).eval.teacher is None  # pyright: ignore[reportOptionalMemberAccess]
+    assert (recipe.rollout.sft_teacher, recipe.eval["held_out"].teacher) == ("/home/me/t", "/home/me/e")
+    assert load_recipe("tiny", ["eval.held_out.teacher=none"]).eval["held_out"].teacher is None
 
 
 def path_fields() -> list[str]:
     """Every text field that means a place on a disk, by its name."""
-    recipe = load_recipe("tiny", ["rollout.sft_teacher=x", "eval.baseline=b"])
+    recipe = load_recipe("tiny", ["rollout.sft_teacher=x"])
+    sections: dict[str, Any] = {name: getattr(recipe, name) for name in ("generate", "sft", "rollout", "score", "train", "models")}
     found = []
-    for section in ("generate", "sft", "rollout", "score", "train", "eval", "models"):
-        for name in type(getattr(recipe, section)).model_fields:
+    for section, content in (sections | {"eval.held_out": recipe.eval["held_out"]}).items():
+        for name in type(content).model_fields:
             is_path = name in ("model", "prompts", "store", "output", "init", "sft_teacher", "student")
-            if is_path or (name == "teacher" and section in ("eval", "models")):
+            if is_path or (name == "teacher" and section in ("eval.held_out", "models")):
                 found.append(f"{section}.{name}")
     return [*found, "run_dir"]
 
@@ -304,6 +335,8 @@ def test_what_is_no_path_keeps_its_signs() -> None:
     "words",
     [
         ["inspect", "PATH"],
+        ["show", "PATH"],
+        ["show", "x", "--html", "PATH"],
         ["convert", "to-hf", "PATH", "x"],
         ["convert", "to-mcore", "x", "PATH"],
         ["report", "PATH"],
@@ -319,3 +352,69 @@ def test_paths_of_the_command_line(words: list[str], monkeypatch: pytest.MonkeyP
         build_parser().parse_args([word.replace("PATH", "$UNSET/runs") for word in words])
     assert ended.value.code == 2
     assert "the environment variable $UNSET is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.prompts=p", r"eval: .*eval\.prompts: every evaluation has a name .*\(here are held_out\); give eval\.held_out\.prompts"),
+        ("eval.sft.prompts=p", r"eval\.sft: this can't be the name of an evaluation: that is what a model is called"),
+        ("eval.'a b'.prompts=p", r"this can't be the name of an evaluation: letters, digits"),
+        ("eval.held_out.promts=p", r"eval\.held_out\.promts: no such field; did you mean 'prompts'\?"),
+        ("eval.held_out.code.memory=1", r"eval\.held_out\.code\.memory: no such field; did you mean 'memory_mib'\?"),
+        ("eval.held_out.output=elsewhere", r"eval\.held_out\.output: no such field"),  # report and compare read RUN_DIR/eval
+        ("eval.held_out.models=['student']", r"eval\.held_out\.models\.0: .*a model of the run is expected"),
+        ("eval.held_out.models=['opd','opd']", r"eval\.held_out: .*each of them once"),
+        ("eval.held_out.models=['round-2']", r"eval\.held_out: 'round-2', but the recipe has rounds\.count = 1"),
+        ("eval.held_out.baseline=base", r"eval\.held_out: .*baseline = 'base' is not one of models"),
+        ("eval.held_out.baseline=best", r"eval\.held_out\.baseline: .*a model of the run is expected"),
+        ("eval.held_out.dates=['2025-02-30','2025-03-01']", r"eval\.held_out\.dates: .*'2025-02-30' is no day of the calendar .*give one"),
+        ("eval.held_out.dates=['2025-03-01','2025-02-01']", r"eval\.held_out\.dates: .*2025-03-01 comes after 2025-02-01"),
+        ("eval.held_out.dates=['yesterday','2025-02-01']", r"'yesterday' is no date: YYYY-MM-DD is expected"),
+    ],
+)
+def test_what_an_evaluation_can_not_be(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("tiny", [override])
+
+
+def test_an_evaluation_without_a_name_is_refused_with_the_remedy(recipe_file: Path) -> None:
+    """As recipes of older versions have it, also in the folder of a run."""
+    old = '[eval]\nname = "sft"\nmodel = "m"\nprompts = "p"\nsampling = { top_p = 0.9 }\n'
+    recipe_file.write_text(recipe_file.read_text() + old)
+    with pytest.raises(ConfigError) as refused:
+        load_recipe(str(recipe_file))
+    assert (
+        "eval.name, eval.model, eval.prompts: every evaluation has a name and a section of its own, [eval.NAME]; in the recipe's file write "
+        "[eval.aime24] for [eval], [eval.aime24.sampling] for [eval.sampling], and leave out name and model, in whose place stands "
+        "models = ['sft', 'opd']; or do without it: eval=null"
+    ) in str(refused.value)
+    assert load_recipe(str(recipe_file), ["eval=null"]).eval == {}
+
+
+def test_evaluations_by_name() -> None:
+    given = [
+        "eval.b.prompts=p",
+        "eval.b.dates=[2024-08-01, 2025-02-01]",
+        "eval.b.code.seconds=2",
+        "eval.b.teacher=none",
+        "eval.system.prompts={run_dir}/p",
+    ]
+    recipe = load_recipe("tiny", given)
+    assert list(recipe.eval) == ["held_out", "b", "system"]
+    assert (recipe.eval["b"].dates, recipe.eval["b"].code.seconds) == (("2024-08-01", "2025-02-01"), 2.0)
+    assert recipe.eval["system"].prompts == "runs/tiny/p", "the name of a field for free text is a name like any other"
+    assert build_recipe(tomllib.loads(recipe.to_toml())) == recipe
+    assert list(load_recipe("tiny", [*given, "eval.held_out=null"]).eval) == ["b", "system"]
+    assert load_recipe("tiny", ["eval=null"]).eval == {}
+
+
+def test_what_a_model_is_compared_with() -> None:
+    stage = load_recipe("tiny", ["rounds.count=2", "train.steps=4", "eval.held_out.models=['sft','round-1','opd']"]).eval["held_out"]
+    labels = ("teacher", "base", "sft", "round-1", "opd", "mine")
+    assert [stage.baseline_of(label) for label in labels] == [None, None, None, "sft", "sft", "sft"]
+    against = stage.model_copy(update={"baseline": "round-1"})
+    assert [against.baseline_of(label) for label in labels] == [None, None, None, None, "round-1", "round-1"]
+    assert [stage.model_copy(update={"baseline": "none"}).baseline_of(label) for label in labels] == [None] * 6
+    alone = stage.model_copy(update={"models": ["opd"]})
+    assert [alone.baseline_of(label) for label in labels] == [None] * 6

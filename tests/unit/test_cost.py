@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.cost import StageCost, append_jsonl, git_commit, open_meter, provenance, read_jsonl, read_stages, write_jsonl
-from megatron_opd.inference import EngineConfig
+from megatron_opd.cost.meter import StageCost, append_jsonl, git_commit, open_meter, provenance, read_jsonl, read_stages, write_jsonl
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.serve.stage import engine_meter
 
 
@@ -236,6 +236,8 @@ def test_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git("pack-refs", "--all")
     assert not (tmp_path / ".git/refs/heads/main").exists()
     assert git_commit(tmp_path) == git("rev-parse", "HEAD")
+    git("worktree", "add", "-q", "-b", "other", "elsewhere")
+    assert git_commit(tmp_path / "elsewhere") == git("rev-parse", "HEAD")
     git("checkout", "-q", "--detach")
     assert git_commit(tmp_path) == git("rev-parse", "HEAD")
 

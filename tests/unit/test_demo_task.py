@@ -7,7 +7,7 @@ from megatron_opd.data.prompts import read_prompts
 from megatron_opd.demo import arithmetic
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.grade import grade
-from megatron_opd.inference import EncodingConfig
+from megatron_opd.recipe.inference import EncodingConfig
 from megatron_opd.records import Prompt
 from megatron_opd.serve.encode import encode_prompt
 
@@ -30,7 +30,7 @@ def test_worked_solution_is_right_and_graded_so(digits):
         answer = solution.rpartition("=")[2]
         assert int(answer) == left + right
         assert len(answer) == digits + 1
-        assert grade("exact", Prompt(index=0, content=prompt, answer=answer), solution) == 1.0
+        assert grade("exact", Prompt(index=0, content=prompt, answer=answer), solution).score == 1.0
 
 
 def test_write_prompts(tmp_path):
@@ -41,7 +41,7 @@ def test_write_prompts(tmp_path):
     assert len(set(texts)) == len(texts) == 300 * len(arithmetic.SPLITS)
     for split, prompts in files.items():
         assert {arithmetic.split_of(prompt.content) for prompt in prompts} == {split}
-        assert all(grade("exact", prompt, arithmetic.worked_solution(prompt.content)) == 1.0 for prompt in prompts)
+        assert all(grade("exact", prompt, arithmetic.worked_solution(prompt.content)).score == 1.0 for prompt in prompts)
 
 
 def test_write_prompts_is_reproducible_and_grows_at_its_end(tmp_path):
@@ -63,13 +63,13 @@ def test_write_prompts_refuses(tmp_path):
 
 
 def test_tokenizer_round_trip(tmp_path):
-    from megatron_opd.tokenizer import fingerprint_loaded_tokenizer, load_tokenizer
+    from megatron_opd.hf.tokenizer import fingerprint_loaded_tokenizer, load_tokenizer
 
-    built = arithmetic.build_tokenizer(tmp_path)
+    built = arithmetic.LANGUAGE.build_tokenizer(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert fingerprint_loaded_tokenizer(built) == fingerprint_loaded_tokenizer(loaded)
     assert len(loaded) == loaded.vocab_size == 64
-    text = "".join(arithmetic.VOCABULARY[3:]) + "  4791+2836:\n 1"
+    text = "".join(arithmetic.LANGUAGE.vocabulary[3:]) + "  4791+2836:\n 1"
     ids = loaded(text)["input_ids"]
     assert len(ids) == len(text)
     assert loaded.unk_token_id not in ids
@@ -86,15 +86,15 @@ def test_make_model_dir(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megatron_opd.config import ParallelConfig
-    from megatron_opd.lineage import fingerprint_model
+    from megatron_opd.hf.lineage import fingerprint_model
+    from megatron_opd.hf.tokenizer import check_same_tokenizer
     from megatron_opd.model.architecture import read_architecture
-    from megatron_opd.tokenizer import check_same_tokenizer
+    from megatron_opd.recipe.layout import ParallelConfig
 
     sizes = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 64}
     state = torch.random.get_rng_state()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        arithmetic.make_model_dir(tmp_path / name, **sizes, seed=seed)
+        arithmetic.LANGUAGE.make_model_dir(tmp_path / name, **sizes, seed=seed)
     assert torch.equal(torch.random.get_rng_state(), state)
     a, b, c = (fingerprint_model(tmp_path / name) for name in "abc")
     assert a.weights_sha256 == b.weights_sha256 != c.weights_sha256
@@ -108,4 +108,4 @@ def test_make_model_dir(tmp_path):
     assert json.loads((tmp_path / "a" / "config.json").read_text())["rope_theta"] == 30.0
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     with pytest.raises(UserError, match="exists already"):
-        arithmetic.make_model_dir(tmp_path / "a", **sizes, seed=0)
+        arithmetic.LANGUAGE.make_model_dir(tmp_path / "a", **sizes, seed=0)

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megatron_opd import durable
-from megatron_opd.durable import make_folder, publish_folder, write_file, write_json
 from megatron_opd.errors import UserError
+from megatron_opd.safety import durable
+from megatron_opd.safety.durable import make_folder, publish_folder, write_file, write_json
 
 
 def test_a_file_is_replaced_whole(tmp_path):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,16 +14,17 @@ from stores import make_scored_store
 from tiny_models import make_model
 
 from megatron_opd.cli import main
-from megatron_opd.config import TrainStage
+from megatron_opd.cost.gpus import GPUS
 from megatron_opd.estimate.allocation import Allocation
 from megatron_opd.estimate.compute import predict_speed
+from megatron_opd.estimate.known_models import KNOWN, known_config
 from megatron_opd.estimate.memory import GIB, Layout, fullest_stage, rank_parameters
 from megatron_opd.estimate.ranges import Range, exactly
 from megatron_opd.estimate.recipe import estimate_recipe
-from megatron_opd.gpus import GPUS
-from megatron_opd.known_models import KNOWN, known_config
+from megatron_opd.estimate.workload import longest_response, trained_lengths
 from megatron_opd.model.architecture import Architecture, parse_architecture
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.training_stages import TrainStage
 
 # Billions of parameters as their model cards say them; the embedding of a tied model counts once.
 PUBLISHED = {
@@ -34,6 +36,7 @@ PUBLISHED = {
     "Qwen3-32B": 32.8,
     "Qwen3-30B-A3B": 30.5,
     "Qwen3-235B-A22B": 235.1,
+    "QwQ-32B": 32.8,
 }
 
 
@@ -51,7 +54,8 @@ def test_published_models_have_their_size(name: str) -> None:
 
 def test_a_published_model_is_known_by_the_name_of_its_directory() -> None:
     assert known_config("models/Qwen3-4B-Base") == KNOWN["Qwen3-4B"]
-    assert known_config("/data/Qwen3-30B-A3B-Thinking-2507/") == KNOWN["Qwen3-30B-A3B"]
+    assert known_config("/data/Qwen3-30B-A3B-Thinking-2507/") == KNOWN["Qwen3-30B-A3B"] | {"max_position_embeddings": 262144}
+    assert known_config("Qwen3-8B") == KNOWN["Qwen3-8B"] | {"max_position_embeddings": 40960}
     assert known_config("models/Qwen3-40B") is None
 
 
@@ -172,4 +176,11 @@ def test_lengths_come_from_the_store_that_is_there(tmp_path: Path) -> None:
     assert f"train: {exactly(reader.lengths.mean()).text()} tokens a rollout ({tmp_path / 'store'})" in lines
     assert re.search(r"s a step; 4 steps", lines), "20 rollouts, three times, 16 a step"
     assert f"({tmp_path / 'student'}/config.json)" in lines
+    horizon = load_recipe("tiny", [f"train.store={str(tmp_path / 'store')!r}", "train.loss.horizon={ start = 2, end = 5, steps = 9 }"])
+    assert horizon.rollout is not None
+    cut = exactly(float(np.minimum(reader.response_lens, 5).mean()))
+    assert trained_lengths(horizon.train, horizon.rollout).response == cut
+    assert longest_response(horizon.rollout, horizon.train) == 16  # sampling goes on behind it
+    guessed = trained_lengths(horizon.train.model_copy(update={"store": str(tmp_path / "none")}), horizon.rollout)
+    assert guessed.response.high == 5
     assert GIB == 1 << 30

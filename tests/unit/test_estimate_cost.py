@@ -18,19 +18,23 @@ from stores import make_scored_store
 from tiny_models import make_model
 
 from megatron_opd.cli import main
-from megatron_opd.cluster import limit_hours
-from megatron_opd.config import ParallelConfig, Recipe, ScoreStage, TrainStage
+from megatron_opd.cost.gpus import GPUS, find_gpu
+from megatron_opd.errors import UserError
 from megatron_opd.estimate import compute, storage
 from megatron_opd.estimate.allocation import Allocation, check_allocation, plan_serving
 from megatron_opd.estimate.compute import Sampling, Serving, decode_seconds, prefill_seconds, sampling_hours, scoring_hours, weights_read
-from megatron_opd.estimate.memory import GIB
+from megatron_opd.estimate.known_models import KNOWN
+from megatron_opd.estimate.memory import GIB, check_fits
 from megatron_opd.estimate.ranges import Range, exactly
 from megatron_opd.estimate.recipe import Estimate, Estimator
-from megatron_opd.gpus import GPUS, find_gpu
-from megatron_opd.inference import EngineConfig, LaunchConfig
-from megatron_opd.known_models import KNOWN
+from megatron_opd.estimate.workload import PROMPT_TOKENS
 from megatron_opd.model.architecture import Architecture, parse_architecture, read_architecture
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.cluster import limit_hours
+from megatron_opd.recipe.config import Recipe, ScoreStage
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.inference import EngineConfig, LaunchConfig
+from megatron_opd.recipe.layout import ParallelConfig
+from megatron_opd.recipe.training_stages import TrainStage
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = GPUS["h100"]
@@ -129,6 +133,21 @@ def test_more_gpus_do_not_change_gpu_hours() -> None:
     assert hours(estimate(pipeline), "train").low > hours(estimate(flat), "train").low, "the bubble"
 
 
+def test_steps_of_tokens() -> None:
+    """Their tokens are known whatever responses are long, and by default an epoch is as many as the longest mean length makes."""
+    sft = next(row for row in estimate(load_recipe("opd_8b")).rows if row.stage == "sft")
+    assert sft.tokens == exactly(3000 * 128 * 16384)
+    found = estimate(load_recipe("opd_8b", ["sft.steps=null", "sft.epochs=2"]))
+    steps = -(-2 * 300_000 * (PROMPT_TOKENS + 16384) // (128 * 16384))
+    assert any(line.startswith("  speed: ") and line.endswith(f"; {steps:,} steps") for line in found.lines)
+    with pytest.raises(
+        UserError, match=r"sft: global_batch_tokens = 100000 is less than a micro-batch of 20480 for each of 8 data-parallel"
+    ):
+        check_fits(
+            QWEN3_8B, "sft", load_recipe("opd_8b", ["sft.global_batch_tokens=100000", "sft.parallel={}"]).sft, 8, 80, mean_tokens=9000
+        )
+
+
 def test_rounds_share_prompts_and_steps_or_repeat_them() -> None:
     one = estimate(load_recipe("opd_4b", ["rollout.num_prompts=16000"]))
     sliced = estimate(load_recipe("opd_4b", ["rollout.num_prompts=16000", "rounds.count=5"]))
@@ -141,15 +160,30 @@ def test_rounds_share_prompts_and_steps_or_repeat_them() -> None:
 
 
 def test_the_total_is_the_sum_of_what_is_known() -> None:
-    found = estimate(load_recipe("opd_4b"))
+    known = ["eval.lcb_v5=null", "eval.lcb_v6=null"]  # without the windows of dates, whose prompts nobody knows
+    found = estimate(load_recipe("opd_4b", known))
     assert found.gpu_hours.low == pytest.approx(sum(row.gpu_hours.low for row in found.rows if row.gpu_hours is not None))
-    unknown = estimate(load_recipe("opd_4b", ["rollout.prompts=data/nobody-knows"]))
+    unknown = estimate(load_recipe("opd_4b", ["rollout.prompts=data/nobody-knows", *known]))
     rows = {row.stage: row for row in unknown.rows}
     assert rows["rollout"].per == rows["score"].per == 1000
     assert rows["train"].per is None, "its steps are given"
     assert found.gpu_hours.low - unknown.gpu_hours.low == pytest.approx(hours(found, "rollout").low + hours(found, "score").low)
     teacher = estimate(load_recipe("opd_4b", ["models.teacher=models/nobody-knows"]))
-    assert [row.stage for row in teacher.rows if row.gpu_hours is None] == ["generate", "score", "eval-teacher", "eval-sft", "eval-opd"]
+    assert [row.stage for row in teacher.rows if row.gpu_hours is None] == [
+        "generate", "score", *(f"eval-{name}-teacher" for name in ("aime24", "aime25", "hmmt25", "lcb_v5", "lcb_v6")), "eval-aime24-sft", "eval-aime24-opd"
+    ]  # fmt: skip
+
+
+def test_an_evaluation_ends_where_the_model_has_no_more_positions() -> None:
+    """The teacher has 40,960 positions and the student, a base model, 32,768; the recipe asks for 40,960 tokens."""
+    found = estimate(load_recipe("opd_4b", ["eval.lcb_v5.num_prompts=10"]))
+    lines = [line for line in found.lines if line.startswith("eval.lcb_v5: ")]
+    assert [word in line for line, word in zip(lines, ("(40,704 of 40,960 tokens)", "(32,512 of 40,960 tokens)"), strict=True)] == [
+        True,
+        True,
+    ]
+    rows = {row.stage: row for row in found.rows}
+    assert rows["eval-lcb_v5-opd"].tokens.high == pytest.approx(10 * 4 * 32768)
 
 
 def test_disk_by_hand() -> None:
@@ -238,10 +272,10 @@ def test_groups_over_whole_nodes_are_slow_and_possible() -> None:
 def test_stages_take_the_nodes_that_their_jobs_get() -> None:
     found = estimate(load_recipe("opd_32b_4nodes", ["slurm.shards.score=2", "slurm.time.eval=5"]), gpus=32, nodes=4)
     rows = {row.stage: row for row in found.rows}
-    assert [rows[name].gpus for name in ("generate", "rollout", "score", "eval-opd", "engines")] == [32, 32, 16, 8, 1]
+    assert [rows[name].gpus for name in ("generate", "rollout", "score", "eval-aime24-opd", "engines")] == [32, 32, 16, 8, 1]
     assert rows["engines"].what == "skipped: the student is too large for one GPU"
-    assert "on 1 of 4 nodes" in rows["eval-opd"].what
-    assert any(note.startswith("WARNING: eval-opd takes ") and "slurm.time.eval is 5:" in note for note in found.notes)
+    assert "on 1 of 4 nodes" in rows["eval-aime24-opd"].what
+    assert any(note.startswith("WARNING: eval-aime24-opd takes ") and "slurm.time.eval is 5:" in note for note in found.notes)
     other = estimate(load_recipe("opd_32b_4nodes", ["slurm.shards.score=2", "slurm.time.eval=5"]), gpus=64, nodes=8)
     assert next(row.gpus for row in other.rows if row.stage == "score") == 64, "these are not the GPUs of the jobs"
     assert not any("slurm.time" in note for note in other.notes)

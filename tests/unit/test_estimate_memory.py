@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_opd.config import TrainStage
+from megatron_opd.estimate.known_models import KNOWN
 from megatron_opd.estimate.memory import GIB, Layout, fullest_stage, stage_memory
-from megatron_opd.known_models import KNOWN
 from megatron_opd.model.architecture import parse_architecture
+from megatron_opd.recipe.training_stages import TrainStage
 
 PART_ON_HOST = {"precision_aware_optimizer": True, "optimizer_offload": 0.5, "main_grads_dtype": "bfloat16"}
 MIXTURE = {"parallel": {"tp": 4, "ep": 8}, "micro_batch_tokens": 12288}

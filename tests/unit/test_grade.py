@@ -1,11 +1,18 @@
 import sys
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
 
 from megatron_opd.errors import UserError
-from megatron_opd.evaluate.grade import answer_part, check_gold, final_answer, grade, last_number
+from megatron_opd.evaluate.grade import answer_part, check_gold
+from megatron_opd.evaluate.grade import grade as verdict_of
+from megatron_opd.evaluate.graders.reading import final_answer, last_number
 from megatron_opd.records import Prompt
+
+
+def grade(name, prompt, text):
+    return verdict_of(name, prompt, text).score
 
 
 def prompt(answer, **meta):
@@ -130,11 +137,16 @@ def test_missing_package_is_named(monkeypatch, grader, package):
 
 
 def test_bad_names_and_missing_answers():
-    with pytest.raises(UserError, match="choose one of exact, number, math, reasoning_gym"):
+    with pytest.raises(UserError, match="choose one of exact, number, math, choice, reasoning_gym"):
         grade("none", prompt("1"), "1")
     for grader in ("exact", "number"):
         with pytest.raises(UserError, match="prompt 3: no field 'answer'"):
             grade(grader, prompt(None), "1")
+    other = replace(prompt(None), meta={"Ground_Truth": "1", "level": 3, "target": "1"})
+    with pytest.raises(
+        UserError, match=r"compares with \(there is 'Ground_Truth', 'target'; if that holds it, rename it to 'answer'\); add it"
+    ):
+        grade("number", other, "1")
 
 
 def test_golds():

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from opd_kernels import overlap
 from torch.testing._internal.distributed import fake_pg
 
-from megatron_opd.objective import LossConfig
+from megatron_opd.recipe.objective import LossConfig
 from megatron_opd.train.loss import Stored, make_loss, sft_loss
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

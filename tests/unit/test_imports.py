@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +24,15 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; `from a import b` counts as a and a.b."""
+    """Every module that a file imports, anywhere in it but for type checkers alone; `from a import b` counts as a and a.b."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    todo: list[ast.AST] = [ast.parse(path.read_text(), str(path))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            todo += node.orelse
+            continue
+        todo += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,6 +91,9 @@ def test_a_package_does_not_import(package: str, forbidden: set[str]) -> None:
         ("megatron_opd.data", {"torch", "megatron"} | SGLANG),
         ("megatron_opd.serve", MEGATRON | {"triton"}),
         ("megatron_opd.evaluate", MEGATRON | {"triton"}),
+        ("megatron_opd.report", MEGATRON | {"triton"} | SGLANG),
+        ("megatron_opd.show", MEGATRON | {"triton"}),
+        ("megatron_opd.api", MEGATRON | {"triton"}),
         ("megatron_opd.train", SGLANG),
         ("megatron_opd.convert", SGLANG),
     ],
@@ -102,33 +113,77 @@ def test_the_kernels_import_torch_and_triton_alone() -> None:
         assert not bad, f"{name} imports {', '.join(sorted(bad))}"
 
 
-STANDS_ALONE = {
-    f"megatron_opd.{name}"
-    for name in (
-        "records",
-        "store_records",
-        "config",
-        "cluster",
-        "inference",
-        "layout",
-        "objective",
-        "paths",
-        "redact",
-        "errors",
-        "untrusted",
-    )
-}
+# From the lowest: a module imports from its own folder and from folders of earlier rows alone (docs/architecture.md).
+LAYERS = [
+    {"errors"},
+    {"safety"},
+    {"records", "store_records"},
+    {"checkpoints", "cost"},
+    {"recipe"},
+    {"hf"},
+    {"data"},
+    {"model"},
+    {"convert"},
+    {"serve"},
+    {"evaluate"},
+    {"train"},
+    {"api", "report", "show"},
+    {"checks"},
+    {"pipeline"},
+    {"estimate"},
+    {"simulate"},
+    {"demo"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+    {"rank"},
+]
+ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 
 
-@pytest.mark.parametrize("name", sorted(STANDS_ALONE))
-def test_records_and_config_stand_alone(name: str) -> None:
-    ours = {imported for imported in MODULES[name] if imported in MODULES}
-    assert ours <= STANDS_ALONE - {"megatron_opd.config"}
+def folder_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_every_folder_has_its_row() -> None:
+    assert {folder_of(name) for name in modules_of("megatron_opd") if name != "megatron_opd"} == ROW.keys()
+
+
+def test_no_arrow_goes_upwards() -> None:
+    """Nor sideways to another folder, but from the records of stores to those of which they are made; imports inside of functions count."""
+    upwards = [
+        f"{name} imports {imported}"
+        for name in modules_of("megatron_opd")
+        for imported in MODULES[name]
+        if name != "megatron_opd" and imported in MODULES and within(imported, {"megatron_opd"}) and imported != "megatron_opd"
+        if folder_of(imported) != folder_of(name) and ROW[folder_of(imported)] >= ROW[folder_of(name)]
+    ]
+    assert upwards == ["megatron_opd.store_records imports megatron_opd.records"]
+
+
+def test_no_modules_import_each_other() -> None:
+    """In however many steps. A module needs its package, which may export it."""
+    graph = {
+        name: {imported for imported in found if imported in MODULES and not within(name, {imported})} for name, found in MODULES.items()
+    }
+    with contextlib.suppress(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+        pytest.fail("a cycle is not noticed")
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+@pytest.mark.parametrize("package", ["megatron_opd.recipe", "megatron_opd.hf", "megatron_opd.checkpoints"])
+def test_what_every_command_reads_needs_no_heavy_library(package: str) -> None:
+    heavy = {"torch", "zarr", "megatron", "transformer_engine", "triton"} | SGLANG
+    for start in modules_of(package):
+        for name in closure(start):
+            bad = {imported for imported in MODULES[name] if within(imported, heavy)}
+            assert not bad, f"{start} needs {name}, which imports {', '.join(sorted(bad))}"
 
 
 def test_only_the_command_line_sees_everything() -> None:
     importers = {name for name, imported in MODULES.items() if "megatron_opd.cli" in imported}
-    assert importers <= {"megatron_opd.__main__", "megatron_opd.pipeline.run"}
+    assert importers <= {"megatron_opd.__main__"}
     importers = {name for name, imported in MODULES.items() if within_any(imported, {"megatron_opd.commands"})}
     assert importers - set(modules_of("megatron_opd.commands")) <= {"megatron_opd.cli"}
 
@@ -144,8 +199,9 @@ def test_no_package_named_kernels() -> None:
         ("megatron_opd.cli", ["torch", "zarr", "megatron", "sglang", "transformers"]),
         ("megatron_opd.pipeline.plan", ["torch", "megatron", "sglang", "transformers"]),
         ("megatron_opd.data.store", ["torch", "megatron", "sglang", "transformers"]),
-        ("megatron_opd.data.inspect", ["torch", "megatron", "sglang", "transformers"]),
-        ("megatron_opd.lineage", ["torch", "zarr", "megatron", "sglang", "transformers"]),
+        ("megatron_opd.show.inspect", ["torch", "megatron", "sglang", "transformers"]),
+        ("megatron_opd.api.writing", ["torch", "megatron", "sglang", "transformers", "pyarrow"]),
+        ("megatron_opd.hf.lineage", ["torch", "zarr", "megatron", "sglang", "transformers"]),
         ("megatron_opd.serve.score", ["megatron", "sglang", "triton"]),
     ],
 )

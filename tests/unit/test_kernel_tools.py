@@ -77,8 +77,8 @@ def test_the_benchmark_names_everybody(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     rows = record["rows"]
     names = {row["contestant"] for row in rows}
-    assert len(names) == 6 + 7 - 2  # eager and torch.compile take part at both levels
-    assert len(rows) == (6 + 7) * 2 * 2 * 2
+    assert len(names) == 6 + 8 - 2  # eager and torch.compile take part at both levels
+    assert len(rows) == (6 + 8) * 2 * 2 * 2
     measured = [row for row in rows if "absent" not in row]
     assert {"opd_kernels", "opd_kernels whole", "opd_kernels chunks of 16", "PyTorch eager", "Megatron native"} <= {
         r["contestant"] for r in measured
@@ -89,5 +89,6 @@ def test_the_benchmark_names_everybody(tmp_path: Path) -> None:
             assert f"absent: {row['absent']}" in done.stdout
         else:
             assert row["milliseconds"] > 0
-            assert row["gradient_error"] < 0.03, row
-            assert row["logp_error"] < 0.01, row
+            products = row["contestant"] == "three matrix products"  # no loss, so nothing to compare
+            assert (row["gradient_error"] is None) == (row["logp_error"] is None) == products
+            assert products or (row["gradient_error"] < 0.03 and row["logp_error"] < 0.01), row

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from unit.store_parts import fake_fingerprint
 
 from megatron_opd.errors import LineageError, UserError
-from megatron_opd.lineage import (
+from megatron_opd.hf.lineage import (
     CACHE_FILE,
     LINEAGE_FILE,
     check_teacher,
@@ -28,8 +28,8 @@ from megatron_opd.lineage import (
     tensor_index,
     write_lineage,
 )
+from megatron_opd.hf.tokenizer import check_same_tokenizer, fingerprint_tokenizer
 from megatron_opd.records import Lineage
-from megatron_opd.tokenizer import check_same_tokenizer, fingerprint_tokenizer
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).reshape(3, 4),

@@ -15,9 +15,10 @@ from opd_kernels import vocab_parallel_stats
 from stores import make_scored_store
 from tiny_models import make_model
 
-from megatron_opd.config import LossConfig, TrainStage
 from megatron_opd.errors import ConfigError, StoreError
-from megatron_opd.recipe_files import build_recipe
+from megatron_opd.recipe.files import build_recipe
+from megatron_opd.recipe.objective import LossConfig
+from megatron_opd.recipe.training_stages import TrainStage
 from megatron_opd.train.loss import TAIL_FLOOR, Stored, make_loss, sft_loss
 from megatron_opd.train.readiness import check_train
 
@@ -74,6 +75,7 @@ DIVERGENCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "forward_kl": lambda student, teacher: kl(teacher, student),
     "jsd": lambda student, teacher: jsd(student, teacher, 0.3),
 }
+OPTIONS: dict[str, dict[str, Any]] = {"jsd": {"jsd_beta": 0.3}}
 
 
 def test_sft_is_the_negative_log_likelihood() -> None:
@@ -108,11 +110,24 @@ def test_policy_losses_follow_their_formulas(seed: int, clip: float | None, impo
         "opd": opd,
         "vopd": opd + kl(case.logp.detach(), case.teacher),  # the baseline is the expectation, -KL
         "exopd": scale * (stored.teacher_logp - stored.student_logp) - (now - stored.student_logp),
+        "constant": torch.full_like(now, -0.7),
     }
+    options: dict[str, dict[str, Any]] = {"exopd": {"exopd_scale": scale}, "constant": {"constant_advantage": -0.7}}
     for name, gain in advantages.items():
         weight = torch.ones(N, dtype=torch.float64) if importance is None else (now - stored.student_logp).exp().clamp(max=importance)
-        gain = gain if clip is None else gain.clamp(-clip, clip)
-        case.agrees(-weight * gain * case.sampled(), name=name, advantage_clip=clip, importance_clip=importance, exopd_scale=scale)
+        own = options.get(name, {})
+        if clip is not None and name != "constant":
+            own, gain = own | {"advantage_clip": clip}, gain.clamp(-clip, clip)
+        case.agrees(-weight * gain * case.sampled(), name=name, importance_clip=importance, **own)
+
+
+def test_a_constant_advantage_asks_nothing_of_the_teacher() -> None:
+    """The gradient is that of log pi_S, which falls on every stored token; another teacher changes nothing."""
+    case = Case(7, 3)
+    loss, gradient = case.run(name="constant")
+    torch.testing.assert_close(gradient, case.gradient(case.sampled()), rtol=0, atol=1e-12)
+    case.stored = Stored(case.student_logp)
+    torch.testing.assert_close(case.run(name="constant"), (loss, gradient), rtol=0, atol=0)
 
 
 def test_vopd_has_no_advantage_on_average_and_exopd_of_scale_one_is_opd() -> None:
@@ -141,7 +156,7 @@ def test_clipped_tokens_are_counted() -> None:
 def test_divergences_over_every_id_are_those_of_the_whole_vocabulary(seed: int, name: str) -> None:
     case = Case(seed, V)
     # The tail of nothing counts as TAIL_FLOOR on both sides: no divergence, and in the mixture neither.
-    case.agrees(DIVERGENCES[name](case.logp, case.teacher), name=name, jsd_beta=0.3)
+    case.agrees(DIVERGENCES[name](case.logp, case.teacher), name=name, **OPTIONS.get(name, {}))
 
 
 @settings(max_examples=25, deadline=None)
@@ -155,9 +170,9 @@ def test_divergences_over_candidates_treat_the_rest_as_one_event(seed: int, k: i
         tail = logp.exp().where(rest, 0.0).sum(1, keepdim=True).clamp(min=TAIL_FLOOR).log()
         return torch.cat([logp.gather(1, case.candidates), tail], 1)
 
-    case.agrees(DIVERGENCES[name](coarse(case.logp), coarse(case.teacher)), name=name, jsd_beta=0.3, atol=1e-8)
+    case.agrees(DIVERGENCES[name](coarse(case.logp), coarse(case.teacher)), name=name, **OPTIONS.get(name, {}), atol=1e-8)
     whole = DIVERGENCES[name](case.logp, case.teacher)
-    loss, _ = case.run(name=name, jsd_beta=0.3)
+    loss, _ = case.run(name=name, **OPTIONS.get(name, {}))
     assert (loss <= whole + 1e-4).all()
     assert (loss >= -1e-6).all()
 
@@ -197,6 +212,15 @@ def test_options_that_do_nothing_are_refused() -> None:
     models = {"models": {"teacher": "t", "student": "s"}, "name": "x"}
     with pytest.raises(ConfigError, match="has no advantage"):
         build_recipe(models | {"train": {"loss": {"name": "jsd", "advantage_clip": 1.0}}})
+    for loss, message in (
+        ({"jsd_beta": 0.3}, "jsd_beta is for loss 'jsd' and does nothing for 'opd'"),
+        ({"name": "vopd", "exopd_scale": 2.0}, "exopd_scale is for loss 'exopd'"),
+        ({"name": "reverse_kl", "constant_advantage": -2.0}, "constant_advantage is for loss 'constant'"),
+        ({"name": "constant", "advantage_clip": 2.0}, "which advantage_clip does not change"),
+        ({"name": "constant", "constant_advantage": 0.5}, "less than 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_recipe(models | {"train": {"loss": loss}})
     with pytest.raises(ConfigError, match="loss_chunk_tokens"):
         build_recipe(models | {"train": {"loss_chunk_tokens": 0}})
     whole = build_recipe(models | {"train": {"loss_chunk_tokens": "all"}})
@@ -217,6 +241,7 @@ def test_a_store_without_candidates_is_refused(tmp_path: Path) -> None:
         return TrainStage(init=str(tmp_path / "student"), store=str(tmp_path / store), global_batch=10, loss=config)
 
     check_train(stage("plain", "exopd"))
+    check_train(stage("plain", "constant"))
     check_train(stage("topk", "jsd"))
     with pytest.raises(StoreError, match=r"'jsd' needs the top-k candidates of teacher 'teacher', and 2 of 2 parts have none.*score.top_k"):
         check_train(stage("plain", "jsd"))

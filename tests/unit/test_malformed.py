@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from tiny_models import CHATML, make_instruct, make_model
 
-from megatron_opd import confined
 from megatron_opd.cli import main
-from megatron_opd.confined import run_confined
 from megatron_opd.errors import UserError
-from megatron_opd.inference import EncodingConfig, EngineConfig
-from megatron_opd.lineage import LINEAGE_FILE, SHARD_INDEX, load_tokenizer, read_lineage, tensor_index
+from megatron_opd.hf.lineage import LINEAGE_FILE, SHARD_INDEX, load_tokenizer, read_lineage, tensor_index
+from megatron_opd.hf.turns import own_stop_ids, render
+from megatron_opd.recipe.inference import EncodingConfig, EngineConfig
 from megatron_opd.records import Prompt
+from megatron_opd.safety import confined
+from megatron_opd.safety.confined import run_confined
 from megatron_opd.serve.encode import encode_prompts
 from megatron_opd.serve.transformers_engine import TransformersEngine
-from megatron_opd.turns import own_stop_ids, render
 
 DEEP = "[" * 100_000
 MINIMAL = 'name = "mine"\nrun_dir = "run"\n[models]\nteacher = "teacher"\nstudent = "student"\n'
@@ -87,7 +87,7 @@ def test_recipes(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFix
         ["generate.sampling.temperature=1e-320"],
         ["engine.timeout=1e300"],
         ["train.global_batch=1000000000000000"],
-        ["eval.num_prompts=" + "1" + "0" * 30],
+        ["eval.held_out.num_prompts=" + "1" + "0" * 30],
         ["--stage", "\x1b[31m"],
         ["\x1b[31m"],
     ],
@@ -96,7 +96,7 @@ def test_overrides_and_arguments(words: list[str], capsys: pytest.CaptureFixture
     refused(capsys, "progress", "tiny", *words)
 
 
-@pytest.mark.parametrize("command", [["progress"], ["inspect"], ["report"], ["convert", "to-mcore"], ["convert", "to-hf"]])
+@pytest.mark.parametrize("command", [["progress"], ["inspect"], ["show"], ["report"], ["convert", "to-mcore"], ["convert", "to-hf"]])
 @pytest.mark.parametrize("name", ["a\0b", "r" * 5000, "\udce9", "/dev/zero", "{fifo}", "{loop}"])
 def test_paths_of_no_file(command: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "fifo")
@@ -305,8 +305,8 @@ def test_special_files_among_prompts(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_special_files_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "maths").mkdir(parents=True)
     (tmp_path / "opd").mkdir()
-    for name in ("eval/opd.json", "opd/metrics.jsonl", "stages.jsonl"):
+    for name in ("eval/maths/opd.json", "opd/metrics.jsonl", "stages.jsonl"):
         os.mkfifo(tmp_path / name)
     refused(capsys, "report", str(tmp_path))

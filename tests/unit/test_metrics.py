@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
-import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megatron_opd.model  # noqa: F401  before megatron.core
-from megatron_opd.config import DriftConfig, TrainStage
-from megatron_opd.errors import UserError
+from megatron_opd.recipe.objective import DriftConfig, LossConfig
+from megatron_opd.recipe.training_stages import TrainStage
 from megatron_opd.records import LossSums
 from megatron_opd.train import metrics
 from megatron_opd.train.batches import MicroBatch
-from megatron_opd.train.drift import DriftRule, Watch, Watched
+from megatron_opd.train.drift import DriftRule, Watch, Watched, advice
 from megatron_opd.train.metrics import MetricsLog, Pace, StepFacts, console_line, step_row
-from megatron_opd.train.readiness import check_loggers
 from megatron_opd.train.step import StepResult
 
 
@@ -95,6 +92,17 @@ def test_drift_is_counted_in_a_row() -> None:
     assert rule.check(good | {"effective_sample_share": None}) == "the effective sample share is 0.0% (limit 50.0%) for 1 steps"
 
 
+@pytest.mark.parametrize(("loss", "first"), [("opd", True), ("vopd", True), ("constant", True), ("reverse_kl", False), ("jsd", False)])
+def test_advice_is_what_was_measured(loss: Any, first: bool) -> None:
+    """New rollouts at the rate of one store can ruin a student; candidates on the stored ones did most."""
+    stage = TrainStage(init="x", store="y", output="runs/x/opd", global_batch=1, lr=1e-3, loss=LossConfig(name=loss))
+    text = advice("9 % are off", stage, "mine")
+    assert text.startswith("the student has left its rollouts: 9 % are off.")
+    candidates, fresh = text.find("train.loss.name=reverse_kl"), text.index("megatron-opd rollout mine rollout.model=runs/x/opd-hf")
+    assert (0 < candidates < fresh) is first
+    assert "at a lower rate (train.lr, here 0.001)" in text
+
+
 def result(**sums: float) -> StepResult:
     base = LossSums(
         loss=6.0, denominator=2.0, tokens=4.0, sequences=2.0, nll=8.0, reverse_kl=2.0, entropy=4.0, ratio=4.0, ratio_squared=4.0
@@ -120,6 +128,11 @@ def test_a_row() -> None:
     assert "300 W/GPU" in line
 
 
+def test_a_row_has_the_horizon_of_its_step() -> None:
+    assert "horizon" not in step_row(result(), FACTS, {"memory_gib": 1.0})
+    assert step_row(result(), replace(FACTS, horizon=5), {"memory_gib": 1.0})["horizon"] == 5
+
+
 def test_a_skipped_step_has_no_nan_in_its_row() -> None:
     row = step_row(result(loss=math.nan), FACTS, {"memory_gib": 1.0})
     assert row["loss"] is None
@@ -142,15 +155,15 @@ def test_the_time_left_is_by_the_last_steps_of_this_process() -> None:
     assert pace.left(110) == 0
 
 
-def config_of(folder: Path, *loggers: str) -> TrainStage:
-    return TrainStage(init="", store="", output=str(folder), loggers=list(loggers))  # pyright: ignore[reportArgumentType]
+def config_of(folder: Path) -> TrainStage:
+    return TrainStage(init="", store="", output=str(folder))
 
 
-def write(folder: Path, *loggers: str, first_step: int, steps: range) -> None:
-    log = MetricsLog(folder, config_of(folder, *loggers), first_step=first_step, settings={"a": {"b": 1}})
+def write(folder: Path, *, first_step: int, steps: range) -> None:
+    log = MetricsLog(folder, config_of(folder), first_step=first_step, settings={})
     for step in steps:
-        log.write({"step": step, "loss": 1.0 / step, "none": None, "list": [1.0], "skipped": False})
-    log.close()
+        log.write({"step": step, "loss": 1.0 / step})
+    assert log.close() == {}
 
 
 def test_a_resume_cuts_rows_that_will_be_made_again(tmp_path: Path) -> None:
@@ -191,76 +204,3 @@ def test_rows_that_find_no_room_wait(tmp_path: Path, monkeypatch: pytest.MonkeyP
     log.sync()
     log.write({"step": 3})
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("content", [b"", b"\0\0\0\0\0\0\0\0", b"\xff", b"a/b", b"x" * 5000])
-def test_a_damaged_name_of_the_wandb_run(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
-    (tmp_path / "wandb_run_id").write_bytes(content)
-    with pytest.raises(UserError, match=r"wandb_run_id: .* is no name of a W&B run; remove the file") as caught:
-        write(tmp_path, "wandb", first_step=0, steps=range(1, 2))
-    assert str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_logger_that_is_not_installed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard.writer", raising=False)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(UserError, match=f"'{name}', which is not installed; pip install {name}"):
-        write(tmp_path, name, first_step=0, steps=range(1, 2))
-
-
-@pytest.mark.parametrize("error", [ValueError("No API key configured"), ConnectionError("no route to host")])
-def test_wandb_that_does_not_start(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(**options: Any) -> None:
-        raise error
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    with pytest.raises(
-        UserError, match=rf"could not start: {type(error).__name__}: {error}; log in with `wandb login` .*WANDB_MODE=offline"
-    ):
-        write(tmp_path, "wandb", first_step=0, steps=range(1, 2))
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_loggers_are_looked_for_before_ranks_are_started(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where W&B's own folder of runs lies, which Python would import."""
-    (tmp_path / name).mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
-        monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(UserError, match=f"'{name}', which is not installed"):
-        check_loggers([name])
-    (tmp_path / name / "__init__.py").touch()
-    importlib.invalidate_caches()
-    check_loggers([name])
-
-
-def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    write(tmp_path, "tensorboard", first_step=0, steps=range(1, 6))
-    write(tmp_path, "tensorboard", first_step=3, steps=range(4, 7))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "skipped"}
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(n, pytest.approx(1 / n)) for n in range(1, 7)]
-
-
-def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline: the real client, its files, one run for two starts."""
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setattr(sys, "argv", ["megatron-opd", "engine.launch.environment.HF_TOKEN=hf_Zq8vXw2Lk9"])  # W&B keeps the command line
-    write(tmp_path, "wandb", first_step=0, steps=range(1, 4))
-    identity = (tmp_path / "wandb_run_id").read_text()
-    write(tmp_path, "wandb", first_step=3, steps=range(4, 6))
-    assert (tmp_path / "wandb_run_id").read_text() == identity
-    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 2
-    assert all(identity in path.name and path.stat().st_size > 0 for path in files)
-    assert not any(b"hf_Zq8vXw2Lk9" in path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
-    assert sys.argv[1].endswith("hf_Zq8vXw2Lk9")

@@ -9,10 +9,10 @@ from stores import make_scored_store
 from tiny_models import make_model
 
 from megatron_opd.cli import main
-from megatron_opd.config import Recipe
+from megatron_opd.data.missing import require_made
 from megatron_opd.errors import UserError
-from megatron_opd.pipeline.missing import require_made
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.files import load_recipe
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_what_is_there_is_not_made_again(recipe: Recipe, tmp_path: Path) -> None
 def test_what_no_stage_makes_is_left_to_others(recipe: Recipe, tmp_path: Path) -> None:
     require_made(recipe, str(tmp_path / "elsewhere"), recipe.models.teacher)
     alone = load_recipe("tiny", ["generate=null", "rollout=null", "eval=null"])
-    require_made(alone, "runs/tiny/sft.opd.zarr", "runs/tiny/rollouts.opd.zarr", "runs/tiny/opd-hf")
+    require_made(alone, "runs/tiny/sft.opd.zarr", "runs/tiny/rollouts.opd.zarr")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_no_stage_makes_is_left_to_others(recipe: Recipe, tmp_path: Path) -
         (["train", "--nproc", "2"], "sft-hf, {run}/rollouts.opd.zarr", "score"),
         (["rollout"], "sft-hf", "convert trained RECIPE --stage sft"),
         (["score"], "rollouts.opd.zarr", "rollout"),
-        (["eval"], "opd-hf", "convert trained"),
+        (["eval", "--of", "opd"], "opd-hf", "convert trained"),
         (["convert", "trained"], "opd", "train"),
         (["convert", "trained", "--stage", "sft"], "sft", "sft"),
     ],
@@ -81,7 +81,7 @@ def test_every_stage_says_what_to_run_first(
     student, run = str(tmp_path / "student"), str(tmp_path / "run")
     place = 2 if words[0] == "convert" else 1
     settings = [f"models.student={student}", f"models.teacher={student}", f"run_dir={run}"]
-    settings += [f"{stage}.prompts={prompts}" for stage in ("generate", "rollout", "eval")]
+    settings += [f"{stage}.prompts={prompts}" for stage in ("generate", "rollout", "eval.held_out")]
     assert main([*words[:place], "tiny", *settings, *words[place:]]) == 2
     error = capsys.readouterr().err
     assert f"error: {run}/{named.format(run=run)} " in error

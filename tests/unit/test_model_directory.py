@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd.convert.source import open_source
 from megatron_opd.errors import UserError
-from megatron_opd.hf_config import check_version_reads, read_config, read_rope, remote_code, spell_for_all
-from megatron_opd.inference import EngineConfig
-from megatron_opd.lineage import fingerprint_model
+from megatron_opd.hf.lineage import fingerprint_model
+from megatron_opd.hf.model_config import check_version_reads, read_config, read_rope, remote_code, spell_for_all
 from megatron_opd.model.architecture import Architecture, parse_architecture, read_architecture
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.serve.loaded import check_loaded
 from megatron_opd.serve.transformers_engine import TransformersEngine
 

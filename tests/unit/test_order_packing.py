@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opd.data.order import epoch_order, num_steps, step_rollouts
+from megatron_opd.data.order import TrainingOrder, epoch_order
 from megatron_opd.data.packing import costs_of, pack, plan_micro_batches, split_over_ranks
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
@@ -18,21 +18,45 @@ LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 @given(num=st.integers(1, 60), batch=st.integers(1, 100), epochs=st.integers(1, 4), seed=st.integers(0, 2**63 - 1))
 @settings(deadline=None)
 def test_each_epoch_sees_each_rollout_once(num: int, batch: int, epochs: int, seed: int) -> None:
-    steps = num_steps(num, global_batch=batch, epochs=epochs)
-    seen = np.concatenate([step_rollouts(step, num, global_batch=batch, seed=seed) for step in range(steps)])
+    order = TrainingOrder(np.ones(num, np.int64), seed, batch)
+    steps = order.num_steps(epochs)
+    seen = np.concatenate([order.rollouts(step) for step in range(steps)])
     assert steps * batch >= num * epochs > (steps - 1) * batch
+    assert order.repeats() == (batch > num)
     for epoch in range(epochs):
         assert sorted(seen[epoch * num : (epoch + 1) * num].tolist()) == list(range(num))
         np.testing.assert_array_equal(seen[epoch * num : (epoch + 1) * num], epoch_order(num, seed=seed, epoch=epoch))
 
 
-@given(num=st.integers(1, 200), batch=st.integers(1, 50), seed=st.integers(0, 100), start=st.integers(0, 20))
+@given(lengths=LENGTHS, tokens=st.integers(1, 3000), epochs=st.integers(1, 3), seed=st.integers(0, 2**63 - 1))
 @settings(deadline=None)
-def test_a_resume_is_the_same_as_going_on(num: int, batch: int, seed: int, start: int) -> None:
+def test_steps_of_tokens(lengths: list[int], tokens: int, epochs: int, seed: int) -> None:
+    """The epochs' orders one after the other; after each step there are as many tokens as its budgets, but for the rollout at their edge."""
+    order = TrainingOrder(np.array(lengths), seed, None, tokens)
+    steps = order.num_steps(epochs)
+    chosen = [order.rollouts(step) for step in range(steps)]
+    assert steps * tokens >= sum(lengths) * epochs > (steps - 1) * tokens
+    assert order.repeats() == (tokens > sum(lengths))
+    seen, num = np.concatenate(chosen), len(lengths)
+    for epoch in range(epochs):
+        np.testing.assert_array_equal(seen[epoch * num : (epoch + 1) * num], epoch_order(num, seed=seed, epoch=epoch))
+    trained = 0
+    for number, rollouts in enumerate(chosen, start=1):
+        assert len(rollouts) >= tokens // max(lengths), "a rank that has a longest rollout's share of the budget has a rollout"
+        trained += sum(lengths[index] for index in rollouts)
+        assert number * tokens <= trained < number * tokens + max(lengths)
+    assert order.epochs(steps) == pytest.approx(steps * tokens / sum(lengths))
+
+
+@given(lengths=LENGTHS, batch=st.integers(1, 50), in_tokens=st.booleans(), seed=st.integers(0, 100), start=st.integers(0, 20))
+@settings(deadline=None)
+def test_a_resume_is_the_same_as_going_on(lengths: list[int], batch: int, in_tokens: bool, seed: int, start: int) -> None:
     """A step depends on its number alone: asked for in any order, from any step on."""
-    steps = [step_rollouts(step, num, global_batch=batch, seed=seed) for step in range(start + 3)]
+    sizes = (None, 20 * batch) if in_tokens else (batch, None)
+    order = TrainingOrder(np.array(lengths), seed, *sizes)
+    steps = [order.rollouts(step) for step in range(start + 3)]
     for step in reversed(range(start, start + 3)):
-        got = step_rollouts(step, num, global_batch=batch, seed=seed)
+        got = TrainingOrder(np.array(lengths), seed, *sizes).rollouts(step)
         np.testing.assert_array_equal(got, steps[step])
         assert got.dtype == np.int64
 
@@ -41,7 +65,7 @@ def test_seed_and_epoch_change_the_order() -> None:
     orders = {epoch_order(100, seed=seed, epoch=epoch).tobytes() for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
     with pytest.raises(ValueError, match="no rollouts"):
-        step_rollouts(0, 0, global_batch=4, seed=0)
+        TrainingOrder(np.array([], np.int64), 0, 4).rollouts(0)
 
 
 def test_the_order_is_the_same_in_every_version() -> None:

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_opd.config import Fp8Config, ParallelConfig, TrainStage
 from megatron_opd.data.context import context_parallel_tokens
 from megatron_opd.errors import UserError
 from megatron_opd.model.architecture import Architecture, parse_architecture
 from megatron_opd.model.fp8 import Machine, check_fp8, fp8_options, megatron_fp8_fields
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.layout import Fp8Config, ParallelConfig
+from megatron_opd.recipe.training_stages import TrainStage
 
 H100, B200, A100 = (9, 0), (10, 0), (8, 0)
 QWEN3_30B_A3B = {

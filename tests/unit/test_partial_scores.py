@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from unit.store_parts import fake_fingerprint, fill, make_manifest, make_scores, score
 
-from megatron_opd.data.inspect import inspect_store
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import write_scores
 from megatron_opd.errors import StoreError
 from megatron_opd.records import Finish, Rollout, TeacherScores
 from megatron_opd.serve.engine import Failed
 from megatron_opd.serve.score import PartWork
+from megatron_opd.show.inspect import inspect_store
 from megatron_opd.store_records import Excluded, ScoreManifest
 
 LIMIT = 30

@@ -15,9 +15,13 @@ from megatron_opd.cli import main
 from megatron_opd.errors import ConfigError, UserError
 from megatron_opd.pipeline.slurm import Cluster, Job, describe, job_states, plan_jobs, read_jobs, read_rows, select_stages
 from megatron_opd.pipeline.stages import list_stages
-from megatron_opd.recipe_files import load_recipe, shipped_recipes
+from megatron_opd.recipe.files import load_recipe, shipped_recipes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+MATHS = ("aime24", "aime25", "hmmt25")
+NO_CODE = ["eval.lcb_v5=null", "eval.lcb_v6=null"]  # which are refused until they are allowed
 
 
 def pipeline(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,9 +54,12 @@ def option(job: list[str], name: str) -> str | None:
 def test_a_recipe_says_what_its_jobs_ask_for(tmp_path: Path) -> None:
     site = {"SBATCH_PARTITION": "gpu"}
     words = ["slurm.cpu_partition=cpu", "slurm.gpus=--gres=gpu:h100:{n}", "slurm.options=['--comment=two words']", "slurm.shards.score=3"]
-    jobs = submitted(tmp_path, "--from", "score", "opd_32b_4nodes", "train.lr=1e-6", *words, "slurm.environment.NCCL_DEBUG=INFO", **site)
+    jobs = submitted(
+        tmp_path, "--from", "score", "opd_32b_4nodes", "train.lr=1e-6", *words, *NO_CODE, "slurm.environment.NCCL_DEBUG=INFO", **site
+    )
     jobs = {label.removeprefix("opd_32b_4nodes-"): job for label, job in jobs.items()}
-    assert list(jobs) == ["score", "engines", "check", "train", "opd-hf", "eval-teacher", "eval-sft", "eval-opd", "report"]
+    evaluations = [f"eval-{name}-{model}" for model in ("teacher", "sft", "opd") for name in MATHS]
+    assert list(jobs) == ["score", "engines", "check", "train", "opd-hf", *evaluations, "report"]
     train, check, score, engines = (jobs[label] for label in ("train", "check", "score", "engines"))
     assert (option(train, "nodes"), option(train, "gres"), option(train, "dependency")) == ("4", "gpu:h100:8", "afterok:3")
     assert "--kill-on-invalid-dep=yes" in train
@@ -66,7 +73,7 @@ def test_a_recipe_says_what_its_jobs_ask_for(tmp_path: Path) -> None:
     assert option(engines, "gres") == "gpu:h100:1"
     environment = (tmp_path / "environment").read_text().splitlines()
     assert {"OPD_SET_NCCL_DEBUG=INFO", "OPD_SET_RANKS_PER_NODE=8", f"OPD_RUN_DIR={tmp_path}/run"} <= set(environment)
-    assert list(read_jobs(tmp_path / "run").values()) == [[str(number)] for number in range(1, 10)]
+    assert list(read_jobs(tmp_path / "run").values()) == [[str(number)] for number in range(1, len(jobs) + 1)]
 
 
 @pytest.mark.parametrize(
@@ -76,14 +83,17 @@ def test_a_recipe_says_what_its_jobs_ask_for(tmp_path: Path) -> None:
         (["opd_32b_4nodes", "slurm.nodes=1"], "sft.parallel: 8 ranks do not fit tp=8 pp=2"),
         (["opd_8b", "engine.launch.teacher.dp=8"], "engine.launch for the teacher: servers * tp * dp = 1 * 2 * 8 = 16 GPUs"),
         (["opd_8b", "engine.launch=null"], "engine.kind = 'sglang', but no servers"),
-        (["opd_8b", "slurm.nodes=100"], "global_batch = 100 is smaller than 200 data-parallel ranks"),
+        (
+            ["opd_8b", "slurm.nodes=100"],
+            "global_batch_tokens = 2097152 is less than a micro-batch of 20480 for each of 200 data-parallel ranks",
+        ),
         (["opd_8b", "slurm.environment.HF_TOKEN=$NO_SUCH_TOKEN"], "environment variable NO_SUCH_TOKEN, which is not set"),
         (["opd_8b", "slurm.nodez=2"], "did you mean 'nodes'?"),
     ],
 )
 def test_what_can_be_known_is_refused(words: list[str], expected: str) -> None:
     def plan(name: str, *overrides: str) -> None:
-        recipe = load_recipe(name, list(overrides))
+        recipe = load_recipe(name, [*NO_CODE, *overrides])
         cluster = Cluster(recipe.slurm)
         plan_jobs(recipe, name, list(overrides), cluster)
         cluster.variables(recipe)
@@ -105,7 +115,7 @@ def test_the_engines_have_one_gpu_whatever_the_recipe_says() -> None:
 
 def test_engines_are_left_out_where_the_training_image_has_no_sglang() -> None:
     def jobs(*words: str, **sections: str | None) -> dict[str, Job]:
-        recipe = load_recipe("opd_8b", ["slurm.image_train=train", "slurm.image_serve=serve", *words])
+        recipe = load_recipe("opd_8b", ["slurm.image_train=train", "slurm.image_serve=serve", *NO_CODE, *words])
         planned = plan_jobs(recipe, "opd_8b", list(words), Cluster(recipe.slurm), **sections)
         said = describe(planned, recipe, Cluster(recipe.slurm))
         assert any("no job engines" in line for line in said) is not any(job.label == "engines" for job in planned)
@@ -152,7 +162,7 @@ def test_other_options_are_taken() -> None:
 def test_jobs_that_could_not_be_cancelled_are_named(tmp_path: Path) -> None:
     (tmp_path / "scancel").write_text('#!/bin/sh\n[ "$1" != 1 ]\n')
     (tmp_path / "scancel").chmod(0o755)
-    run = pipeline(tmp_path, "--from", "train", "opd_8b", SBATCH_REFUSES="3")
+    run = pipeline(tmp_path, "--from", "train", "opd_8b", *NO_CODE, SBATCH_REFUSES="3")
     assert run.returncode == 2
     assert "not submitted" in run.stderr
     assert "could not cancel 1, which still stand" in run.stderr
@@ -166,7 +176,7 @@ def test_a_path_with_an_equals_sign_is_a_recipe(tmp_path: Path) -> None:
     path = folder / "recipe.toml"
     path.write_text(load_recipe("opd_8b", ["name=mine"]).to_toml())
     assert "--job-name=mine-check" in pipeline(tmp_path, "--dry-run", "--from", "check", "--until", "train", str(path)).stdout
-    assert "--job-name=opd_8b-check" in pipeline(tmp_path, "--dry-run", "--from", "check", "train.lr=1e-6").stdout
+    assert "--job-name=opd_8b-check" in pipeline(tmp_path, "--dry-run", "--from", "check", "train.lr=1e-6", *NO_CODE).stdout
     script = f'source {REPOSITORY}/slurm/lib.sh; for word; do with_recipe opd_8b "$word"; echo "${{arguments[0]}}"; done'
     settings = {"SLURM_JOB_ID": "7", "OPD_ENV": f"{REPOSITORY}/slurm/env.sh"}
     words = [str(path), "lr=1e-6", "train.lr=1e-6", "--round"]
@@ -206,11 +216,26 @@ def test_nothing_is_submitted_of_a_recipe_that_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "jobs").exists()
 
 
+def test_programs_of_models_are_refused_before_anything_is_submitted(tmp_path: Path) -> None:
+    run = pipeline(tmp_path, "opd_8b")
+    assert run.returncode == 2
+    assert "to allow it: eval.lcb_v5.allow_code_execution=true eval.lcb_v6.allow_code_execution=true" in run.stderr
+    assert "nothing was submitted" in run.stderr
+    recipe = load_recipe("opd_8b")
+    assert plan_jobs(recipe, "opd_8b", [], Cluster(recipe.slurm), last="train"), "no program runs until there"
+    allowed = load_recipe("opd_8b", [f"eval.{name}.allow_code_execution=true" for name in ("lcb_v5", "lcb_v6")])
+    assert (
+        plan_jobs(allowed, "opd_8b", [], Cluster(allowed.slurm), first="eval-lcb_v5", last="eval-lcb_v6")[0].label == "eval-lcb_v5-teacher"
+    )
+
+
 def test_a_dry_run_prints_sbatch_lines_and_no_secrets(tmp_path: Path) -> None:
-    run = pipeline(tmp_path, "--dry-run", "opd_8b", "engine.launch.environment.HF_TOKEN=hf_abc", "slurm.environment.API_KEY=hf_abc")
+    run = pipeline(
+        tmp_path, "--dry-run", "opd_8b", *NO_CODE, "engine.launch.environment.HF_TOKEN=hf_abc", "slurm.environment.API_KEY=hf_abc"
+    )
     assert run.returncode == 0
     lines = run.stdout.splitlines()
-    assert [line.split()[1] for line in lines if not line.startswith(("settings", " "))] == ["sbatch"] * 15
+    assert [line.split()[1] for line in lines if not line.startswith(("settings", " "))] == ["sbatch"] * 21
     assert "hf_abc" not in run.stdout
     assert "slurm/env.sh: gpus=--gpus-per-node={n}" in run.stdout, "says where settings come from"
     assert not (tmp_path / "jobs").exists()
@@ -229,6 +254,7 @@ def test_every_shipped_recipe_with_nodes_fits_them() -> None:
     for name in shipped_recipes():
         recipe = load_recipe(name)
         if recipe.engine.kind == "sglang":
+            recipe = load_recipe(name, NO_CODE)
             assert plan_jobs(recipe, name, [], Cluster(recipe.slurm))
 
 
@@ -242,13 +268,14 @@ def test_every_shipped_training_script_has_the_nodes_of_its_recipe() -> None:
 
 
 def test_rounds_are_submitted_one_after_the_other() -> None:
-    recipe = load_recipe("opd_8b", ["rounds.count=2"])
+    recipe = load_recipe("opd_8b", ["rounds.count=2", "eval.aime24.models=['sft','round-1','opd']", *NO_CODE])
     jobs = {job.label: job for job in plan_jobs(recipe, "opd_8b", ["rounds.count=2"], Cluster(recipe.slurm), first="rollout")}
     assert jobs["rollout@2"].after == ("opd-hf@1",)
     assert jobs["train@2"].after == ("check@2",)
     assert jobs["train@2"].words[-2:] == ("--round", "2")
-    assert jobs["eval-opd"].after == ("opd-hf@2", "eval-sft")
-    assert jobs["report"].after == ("opd-hf@2", "eval-teacher", "eval-sft", "eval-opd")
+    assert jobs["eval-aime24-opd"].after == ("opd-hf@2", "eval-aime24-sft")
+    assert jobs["eval-aime24-round-1"].after == ("opd-hf@1", "eval-aime24-sft")
+    assert jobs["report"].after == ("opd-hf@2", *(label for label in jobs if label.startswith("eval-")))
     only = plan_jobs(recipe, "opd_8b", [], Cluster(recipe.slurm), first="score@2", last="train")
     assert [job.label for job in only] == ["score@2", "check@2", "train@2"]
 

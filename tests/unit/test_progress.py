@@ -21,7 +21,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
     models = [f"models.{role}={str(make_model(folder / role, seed=seed))!r}" for seed, role in enumerate(("teacher", "student"))]
     prompts = str(write_prompts(folder / "prompts.jsonl"))
-    return ["tiny", *models, *(f"{stage}.prompts={prompts!r}" for stage in ("generate", "rollout", "eval"))]
+    return ["tiny", *models, *(f"{stage}.prompts={prompts!r}" for stage in ("generate", "rollout", "eval.held_out"))]
 
 
 def write_checkpoint(output: Path, step: int) -> None:
@@ -114,7 +114,7 @@ def test_check_of_the_inputs_names_what_is_missing(
     assert "rollout: 40 prompts" in capsys.readouterr().out
     assert (tmp_path / "runs/tiny/inputs.json").is_file(), "for 'progress'"
     for override, words in (
-        ("eval.prompts=/nowhere.jsonl", "/nowhere.jsonl: no such prompt file"),
+        ("eval.held_out.prompts=/nowhere.jsonl", "/nowhere.jsonl: no such prompt file"),
         ("models.teacher=/nowhere", "/nowhere/config.json"),
         ("sft.parallel.tp=8", "tp"),
     ):

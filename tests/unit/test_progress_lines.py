@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.cost import StageCost, clock
+from megatron_opd.cost.meter import StageCost, clock
 from megatron_opd.serve.stage import Bar
 
 STAGE = """
 import sys, time
-from megatron_opd.cost import StageCost
+from megatron_opd.cost.meter import StageCost
 from megatron_opd.serve.stage import Bar
 with StageCost(sys.argv[1], "rollout", num_gpus=8) as cost, Bar("rollout", cost, total=2000, initial=500, unit="rollout", every=float(sys.argv[2])) as bar:
     for _ in range(1000):

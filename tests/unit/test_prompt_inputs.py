@@ -31,7 +31,13 @@ def test_check_says_files_and_faults_of_every_stage(models: list[str], tmp_path:
     text = write_rows(tmp_path / "texts" / "train.jsonl", {"prompt": "a"}, {"prompt": "a"}, {"prompt": [USER], "answer": ["1", "2"]})
     write_rows(tmp_path / "texts" / "test.jsonl", {"prompt": "b"})
     chat = write_rows(tmp_path / "chat.jsonl", {"prompt": [USER]})
-    recipe = ["tiny", *models, f"generate.prompts={str(text.parent)!r}", f"rollout.prompts={str(chat)!r}", f"eval.prompts={str(chat)!r}"]
+    recipe = [
+        "tiny",
+        *models,
+        f"generate.prompts={str(text.parent)!r}",
+        f"rollout.prompts={str(chat)!r}",
+        f"eval.held_out.prompts={str(chat)!r}",
+    ]
     assert main(["check", *recipe, "rollout.num_prompts=1", "--stage", "inputs"]) == 0
     out = capsys.readouterr().out
     assert f"generate: 3 prompts of {text.parent}: train.jsonl (split train); not read: test.jsonl" in out
@@ -39,7 +45,12 @@ def test_check_says_files_and_faults_of_every_stage(models: list[str], tmp_path:
     assert f"rollout: 1 prompts of {chat}" in out
 
     last = write_rows(tmp_path / "last.jsonl", {"prompt": [USER, {"role": "assistant", "content": "It is"}]})
-    bad = [f"rollout.prompts={str(last)!r}", f"eval.prompts={str(text)!r}", "generate.encoding.chat_template=never", "eval.grader=exact"]
+    bad = [
+        f"rollout.prompts={str(last)!r}",
+        f"eval.held_out.prompts={str(text)!r}",
+        "generate.encoding.chat_template=never",
+        "eval.held_out.grader=exact",
+    ]
     assert main(["check", *recipe, *bad, "--stage", "inputs"]) == 2
     error = capsys.readouterr().err
     assert "3 faults" in error

@@ -128,7 +128,7 @@ def test_spellings(tmp_path: Path, row: dict[str, Any], content: Any) -> None:
         ({"prompt": [user("a"), {"role": "assistant", "tool_calls": "[]"}, user("b")]}, "prompt[1] has no text: a message must be {role, content}"),
         ({"prompt": [user("<image>What is it?")], "images": [{"bytes": "x"}]}, "has 'images' ([{'bytes': 'x'}]), which is not understood and the model"),
         ({"prompt": "hi", "chat_template_kwargs": {"enable_thinking": False}}, "has 'chat_template_kwargs'"),
-        ({"x" * 1000: 1}, "xxx); messages, conversations, problem, question would do as well"),
+        ({"x" * 1000: 1}, "xxx); messages, conversations, problem, question, instruction would do as well"),
         ("just text", "no field 'prompt' (fields: str)"),
         (7, "no field 'prompt' (fields: int)"),
     ],
@@ -267,7 +267,7 @@ def test_an_answer_is_no_part_of_what_is_sampled(tmp_path: Path) -> None:
         (b'{"prompt": "a", "x": ' + b"1" * 5000 + b"}", "p.jsonl:1: not JSON: Exceeds the limit"),
         (b'[{"prompt": "a"}]', "no field 'prompt' (fields: list)"),
         (b'{"prompt": "a"} {"prompt": "b"}', "p.jsonl:1: not JSON: Extra data"),
-        (gzip.compress(b'{"prompt": "a"}'), "p.jsonl: is compressed with gzip"),
+        (gzip.compress(b'{"prompt": "a"}', mtime=0), "p.jsonl: is compressed with gzip"),
         (b"", "p.jsonl: no prompts in it"),
         (b"\xef\xbb\xbf", "p.jsonl: no prompts in it"),
     ],
@@ -296,6 +296,11 @@ def test_files_that_are(tmp_path: Path) -> None:
         ("array.json", b'[{"prompt": "a"}, 7]', r"array.json, row 2: no field 'prompt' \(fields: int\)"),
         ("pretty.json", b'{\n  "prompt": "a"\n}', "pretty.json:1: not JSON"),
         ("p.jsonl.gz", b"", "p.jsonl.gz: compressed files are not read; unpack it"),
+        (
+            "table.CSV",
+            b"prompt,answer\na,1\n",
+            r"table.CSV: \.csv files are not read; a JSONL or Parquet file or a dataset's folder is expected",
+        ),
         ("empty.parquet", b"", "empty.parquet: can't be read"),
     ):
         (tmp_path / name).write_bytes(data)

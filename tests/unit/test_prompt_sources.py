@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from megatron_opd.data.prompts import read_prompts
+from megatron_opd.data.prompts import drawn_key, read_prompts
 from megatron_opd.errors import UserError
 
 DAPO: list[dict[str, Any]] = [
@@ -91,6 +92,55 @@ def test_the_same_rows_are_the_same_in_every_format(tmp_path: Path) -> None:
     read = [read_prompts(source) for source in sources]
     assert len({identity.sha256 for identity, _ in read}) == 1
     assert read[0][1] == read[1][1] == read[2][1]
+
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": f"Question {i % 30}", "contest_date": f"2024-01-{1 + i % 28:02}", "answer": "1"} for i in range(90)
+]
+
+
+def contents(path: Path, **options: Any) -> list[Any]:
+    return [prompt.content for prompt in read_prompts(path, **options)[1]]
+
+
+def test_a_subset_is_drawn_by_a_seed(tmp_path: Path) -> None:
+    """The first of an order of the whole file, which is the same for every number of prompts and in every format."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    drawn = [f"Question {place % 30}" for place in sorted(range(90), key=lambda place: drawn_key(5, place))]
+    for count in (1, 7, 45, 90):
+        identity, prompts = read_prompts(path, limit=count, subset_seed=5)
+        assert [prompt.content for prompt in prompts] == drawn[:count]
+        assert ([prompt.index for prompt in prompts], identity.num_prompts) == (list(range(count)), count)
+    assert contents(write_parquet(tmp_path / "rows.parquet", ROWS), limit=45, subset_seed=5) == drawn[:45]
+    assert contents(path, limit=45, subset_seed=6) != drawn[:45]
+    shares = [contents(path, limit=45, subset_seed=5, share=(number, 4)) for number in (1, 2, 3, 4)]
+    assert [content for share in shares for content in share] == drawn[:45]
+    once = [f"Question {place}" for place in sorted(range(30), key=lambda place: drawn_key(5, place))]
+    assert contents(path, limit=12, subset_seed=5, unique=True) == once[:12]
+    dated = [row["prompt"] for row in ROWS if row["contest_date"] <= "2024-01-10"]
+    assert contents(path, limit=8, subset_seed=5, dates=("2024-01-01", "2024-01-10")) == [
+        dated[place] for place in sorted(range(len(dated)), key=lambda place: drawn_key(5, place))[:8]
+    ]
+    said: list[str] = []
+    read_prompts(path, limit=3, subset_seed=5, say=said.append)
+    assert "drawn from the whole of it by seed 5" in said[0]
+    with pytest.raises(UserError, match="90 prompts, but num_prompts asks for 91"):
+        read_prompts(path, limit=91, subset_seed=5)
+
+
+def test_each_prompt_is_as_likely_to_be_drawn() -> None:
+    """Over 4,000 seeds each of 20 places is among the first 5 in a quarter of the draws (standard deviation 27)."""
+    counts = np.zeros(20)
+    for seed in range(4000):
+        counts[sorted(range(20), key=lambda place: drawn_key(seed, place))[:5]] += 1
+    assert counts.sum() == 20_000
+    assert abs(counts - 1000).max() < 5 * 27.4
+
+
+def test_the_draw_is_the_same_in_every_version() -> None:
+    """A store that is extended later must begin with the same prompts: these numbers may never change."""
+    assert sorted(range(8), key=lambda place: drawn_key(7, place)) == [4, 7, 3, 2, 1, 5, 6, 0]
 
 
 def test_several_turns_keep_earlier_answers(tmp_path: Path) -> None:

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 from tiny_models import make_tokenizer
 
 from megatron_opd.data.prompts import read_prompts
 from megatron_opd.errors import UserError
-from megatron_opd.inference import EncodingConfig
-from megatron_opd.lineage import load_tokenizer
+from megatron_opd.hf.lineage import load_tokenizer
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.inference import QUESTION, EncodingConfig
 from megatron_opd.records import Prompt
-from megatron_opd.serve.encode import encode_prompt, encode_prompts, find_overlong
+from megatron_opd.serve.encode import describe_encoding, encode_prompt, encode_prompts, find_overlong
 
 GOOD = b'{"prompt": "hello"}'
 
@@ -134,6 +138,54 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 def test_text_and_template(tokenizer, content, options: dict, text: str) -> None:
     assert text_of(tokenizer, content, **options) == text
     assert MESSAGES == [{"role": "user", "content": "hi"}]
+
+
+PUT = r"Question: {question} Answer in \boxed{} {now}."
+AS_PUT = r"Question: hi Answer in \boxed{} {now}."
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "text"),
+    [
+        ("hi", {}, AS_PUT),
+        ("hi", {"chat_template": "always", "system": "s"}, f"<system>s<user>{AS_PUT}<assistant>"),
+        (
+            [*MESSAGES, {"role": "assistant", "content": "yo"}, *MESSAGES],
+            {},
+            f"<user>hi<assistant>yo<user>{AS_PUT}<assistant>",
+        ),
+        ([*MESSAGES, {"role": "assistant", "content": "yo"}], {"assistant_last": "continue"}, f"<user>{AS_PUT}<assistant>yo"),
+    ],
+)
+def test_how_a_question_is_put(tokenizer, content, options: dict, text: str) -> None:
+    """Only the last question is, and other braces stay."""
+    assert text_of(tokenizer, content, question=PUT, **options) == text
+    assert MESSAGES == [{"role": "user", "content": "hi"}]
+
+
+@given(st.text(), st.text(), st.text())
+def test_a_question_stands_as_it_is_in_the_text_around_it(before: str, after: str, question: str) -> None:
+    assume(QUESTION not in before and QUESTION not in after)
+    assert EncodingConfig(question=before + QUESTION + after).put(question) == before + question + after
+    assert EncodingConfig().put(question) == question
+
+
+def test_a_question_without_its_place_or_its_message(tokenizer) -> None:
+    with pytest.raises(ValidationError, match=r"'Answer \{\}.' has no placeholder \{question\}, which the prompt is to stand for"):
+        EncodingConfig(question="Answer {}.")
+    with pytest.raises(UserError, match=r"prompt 0 has no user message, which encoding.question is for"):
+        text_of(tokenizer, [{"role": "system", "content": "s"}], question=PUT)
+
+
+def test_a_question_is_recorded_and_said(tokenizer) -> None:
+    """So a store that was sampled with another one does not match."""
+    config = EncodingConfig(question=PUT)
+    assert config.recorded()["question"] == PUT
+    assert "question" not in EncodingConfig().recorded()
+    assert describe_encoding(tokenizer, [Prompt(0, MESSAGES)], config) == [f"questions are put to the model as {PUT!r}"]
+    recipe = load_recipe("tiny", [f"rollout.encoding.question={PUT}"])
+    assert recipe.rollout is not None
+    assert recipe.rollout.encoding.question == PUT
 
 
 def test_enable_thinking_reaches_the_template(tokenizer) -> None:

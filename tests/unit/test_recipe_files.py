@@ -16,7 +16,7 @@ from recipe_folders import recipe_folder as recipe_folder  # the fixture
 
 from megatron_opd.cli import main
 from megatron_opd.errors import ConfigError
-from megatron_opd.recipe_files import apply_overrides, build_recipe, load_recipe, merge, read_tree, shipped_recipes
+from megatron_opd.recipe.files import apply_overrides, build_recipe, load_recipe, merge, read_tree, shipped_recipes
 
 pytestmark = pytest.mark.usefixtures("recipe_folder")
 
@@ -25,7 +25,7 @@ OVERRIDES = [
     *("train.lr=1e-5", "train.steps=7", "train.steps=null", "train.loss.name=exopd", "train.store=$OUT/{name}.zarr", "run_dir=~/{name}/runs"),
     *("models.teacher=${OUT}/t", "models.student={run_dir}/s", "generate=null", "rollout.num_prompts=3", "eval=null", "score.top_k=4"),
     *('rollout.encoding.system="~ of {someone} costs $5"', "engine.launch.tp=4", "engine.launch.teacher.dp=2", "engine.context_length=64"),
-    *('engine.launch.options=["--x=$UNSET"]', 'engine.launch.environment={A = "$OUT"}', "sft.lr=3e-4", "rounds.count=2", "eval.teacher=none"),
+    *('engine.launch.options=["--x=$UNSET"]', 'engine.launch.environment={A = "$OUT"}', "sft.lr=3e-4", "rounds.count=2", "eval.a.teacher=none"),
 ]  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_a_dry_run_prints_what_can_be_used_again(capsys: pytest.CaptureFixture[s
 def test_a_child_wins_field_by_field() -> None:
     child = """name = "child"
 extends = "base.toml"
-unset = ["eval.baseline", "train.loss", "rollout.sampling.temperature"]
+unset = ["eval.a.baseline", "train.loss", "rollout.sampling.temperature"]
 [rollout.sampling]
 stop_token_ids = [7]
 [train]
@@ -110,10 +110,9 @@ loss = { name = "forward_kl" }
     assert recipe.rollout is not None
     assert (recipe.rollout.sampling.stop_token_ids, recipe.rollout.sampling.temperature) == ([7], 1.0)
     assert recipe.rollout.prompts == "/scratch/out/child/p.jsonl"
-    assert recipe.eval is not None
-    assert recipe.eval.baseline is None
+    assert recipe.eval["a"].baseline is None
     without = load_recipe(write("no_eval.toml", 'name = "n"\nextends = "base.toml"\nunset = ["eval", "run_dir"]\n'))
-    assert (without.eval, without.run_dir) == (None, "runs/n")
+    assert (without.eval, without.run_dir) == ({}, "runs/n")
 
 
 def test_a_chain_is_what_its_recipes_make_laid_over_each_other() -> None:
@@ -159,7 +158,7 @@ def test_a_base_is_found_from_the_file_that_names_it(monkeypatch: pytest.MonkeyP
         ('name = "c"\nextends = ""', r"child.toml: extends must be the path of a recipe"),
         ('name = "c"\nextends = "."', r"child.toml extends '.': no file"),
         ('name = "c"\nextends = "base.toml"\nunset = "rollout"', r"child.toml: unset must be a list of fields"),
-        ('name = "c"\nextends = "base.toml"\nunset = ["eval.basline"]', r"child.toml: unset names 'eval.basline', which 'base.toml' does not set"),
+        ('name = "c"\nextends = "base.toml"\nunset = ["eval.a.basline"]', r"child.toml: unset names 'eval.a.basline', which 'base.toml' does not set"),
         ('name = "c"\nextends = "base.toml"\nunset = ["name.x.y"]', r"child.toml: unset names 'name.x.y', which"),
         ('name = "c"\nunset = ["rollout"]', r"child.toml: unset takes fields from the recipe that this one extends, and it extends none"),
         ('name = "c"\nextends = "fixed.toml"', r"child.toml extends 'fixed.toml', whose run_dir = '/data/run' is without \{name\}.*give run_dir here"),
@@ -194,11 +193,17 @@ def test_a_chain_has_a_bound() -> None:
 
 
 def test_a_new_recipe_extends_another(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipe", "new", "mine", "--like", "opd_8b", "train.lr=1e-6", "eval.teacher=null", "generate=null"]) == 0
+    assert (
+        main(
+            ["recipe", "new", "mine", "--like", "opd_8b", "train.lr=1e-6", "eval.aime24.teacher=null", "eval.lcb_v6=null", "generate=null"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == "wrote mine.toml, which extends opd_8b\nnext: megatron-opd check mine.toml --stage inputs\n"
-    text = 'name = "mine"\nextends = "opd_8b"\nunset = [\n    "generate",\n]\n\n[train]\nlr = 1e-06\n\n[eval]\nteacher = "none"\n'
+    text = 'name = "mine"\nextends = "opd_8b"\nunset = [\n    "eval.lcb_v6",\n    "generate",\n]\n\n[train]\nlr = 1e-06\n'
+    text += '\n[eval.aime24]\nteacher = "none"\n'
     assert Path("mine.toml").read_text() == text
-    wanted = ["name=mine", "train.lr=1e-6", "eval.teacher=none", "generate=null"]
+    wanted = ["name=mine", "train.lr=1e-6", "eval.aime24.teacher=none", "eval.lcb_v6=null", "generate=null"]
     assert load_recipe("mine.toml") == load_recipe("opd_8b", wanted)
     assert main(["recipe", "new", "mine", "--like", "tiny"]) == 2
     assert "mine.toml is there already" in capsys.readouterr().err
@@ -259,7 +264,7 @@ def test_the_recipes_of_the_documentation() -> None:
     assert mine.rollout is not None
     assert opd.rollout is not None
     assert (mine.rollout.prompts, mine.models) == (opd.rollout.prompts, opd.models)
-    assert (mine.rollout.sampling.max_new_tokens, mine.rollout.sampling.temperature, opd.rollout.sampling.temperature) == (2048, 1.0, 0.7)
+    assert (mine.rollout.sampling.max_new_tokens, mine.rollout.sampling.temperature, opd.rollout.sampling.temperature) == (2048, 1.0, 0.8)
     teacher, student = served.engine_for(served.models.teacher).launch, served.engine_for("x").launch
     assert teacher is not None
     assert student is not None

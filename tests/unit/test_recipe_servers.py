@@ -12,7 +12,7 @@ from recipe_folders import recipe_folder as recipe_folder  # the fixture
 
 from megatron_opd.cli import main
 from megatron_opd.errors import ConfigError
-from megatron_opd.recipe_files import apply_overrides, load_recipe
+from megatron_opd.recipe.files import apply_overrides, load_recipe
 from megatron_opd.serve.launch import ServerProcess
 
 pytestmark = pytest.mark.usefixtures("recipe_folder")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_opd.cli import main
-from megatron_opd.config import Recipe
 from megatron_opd.errors import ConfigError
-from megatron_opd.inference import EngineConfig, LaunchConfig
-from megatron_opd.recipe_files import load_recipe
-from megatron_opd.redact import holds_secret, is_secret_name, redact_address, redact_words, secret_values
+from megatron_opd.recipe.config import Recipe
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.inference import EngineConfig, LaunchConfig
+from megatron_opd.safety.redact import holds_secret, is_secret_name, redact_address, redact_words, secret_values
 from megatron_opd.serve.launch import ServerProcess
 
 SECRET = "hf_Zq8vXw2Lk9"

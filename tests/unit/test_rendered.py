@@ -11,8 +11,8 @@ from chat_templates import HEADERS, MARKS, REASONING, STRICT
 from tiny_models import make_tokenizer
 
 from megatron_opd.errors import UserError
-from megatron_opd.inference import EncodingConfig
-from megatron_opd.lineage import load_tokenizer
+from megatron_opd.hf.lineage import load_tokenizer
+from megatron_opd.recipe.inference import EncodingConfig
 from megatron_opd.records import Prompt
 from megatron_opd.serve.encode import describe_encoding, encode_prompt, encode_prompts
 

@@ -12,9 +12,9 @@ from unit.store_parts import fake_fingerprint
 
 from megatron_opd.data.prompts import read_prompts, share_range
 from megatron_opd.errors import CheckpointError, ConfigError, UserError
-from megatron_opd.recipe_files import build_recipe
+from megatron_opd.recipe.files import build_recipe
+from megatron_opd.recipe.rounds import check_number, check_share, entry_of, read_entries, round_recipe, round_steps, student_after
 from megatron_opd.records import Lineage, RoundRecord
-from megatron_opd.rounds import check_number, check_share, entry_of, read_entries, round_recipe, round_steps, student_after
 
 BASE: dict[str, Any] = {
     "name": "r",

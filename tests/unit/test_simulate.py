@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from megatron_opd.cli import main
+from megatron_opd.cost.gpus import GPUS
 from megatron_opd.errors import UserError
 from megatron_opd.estimate.memory import FIXED_BYTES, GIB, Layout
 from megatron_opd.estimate.workload import student_of
-from megatron_opd.gpus import GPUS
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
 from megatron_opd.simulate import check, needs
 from megatron_opd.simulate.devices import device_of
 from megatron_opd.simulate.places import place
@@ -57,7 +57,7 @@ FOUND = Simulation(
     calls={"generic_gemm": 5},
     runs_out=None,
     stood_in_for=["something"],
-    versions={"torch": "2.13.0"},
+    versions={"torch": "2.13.0", "megatron-core": "0.19.2"},
     seconds=8.0,
 )
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from megatron_opd.config import TrainerConfig
+from megatron_opd.cost.gpus import GPUS
+from megatron_opd.estimate.known_models import known_config
 from megatron_opd.estimate.memory import FIXED_BYTES, FRAGMENTATION, GIB, Layout, fullest_stage
 from megatron_opd.estimate.ranges import NOTHING, Range
 from megatron_opd.estimate.step_time import COMPUTE_SHARE, EXPOSED, LINK_SHARE, predict_step
 from megatron_opd.estimate.traffic import over_nodes, sent_bytes, step_work
-from megatron_opd.gpus import GPUS
-from megatron_opd.known_models import known_config
 from megatron_opd.model.architecture import Architecture, parse_architecture
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.training_stages import TrainerConfig
 
 H100 = GPUS["h100"]
 MIB = 2**20
@@ -62,6 +62,8 @@ SIMULATED: list[tuple[tuple[str, str], list[str], int, int, dict[str, list[tuple
     ),
     (("opd_30b_a3b_paper", "train"), ["parallel={tp=1, ep=8}", "recompute=none", "micro_batch_tokens=4608"], 2, 2, {"ep": [("all-to-all", 2304, 8)]}),
     (("opd_32b_4nodes", "train"), [], 4, 4, {"pp": [("send", 60, 2)]}),
+    (("opd_8b_paper", "train"), ["fp8={recipe='tensorwise'}"], 2, 2, {"tp": [("all-gather", 2560, 4), ("reduce-scatter", 3584, 4)]}),
+    (("opd_8b_paper", "train"), ["fp8={recipe='blockwise'}"], 2, 2, {"tp": [("all-gather", 3152, 4), ("reduce-scatter", 3584, 4)]}),
 ]  # fmt: skip
 
 

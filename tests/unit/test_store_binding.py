@@ -13,14 +13,14 @@ import pytest
 from unit.store_parts import fill, make_manifest, make_rollouts, score
 
 from megatron_opd.data import location as location_module
-from megatron_opd.data.inspect import inspect_store
 from megatron_opd.data.location import Location, checksum
 from megatron_opd.data.manifests import part_group, read_manifest, score_group
 from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.errors import StoreError
 from megatron_opd.records import PromptFile, SamplingParams
-from megatron_opd.redact import public_address
+from megatron_opd.safety.redact import public_address
+from megatron_opd.show.inspect import inspect_store
 from megatron_opd.store_records import Excluded
 
 
@@ -282,7 +282,7 @@ def test_names_with_control_characters_are_escaped(tmp_path: Path, capsys: pytes
     inspect_store(url)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed + sampler.short()
-    assert printed.count("\\x1b[2J") == 3
+    assert printed.count("\\x1b[2J") == 7
 
 
 def test_looking_into_a_store_takes_a_listing_a_part(

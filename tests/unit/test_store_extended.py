@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from unit.store_parts import VOCAB, make_manifest, make_rollout, same_rollout, score
 
 from megatron_opd.data import joining
-from megatron_opd.data.inspect import inspect_store
 from megatron_opd.data.joining import as_of, join_store
 from megatron_opd.data.location import Location
 from megatron_opd.data.manifests import part_group, part_id, read_manifest
@@ -26,6 +25,7 @@ from megatron_opd.data.store import StoreReader
 from megatron_opd.data.writer import create_store, write_part
 from megatron_opd.errors import StoreError
 from megatron_opd.records import PromptFile, Rollout, SamplingParams
+from megatron_opd.show.inspect import inspect_store
 from megatron_opd.store_records import Excluded, StoreManifest
 
 

@@ -13,7 +13,7 @@ from unit.store_parts import fake_fingerprint, fill, make_manifest, same_rollout
 from megatron_opd.data.joined import open_training_stores, show_stores, store_list, training_stores_exist
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import ConfigError, StoreError
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
 from megatron_opd.records import Lineage, PromptFile, RoundRecord, SftFacts
 
 

@@ -13,8 +13,8 @@ from recipe_folders import recipe_folder as recipe_folder  # the fixture
 
 from megatron_opd.cli import main
 from megatron_opd.errors import ConfigError, QuarantineError, UserError
-from megatron_opd.recipe_files import load_recipe
-from megatron_opd.stored_recipe import differences, storing
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.stored import differences, storing
 
 pytestmark = pytest.mark.usefixtures("recipe_folder")
 
@@ -49,10 +49,10 @@ def test_what_changes_in_a_stored_recipe_is_printed(capsys: pytest.CaptureFixtur
     keep("tiny", "engine.urls=['http://a:1']", "train.steps=3")
     first = path.read_text()
     capsys.readouterr()
-    keep("tiny", "engine.urls=['http://b:2']", "eval.name=other", "train.steps=3")
+    keep("tiny", "engine.urls=['http://b:2']", "eval.held_out.num_prompts=7", "train.steps=3")
     assert capsys.readouterr().out == ""
     assert path.read_text() == first
-    keep("tiny", "engine.urls=['http://b:2']", "eval.name=other", "train.lr=1e-4", "generate=null")
+    keep("tiny", "engine.urls=['http://b:2']", "eval.held_out.num_prompts=7", "train.lr=1e-4", "generate=null")
     lines = capsys.readouterr().out.splitlines()
     assert "recipe.toml: train.lr 0.001 -> 0.0001" in lines
     assert "recipe.toml: train.steps 3 -> (not given)" in lines
@@ -61,11 +61,32 @@ def test_what_changes_in_a_stored_recipe_is_printed(capsys: pytest.CaptureFixtur
     tree = tomllib.loads(path.read_text())
     assert tree["engine"]["urls"] == ["http://a:1"]
     assert tree["run_dir"] == "runs/{name}"
-    keep("tiny", "engine.urls=['http://b:2']", "eval.name=other", "train.lr=1e-4", "generate=null", whole=True)
+    keep("tiny", "engine.urls=['http://b:2']", "eval.held_out.num_prompts=7", "train.lr=1e-4", "generate=null", whole=True)
     lines = capsys.readouterr().out.splitlines()
-    assert sorted(lines) == ["recipe.toml: engine.urls ['http://a:1'] -> ['http://b:2']", "recipe.toml: eval.name opd -> other"]
+    assert sorted(lines) == [
+        "recipe.toml: engine.urls ['http://a:1'] -> ['http://b:2']",
+        "recipe.toml: eval.held_out.num_prompts (not given) -> 7",
+    ]
     keep("runs/tiny", "train.lr=1e-4")  # the folder's own recipe, as it is
     assert capsys.readouterr().out == ""
+
+
+def test_the_folder_of_a_version_without_named_evaluations_can_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its [eval], which is then no longer kept, or with one of now."""
+    keep("tiny", "eval=null")
+    path = Path("runs/tiny/recipe.toml")
+    old = path.read_text() + '\n[eval]\nname = "sft"\nprompts = "p"\n'
+    path.write_text(old)
+    with pytest.raises(ConfigError, match="or do without it: eval=null"):
+        load_recipe("runs/tiny")
+    assert main(["progress", "runs/tiny", "eval=null"]) in (0, 3)
+    capsys.readouterr()
+    keep("runs/tiny", "eval=null")
+    assert "recipe.toml: eval.prompts p -> (not given)" in capsys.readouterr().out
+    assert load_recipe("runs/tiny").eval == {}
+    path.write_text(old)
+    keep("tiny", "eval.held_out.num_prompts=3")
+    assert load_recipe("runs/tiny").eval["held_out"].num_prompts == 3
 
 
 def test_a_stored_recipe_holds_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,8 +153,8 @@ def test_who_writes_a_stored_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     keep("tiny", "run_dir=blocked")
     assert capsys.readouterr().out.startswith("WARNING: blocked/recipe.toml is not kept (")
     for broken, message in (
-        ("name = ", "not TOML.*mend it, or move it away"),
-        ("[engine]\nkindd = 3\n", "engine.kindd: no such field.*mend it"),
+        ("name = ", "not TOML.*fix it, or move it away"),
+        ("[engine]\nkindd = 3\n", "engine.kindd: no such field.*fix it"),
     ):
         write("runs/tiny/recipe.toml", broken)
         with pytest.raises(ConfigError, match=f"(?s)runs/tiny/recipe.toml: .*{message}"):

@@ -15,8 +15,8 @@ from unit.store_parts import fake_fingerprint
 
 from megatron_opd.data.vocabulary import Vocabulary
 from megatron_opd.errors import LineageError, StoreError, UserError
+from megatron_opd.hf.tokenizer import PROBE, check_rows, check_same_tokenizer, fingerprint_tokenizer, load_tokenizer
 from megatron_opd.records import ModelFingerprint, TokenizerFingerprint
-from megatron_opd.tokenizer import PROBE, check_rows, check_same_tokenizer, fingerprint_tokenizer, load_tokenizer
 
 
 def directory(folder: Path, model_type: str = "qwen3", **fields: Any) -> Path:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
 from megatron_opd.errors import UserError
-from megatron_opd.inference import EngineConfig
+from megatron_opd.recipe.inference import EngineConfig
 from megatron_opd.records import Finish, SamplingParams
 from megatron_opd.serve.engine import GenerateRequest, ScoreRequest
 from megatron_opd.serve.transformers_engine import TransformersEngine, _draw, _SeededSampler

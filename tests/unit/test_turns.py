@@ -15,18 +15,13 @@ from unit.store_parts import VOCAB, fake_fingerprint, fill, make_manifest, make_
 from megatron_opd.cli import main
 from megatron_opd.convert.turn_files import write_turns
 from megatron_opd.data.store import StoreReader
+from megatron_opd.data.stored_format import check_stored_format
 from megatron_opd.data.writer import create_store, write_part, write_scores
 from megatron_opd.errors import ConfigError, LineageError, StoreError, UserError
-from megatron_opd.inference import EncodingConfig
-from megatron_opd.lineage import CACHE_FILE, load_tokenizer
-from megatron_opd.recipe_files import load_recipe
-from megatron_opd.records import Finish, Lineage, Rollout, SamplingParams, SftFacts
-from megatron_opd.store_records import ScoreManifest
-from megatron_opd.train.endings import check_endings, sft_facts
-from megatron_opd.turns import (
+from megatron_opd.hf.lineage import CACHE_FILE, load_tokenizer
+from megatron_opd.hf.turns import (
     chat_templates,
     check_prompt_format,
-    check_stored_format,
     generation_prompt,
     own_stop_ids,
     read_turns,
@@ -34,6 +29,11 @@ from megatron_opd.turns import (
     resolve_encoding,
     turn_end,
 )
+from megatron_opd.recipe.files import load_recipe
+from megatron_opd.recipe.inference import EncodingConfig
+from megatron_opd.records import Finish, Lineage, Rollout, SamplingParams, SftFacts
+from megatron_opd.store_records import ScoreManifest
+from megatron_opd.train.endings import check_endings, sft_facts
 
 CHAT = [{"role": "user", "content": "hi"}]
 # Templates of the kinds that are published: a date from the clock or from a variable, a switch for thinking, no end of a turn, text ends.
@@ -179,7 +179,7 @@ def test_a_directory_is_told_how_its_turns_end(student: Path) -> None:
 
 def test_check_inputs_shows_ends_templates_and_first_prompts(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = {"run_dir": tmp_path / "run", "models.teacher": pair / "teacher", "models.student": pair / "student"}
-    paths |= {f"{stage}.prompts": pair / "prompts.jsonl" for stage in ("generate", "rollout", "eval")}
+    paths |= {f"{stage}.prompts": pair / "prompts.jsonl" for stage in ("generate", "rollout", "eval.held_out")}
     command = ["check", "tiny", *(f"{key}={str(path)!r}" for key, path in paths.items()), "--stage", "inputs"]
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -188,12 +188,12 @@ def test_check_inputs_shows_ends_templates_and_first_prompts(pair: Path, tmp_pat
     assert "after SFT the student stops at 258 <|im_end|> too" in printed
     assert "the chat templates differ: after SFT the student has the teacher's" in printed
     first = r"its first prompt: '<|im_start|>user\nab 0<|im_end|>\n<|im_start|>assistant\n"
-    for stage in ("generate", "rollout", "eval"):
+    for stage in ("generate", "rollout", "eval.held_out"):
         assert f"{stage}: {first}'" in printed
     assert main([*command, "rollout.encoding.enable_thinking=false"]) == 0
     assert rf"rollout: {first}<think>\n\n</think>\n\n'" in capsys.readouterr().out
     # Two faults of different kinds, both named.
-    assert main([*command, "generate.encoding.date_string='01 Feb 2025'", f"eval.prompts={str(tmp_path / 'nothing')!r}"]) == 2
+    assert main([*command, "generate.encoding.date_string='01 Feb 2025'", f"eval.held_out.prompts={str(tmp_path / 'nothing')!r}"]) == 2
     message = capsys.readouterr().err
     assert "2 faults" in message
     assert "prints no date" in message
@@ -204,7 +204,7 @@ def test_a_student_without_a_template(pair: Path, tmp_path: Path, capsys: pytest
     """With SFT it gets the teacher's; where it is sampled as it is, it is found before anything is."""
     bare = make_base(tmp_path / "bare", layers=1, template=None)
     paths = {"run_dir": tmp_path / "run", "models.teacher": pair / "teacher", "models.student": bare}
-    paths |= {f"{stage}.prompts": pair / "prompts.jsonl" for stage in ("generate", "rollout", "eval")}
+    paths |= {f"{stage}.prompts": pair / "prompts.jsonl" for stage in ("generate", "rollout", "eval.held_out")}
     command = ["check", "tiny", *(f"{key}={str(path)!r}" for key, path in paths.items()), "--stage", "inputs"]
     assert main(command) == 0
     printed = capsys.readouterr().out

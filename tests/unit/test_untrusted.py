@@ -1,11 +1,14 @@
 """Text of others is read within bounds; what is wrong with it is one error that names the place."""
 
+import json
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_opd.errors import UserError
-from megatron_opd.untrusted import Console, load_json, load_toml, printable, read_bytes, read_json, read_object
+from megatron_opd.safety.untrusted import MOST_DIGITS, Console, load_json, load_toml, printable, read_bytes, read_json, read_object
 
 
 @pytest.mark.parametrize(
@@ -82,4 +85,16 @@ def test_a_console_is_a_stream(capsys):
 
 
 def test_control_characters_are_shown_not_sent():
-    assert printable("a\x1b[31mb\r\x9b\u202ec\n\té\U0001f600") == "a\\x1b[31mb\\r\\x9b\\u202ec\n\té\U0001f600"
+    assert printable("a\x1b[31mb\r\x9b\u202ec\n\té\U0001f600\u061c") == "a\\x1b[31mb\\r\\x9b\\u202ec\n\té\U0001f600\\u061c"
+
+
+@given(st.lists(st.integers(1, MOST_DIGITS + 30), max_size=6), st.integers(0, 40))
+def test_long_numbers_are_found_wherever_they_stand(lengths: list[int], shift: int) -> None:
+    """Of a text only some characters are looked at first; a number of a text may have any length."""
+    text = " " * shift + json.dumps([int("1" * length) for length in lengths])
+    if max(lengths, default=0) > MOST_DIGITS:
+        with pytest.raises(UserError, match=f"more than {MOST_DIGITS} digits"):
+            load_json(text, "x")
+    else:
+        assert load_json(text, "x") == [int("1" * length) for length in lengths]
+    assert load_json(json.dumps("1" * (MOST_DIGITS + shift)), "x") == "1" * (MOST_DIGITS + shift)

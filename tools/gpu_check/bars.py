@@ -132,7 +132,7 @@ def _waits_off(record: Record) -> float:
 
 
 _KERNELS, _TRAINING, _GPU = "docs/kernels.md", "docs/training.md", "docs/gpu.md"
-_OURS, _WHOLE = "opd_kernels", "opd_kernels whole"
+_OURS, _WHOLE, _PRODUCTS = "opd_kernels", "opd_kernels whole", "three matrix products"
 BARS: tuple[Bar, ...] = (
     Bar("compiled kernels: error over tolerance", _KERNELS, "with a tolerance of twice eager PyTorch's own error", "at most", 1.0, "", _worst_kernel),
     Bar(
@@ -148,20 +148,20 @@ BARS: tuple[Bar, ...] = (
         _quotient(_loss("logits", "Liger vocab-parallel", "milliseconds", entropy=False), _loss("logits", _OURS, "milliseconds", entropy=False)),
     ),
     Bar(
-        "whole head: time", _KERNELS, "at most 90 ms for the whole head", "at most", 90.0, "ms",
-        _loss("head", _WHOLE, "milliseconds", entropy=True), ("H200",),
+        "whole head over its three matrix products alone: time", _KERNELS, "at most 1.08 x the three matrix products", "at most", 1.08, "x",
+        _quotient(_loss("head", _WHOLE, "milliseconds", entropy=True), _loss("head", _PRODUCTS, "milliseconds", entropy=True)),
     ),
     Bar(
-        "head in chunks over whole: time", _KERNELS, "chunked within 5 % of it", "at most", 1.05, "x",
+        "head in chunks over whole: time", _KERNELS, "within 5 % of the whole head", "at most", 1.05, "x",
         _quotient(_loss("head", _CHUNKS, "milliseconds", entropy=True), _loss("head", _WHOLE, "milliseconds", entropy=True)),
     ),
     Bar(
         "head in chunks: memory above the inputs", _KERNELS, "under 2.0 GB", "at most", 2.0e9, "B",
         _loss("head", _CHUNKS, "peak_bytes", entropy=True),
     ),
-    Bar("our step in bf16: model FLOPs utilisation", _TRAINING, "computing | 55 % of the bf16 peak (mixtures 30 %) | 30 % (10 %)", "at least", 0.30, "", _field("train", "ours", "mfu")),
+    Bar("our step in bf16: model FLOPs utilisation", _TRAINING, "computation | 55 % of the bf16 peak (mixtures 30 %) | 30 % (10 %)", "at least", 0.30, "", _field("train", "ours", "mfu")),
     Bar(
-        "our step over the reference's: tokens/s", _TRAINING, "beside the reference code's way", "at least", 1.0, "x",
+        "our step over the reference's: tokens/s", _TRAINING, "against the procedure of the reference code", "at least", 1.0, "x",
         _quotient(_field("train", "ours", "tokens_per_second"), _field("train", "reference", "tokens_per_second")),
     ),
     Bar(

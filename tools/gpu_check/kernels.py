@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from float64 import definition, tolerance  # pyright: ignore[reportMissingImports]  of tests/distributed, which is on this program's path
 from opd_kernels import vocab_parallel_stats
-
-from tests.distributed.float64 import definition, tolerance
 
 _BLOCK = 64  # rows that are in float64 at once
 

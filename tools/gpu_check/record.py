@@ -69,7 +69,9 @@ class Record:
 
 
 def git_commit(root: Path) -> str:
-    """The commit, with a mark if tracked files differ from it; "unknown" without a git."""
+    """The commit, with a mark if tracked files differ from it; what GPU_CHECK_COMMIT says, for a copy whose git does not; else "unknown"."""
+    if given := os.environ.get("GPU_CHECK_COMMIT"):
+        return given
     try:
         options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": True}
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()

@@ -158,6 +158,17 @@ def _tests(result: dict[str, Any]) -> list[str]:
     return lines + [f"- skipped {count} x: {reason}" for reason, count in result["skipped"].items()] + [""]
 
 
+def _demo(result: dict[str, Any]) -> list[str]:
+    stages = table(
+        ("stage", "seconds", "tokens"), ((row["stage"], f"{row['seconds']:.1f}", f"{row['tokens'] or 0:,.0f}") for row in result["stages"])
+    )
+    figures = ("accuracy", "reverse_kl")
+    return stages + table(
+        ("model", *figures),
+        ((row["name"], *(f"{row[name]['mean']:.4g}" if row.get(name) else "" for name in figures)) for row in result["evaluations"]),
+    )
+
+
 def _plain(result: dict[str, Any]) -> list[str]:
     def show(value: Any) -> str:
         return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
@@ -175,5 +186,6 @@ _SHOWN: dict[str, Callable[[Any], list[str]]] = {
     "train-fp8": _train,
     "step": _plain,
     "simulated": _plain,
+    "demo": _demo,
     "sglang": _plain,
 }

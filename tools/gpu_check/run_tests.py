@@ -27,6 +27,7 @@ class Counts:
             self.skipped[str(reason[2] if isinstance(reason, tuple) else reason).removeprefix("Skipped: ")] += 1
         elif report.failed:
             self.failed.append(report.nodeid)
+            print(f"\n{report.nodeid}\n{report.longreprtext[-6000:]}", flush=True)  # now, as the limit may end all of it
 
 
 def main(output: Path, arguments: list[str]) -> int:

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_opd.hf_config import read_config
-from megatron_opd.inference import EngineConfig, LaunchConfig
-from megatron_opd.known_models import KNOWN
-from megatron_opd.serve.engine import ScoreRequest, open_engine
+from megatron_opd.estimate.known_models import KNOWN
+from megatron_opd.hf.model_config import read_config
+from megatron_opd.recipe.inference import EngineConfig, LaunchConfig
+from megatron_opd.serve.engine import ScoreRequest
+from megatron_opd.serve.opening import open_engine
 
 _PROMPT = 64
 

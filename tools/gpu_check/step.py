@@ -18,7 +18,7 @@ import bench_train  # pyright: ignore[reportMissingImports]  tools/ is on this p
 import torch
 
 from megatron_opd.model import parallel
-from megatron_opd.recipe_files import load_recipe
+from megatron_opd.recipe.files import load_recipe
 from megatron_opd.train.loss import make_loss
 from megatron_opd.train.step import train_step
 

@@ -1,0 +1,1 @@
+"""What a training has left in its output folder, read without Megatron."""

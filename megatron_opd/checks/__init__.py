@@ -1,0 +1,1 @@
+"""Checks across stages: what a run starts from, and serving engine against training engine."""

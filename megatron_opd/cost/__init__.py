@@ -1,0 +1,1 @@
+"""What a stage costs: time, tokens, GPU hours, energy, and on which GPUs."""
