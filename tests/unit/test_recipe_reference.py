@@ -120,8 +120,8 @@ def test_explain_a_field() -> None:
         "  default  off",
         f"  what     {FIELDS['train.loss.advantage_clip'].description}",
     ]
-    recipe = load_recipe("demo")
-    assert f"  {recipe.train.loss.advantage_clip}   demo" in text
+    recipe = load_recipe("opd_8b")
+    assert f"  {recipe.train.loss.advantage_clip:g}   opd_30b_a3b, " in text
     assert "No shipped recipe sets it otherwise." in explain_field("train.adam_eps")
     assert "(eval.aime24.sampling.top_p," in explain_field("eval.NAME.sampling.top_p")
     assert "(eval" not in explain_field("eval.aime24.sampling.top_p")
@@ -132,7 +132,7 @@ def test_explain_a_section() -> None:
     assert text.startswith("[train.loss]\n")
     loss: Any = Recipe.model_fields["train"].annotation.model_fields["loss"].annotation  # type: ignore[union-attr]
     assert all(f"\n  {name} " in text or f"\n  [{name}] " in text for name in loss.model_fields)
-    assert "  advantage_clip = 0.5   demo" in text
+    assert '  name = "reverse_kl"   demo, ' in text
     assert "\n  aime24   opd_" in explain_field("eval")
     assert "\n  [train]\n" in explain_field("")
 
