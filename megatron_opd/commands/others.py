@@ -7,6 +7,8 @@ import argparse
 from megatron_opd.commands.options import OVERRIDES, Stages, a_number, a_path, a_positive
 from megatron_opd.errors import UserError
 
+TOKENIZER = "the sampler's directory, where it is not found by itself"
+
 
 def add_to(stages: Stages) -> None:
     inspect = stages.add_parser(
@@ -17,6 +19,7 @@ def add_to(stages: Stages) -> None:
     inspect.add_argument("store", type=a_path, help="store directory or fsspec URL")
     inspect.add_argument("--verify", action="store_true", help="read everything and compare checksums")
     inspect.add_argument("--manifests", action="store_true", help="only what the manifests say: no token is read")
+    inspect.add_argument("--tokenizer", type=a_path, metavar="DIR", help=TOKENIZER)
     inspect.set_defaults(run=_inspect)
     _add_show(stages)
     report = stages.add_parser(
@@ -65,7 +68,7 @@ def _add_show(stages: Stages) -> None:
     )
     show.add_argument("--teacher", metavar="NAME", help="whose scores, where several teachers scored the store")
     show.add_argument("--student", type=a_path, metavar="DIR", help="a Hugging Face model that scores the shown rollouts too")
-    show.add_argument("--tokenizer", type=a_path, metavar="DIR", help="the sampler's directory, where it is not found by itself")
+    show.add_argument("--tokenizer", type=a_path, metavar="DIR", help=TOKENIZER)
     show.add_argument("--prompt", type=a_number, metavar="I", help="only the samples of one prompt, from 0")
     show.add_argument("--search", metavar="TEXT", help="only rollouts whose prompt or response holds this text")
     show.add_argument("--only", choices=("unfinished", "wrong", "excluded"), help="only such rollouts")
@@ -93,7 +96,7 @@ def _show(args: argparse.Namespace, arguments: list[str]) -> None:
 def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
     from megatron_opd.show.inspect import inspect_store
 
-    return inspect_store(args.store, verify=args.verify, tokens=not args.manifests)
+    return inspect_store(args.store, verify=args.verify, tokens=not args.manifests, tokenizer=args.tokenizer)
 
 
 def _report(args: argparse.Namespace, arguments: list[str]) -> None:

@@ -102,7 +102,7 @@ class DriftConfig(Section):
 
 
 class RoundsConfig(Section):
-    """How often the student's rollouts are made anew while training goes on: between offline (one round) and online."""
+    """How often the student samples new rollouts during training: from offline (one round) to online."""
 
     count: int = Field(default=1, gt=0, le=MOST, description="rounds of rollout, score and train")
     steps: int | None = Field(default=None, gt=0, le=MOST, description="optimizer steps a round; by default train.steps / count")
@@ -114,7 +114,8 @@ class RoundsConfig(Section):
         description="'slice': each round has its own share of the prompts; 'all': every round all of them, with another seed",
     )
     optimizer: Literal["carry", "reset"] = Field(
-        default="carry", description="'reset': moments and learning-rate schedule begin anew with each round"
+        default="carry",
+        description="'carry': moments and learning-rate schedule continue through all rounds; 'reset': both restart with each round",
     )
     keep_alive: bool = Field(
         default=False, description="one set of ranks and engines for all rounds, both models in memory together; for many short rounds"

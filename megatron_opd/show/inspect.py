@@ -22,9 +22,10 @@ _BAR = 40
 _MEMORY = 256 << 20  # bytes of a store that are kept, however large it is
 
 
-def inspect_store(url: str, *, verify: bool = False, tokens: bool = True) -> int:
+def inspect_store(url: str, *, verify: bool = False, tokens: bool = True, tokenizer: str | None = None) -> int:
     """Print manifest, lineage, counts, lengths, scores; with `tokens` read them all for the figures of `show.figures`, and with `verify`
-    compare every checksum. Returns 0, or 2 if something is damaged, or tokens stand behind a stop id."""
+    compare every checksum. `tokenizer`: the sampler's directory, searched for by default. Returns 0, or 2 if something is damaged, or tokens
+    stand behind a stop id. Raises LineageError if the tokenizer is another one."""
     reader = StoreReader(url, memory_bytes=_MEMORY)
     manifest = reader.manifest
     lineage = manifest.lineage
@@ -61,7 +62,7 @@ def inspect_store(url: str, *, verify: bool = False, tokens: bool = True) -> int
     if len(reader):
         print("response length, tokens")
         print("\n".join(histogram(reader.response_lens)))
-    damaged = _print_figures(reader, [name for name in scores if name not in stale]) if tokens and len(reader) else False
+    damaged = _print_figures(reader, [name for name in scores if name not in stale], tokenizer) if tokens and len(reader) else False
     if not verify:
         return 2 if damaged else 0
     problems = reader.verify()
@@ -71,13 +72,13 @@ def inspect_store(url: str, *, verify: bool = False, tokens: bool = True) -> int
     return 2 if problems or damaged else 0
 
 
-def _print_figures(reader: StoreReader, teachers: Sequence[str]) -> bool:
+def _print_figures(reader: StoreReader, teachers: Sequence[str], given: str | None) -> bool:
     """What the tokens say; returns whether some can't be read, or are no responses."""
     from megatron_opd.serve.store_run import find_tokenizer
     from megatron_opd.show.figures import lines, measure
     from megatron_opd.show.tokens import TokenTexts
 
-    tokenizer, place = find_tokenizer(reader, None) if teachers else (None, "")
+    tokenizer, place = find_tokenizer(reader, given) if teachers else (None, "")
     try:
         endings, found = measure(reader, teachers)
     except StoreError as error:
@@ -86,7 +87,11 @@ def _print_figures(reader: StoreReader, teachers: Sequence[str]) -> bool:
     for line in lines(reader, TokenTexts(tokenizer), endings, found):
         print(line)
     if teachers:
-        print(one_line(f"{'tokenizer of texts':<18} {place}{': tokens are shown by their ids' if tokenizer is None else ''}"))
+        print(
+            one_line(
+                f"{'tokenizer of texts':<18} {place}{': tokens are shown by their ids; give --tokenizer DIR' if tokenizer is None else ''}"
+            )
+        )
     return endings.behind > 0
 
 

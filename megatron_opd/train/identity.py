@@ -239,7 +239,7 @@ def _place_of_round(checkpoint: Path, state: dict[str, Any], now: RoundIdentity 
     if content != now.converted_from:
         raise CheckpointError(
             f"round {now.number} was sampled from a student that was converted from a checkpoint of content {now.converted_from}, but round "
-            f"{last.number} ended with {checkpoint} ({content}); 'megatron-opd convert trained RECIPE --round {last.number}' says whether they are one; if not, sample and score round {now.number} anew"
+            f"{last.number} ended with {checkpoint} ({content}); 'megatron-opd convert trained RECIPE --round {last.number}' says whether they are one; if not, sample and score round {now.number} again"
         )
     _check_chain(checkpoint, entries, now)
     ended = replace(last, content=content)
