@@ -84,6 +84,7 @@ class Session:
     locked: bool = False
     listening: bool = False
     meter: Any = None
+    trainee: Trainee | None = None
 
     def __post_init__(self) -> None:
         self.lock = OutputLock(self.output)
@@ -112,6 +113,8 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None or dist.get_world_size() == 1:  # leaving a world whose other ranks may wait in a collective can block
             self.stop.close()
+            if self.trainee is not None:
+                self.trainee.release()
             parallel.stop()
             self.lock.release()
 
@@ -163,7 +166,10 @@ def prepare(session: Session, number: int | None, *, in_memory: bool = False) ->
 
 def start_training(session: Session, job: Job) -> tuple[Trainee, Progress]:
     """The student, its optimizer and where they are, from the Hugging Face directory or from the checkpoint. Raises UserError."""
-    trainee = build_trainee(job.ready, job.config, steps=job.schedule_steps, device=job.device)
+    if session.trainee is not None:
+        session.trainee.release()
+        session.trainee = None
+    trainee = session.trainee = build_trainee(job.ready, job.config, steps=job.schedule_steps, device=job.device)
     if job.going.checkpoint is None or (job.going.begins_round and job.resets):
         check_initial_weights(job.config.init, job.ready.init, job.device)
     progress = resume(job, trainee)

@@ -41,6 +41,16 @@ class Trainee:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
+    def release(self) -> None:
+        """After training: undo the cycles through which hooks of the parameters, which Python can't see, hold everything for ever.
+
+        That is models, optimizer, and process groups, whose threads (gloo's) wake up all the time.
+        """
+        for chunk in self.chunks:
+            functions: Any = chunk.config
+            functions.finalize_model_grads_func = functions.grad_scale_func = functions.no_sync_func = None
+            chunk.grad_accs.clear()
+
     def remake_weights(self) -> None:
         """Make the weights from the optimizer's main weights, as a step does (FP8 ones that went through a checkpoint were rounded twice)."""
         if not self.chunks[0].ddp_config.use_distributed_optimizer:
