@@ -18,10 +18,12 @@ from typing import IO, Any, Literal, get_args
 
 from megatron_opd.errors import UserError
 from megatron_opd.evaluate.verdict import Outcome
-from megatron_opd.safety.durable import make_folder, open_new, sync
+from megatron_opd.safety.durable import open_new, sync
+from megatron_opd.safety.locks import Lock
 from megatron_opd.safety.untrusted import load_json, open_file
 
 _LONGEST_ROW = 256 << 20  # bytes
+_WAIT_SECONDS = 60.0  # for another process that writes the rows
 _OUTCOMES = {*get_args(Outcome), "excluded"}
 _AGAIN = "run 'megatron-opd eval' again, which grades what is missing or damaged"
 SampleName = tuple[int, int]  # index of the prompt, number of its sample
@@ -121,11 +123,13 @@ class _Place:
 
 
 class RowWriter:
-    """The file while it is written; a context manager. `find` gives the row of an earlier time, `add` appends, `finish` puts in order."""
+    """The file while it is written, by one process at a time; a context manager. `find` gives the row of an earlier time, `add` appends,
+    `finish` puts in order. Raises UserError while another process writes the file."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        make_folder(self.path.parent)
+        self._lock = Lock(self.path, of_file=True, wait_seconds=_WAIT_SECONDS)
+        self._lock.acquire()
         self._places: dict[SampleName, _Place] = {}
         self._size = self._num_lines = 0
         self._read()
@@ -136,6 +140,7 @@ class RowWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._file.close()
+        self._lock.release()
 
     def find(self, name: SampleName, key: str) -> Row | None:
         """The row of that sample, without its response, if it has that key."""

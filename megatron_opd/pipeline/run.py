@@ -22,6 +22,7 @@ from megatron_opd.pipeline.states import Status
 from megatron_opd.pipeline.status import Survey
 from megatron_opd.recipe.config import Recipe
 from megatron_opd.recipe.stored import store_recipe
+from megatron_opd.safety.locks import Lock
 from megatron_opd.safety.processes import STOP_SIGNALS, has_gpu
 
 # The package that runs here, whatever folder of that name lies where one stands; ended with the process that started it, kill -9 included.
@@ -169,11 +170,5 @@ def _in_a_process(words: list[str]) -> int:
 @contextlib.contextmanager
 def _alone(recipe: Recipe) -> Iterator[None]:
     """One `run` at a time works in a run's folder."""
-    from megatron_opd.train.resume import OutputLock  # brings torch, which `--plan` does without
-
-    lock = OutputLock(Path(recipe.run_dir), wait_seconds=0)
-    lock.acquire()
-    try:
+    with Lock(Path(recipe.run_dir), wait_seconds=0):
         yield
-    finally:
-        lock.release()

@@ -12,6 +12,7 @@ from megatron_opd.pipeline.stages import Stage, evaluation_at, recipe_of
 from megatron_opd.recipe.config import Recipe, require
 from megatron_opd.recipe.rounds import ROUND_FILE, student_after
 from megatron_opd.safety.durable import make_folder, sync
+from megatron_opd.safety.locks import Lock
 
 FOLDER = "set_aside"
 
@@ -52,13 +53,9 @@ def _move(path: Path, goal: Path) -> None:
 @contextlib.contextmanager
 def _not_running(outputs: Iterable[Path]) -> Iterator[None]:
     """Holds the locks of trainings' output folders."""
-    from megatron_opd.train.resume import OutputLock
-
     with contextlib.ExitStack() as stack:
         for output in outputs:
-            lock = OutputLock(output, wait_seconds=0)
-            lock.acquire()
-            stack.callback(lock.release)
+            stack.enter_context(Lock(output, wait_seconds=0))
         yield
 
 

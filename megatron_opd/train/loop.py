@@ -25,10 +25,12 @@ from megatron_opd.recipe.rounds import round_recipe, round_steps, write_round
 from megatron_opd.recipe.training_stages import TrainerConfig, TrainStage
 from megatron_opd.records import ModelFingerprint
 from megatron_opd.safety.durable import write_file
+from megatron_opd.safety.locks import Lock
 from megatron_opd.train.batches import BatchSource
 from megatron_opd.train.checkpoint import CheckpointWriter, find_fault, load_checkpoint
 from megatron_opd.train.drift import DriftRule, Watch, advice
 from megatron_opd.train.evaluating import Evals
+from megatron_opd.train.history import write_history
 from megatron_opd.train.identity import Resumption, plan_resume
 from megatron_opd.train.job import Job, Progress, describe, on_first_rank, read_step, say, step_facts, too_many_skipped
 from megatron_opd.train.launch import tell_launcher
@@ -36,7 +38,6 @@ from megatron_opd.train.loss import LossFunction, make_loss, sft_loss
 from megatron_opd.train.metrics import MetricsLog, ResourceMeter, console_line, step_row
 from megatron_opd.train.optim import Trainee, make_trainee, optimizer_config
 from megatron_opd.train.readiness import Readiness, check_loggers, check_stage
-from megatron_opd.train.resume import OutputLock, write_history
 from megatron_opd.train.step import train_step
 from megatron_opd.train.stop import StopRequest
 
@@ -80,14 +81,14 @@ class Session:
     device: torch.device
     stop: StopRequest
     allow_changes: bool
-    lock: OutputLock = field(init=False)
+    lock: Lock = field(init=False)
     locked: bool = False
     listening: bool = False
     meter: Any = None
     trainee: Trainee | None = None
 
     def __post_init__(self) -> None:
-        self.lock = OutputLock(self.output)
+        self.lock = Lock(self.output)
 
     def hold_output(self) -> None:
         if not self.locked:

@@ -22,8 +22,8 @@ from tiny_models import make_model
 from megatron_opd.data.order import TrainingOrder
 from megatron_opd.data.store import StoreReader
 from megatron_opd.errors import UserError
+from megatron_opd.safety.locks import Lock
 from megatron_opd.train.identity import changes
-from megatron_opd.train.resume import OutputLock
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_the_number_of_ranks_is_above_zero(folder: Path) -> None:
 
 HOLD = """
 import sys, time, pathlib
-from megatron_opd.train.resume import OutputLock
-lock = OutputLock(pathlib.Path(sys.argv[1]))
+from megatron_opd.safety.locks import Lock
+lock = Lock(pathlib.Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
 time.sleep(60)
@@ -137,12 +137,12 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"another run writes there \\(process {holder.pid} on "):
-            OutputLock(tmp_path, wait_seconds=0.6).acquire()
+            Lock(tmp_path, wait_seconds=0.6).acquire()
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     start = time.monotonic()
-    lock = OutputLock(tmp_path)
+    lock = Lock(tmp_path)
     lock.acquire()
     assert time.monotonic() - start < 5
     lock.release()
@@ -157,7 +157,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with pytest.raises(UserError, match=f"{tmp_path}: nothing can be locked there \\(.* at /.*: {os.strerror(number)}\\)"):
-        OutputLock(tmp_path).acquire()
+        Lock(tmp_path).acquire()
 
 
 def test_changes_are_named_with_their_section() -> None:

@@ -19,7 +19,7 @@ from megatron_opd.cli import main
 from megatron_opd.data.store import StoreReader
 from megatron_opd.hf.lineage import fingerprint_model
 from megatron_opd.pipeline.plan import NOT_FINISHED
-from megatron_opd.train.resume import OutputLock
+from megatron_opd.safety.locks import Lock
 
 STAGES = [
     "inputs",
@@ -262,7 +262,7 @@ def test_earlier_stages_are_taken_as_they_are(finished: Path, inputs: Path, tmp_
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     recipe = words(inputs, run, "rollout.sampling.temperature=0.8", "train.lr=2e-3")
-    lock = OutputLock(run / "opd")
+    lock = Lock(run / "opd")
     lock.acquire()
     code = subprocess.run(
         [sys.executable, "-m", "megatron_opd", "run", *recipe, "--from", "train"], capture_output=True, text=True, timeout=120
@@ -288,7 +288,7 @@ def test_parts_of_a_run(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     _, found, text = plan(capsys, *recipe)
     assert [found[stage] for stage in ("inputs", "generate", "sft")] == ["done", "done", "not started"]
     assert "(sft alone: megatron-opd sft tiny " in text
-    lock = OutputLock(tmp_path / "run")
+    lock = Lock(tmp_path / "run")
     lock.acquire()
     code = subprocess.run([sys.executable, "-m", "megatron_opd", "run", *recipe], capture_output=True, text=True, timeout=120)
     lock.release()

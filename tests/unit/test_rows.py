@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from unit.graded_rows import make_row, write_rows
 
 from megatron_opd.errors import UserError
+from megatron_opd.evaluate import rows as rows_module
 from megatron_opd.evaluate.rows import RowWriter, by_prompt, key_of, read_rows
 
 
@@ -45,7 +48,31 @@ def test_rows_of_the_same_key_are_kept_and_put_in_order(tmp_path: Path) -> None:
             list(read_rows(path))
         writer.finish([(prompt, 0) for prompt in range(3)])  # prompt 3 is no more
     assert list(read_rows(path)) == [old[0], changed, old[2]]
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [f".{path.name}.lock", path.name]
+
+
+HOLD = """
+import sys
+from megatron_opd.evaluate.rows import RowWriter
+with RowWriter(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_writes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are put in order by their places, which another writer would shift."""
+    monkeypatch.setattr(rows_module, "_WAIT_SECONDS", 0.1)
+    path = tmp_path / "opd.prompts.jsonl"
+    write_rows(path, [make_row(0)])
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"{path}: another run writes there \\(process {holder.pid} on "):
+            RowWriter(path)
+        holder.communicate("")
+    with RowWriter(path) as writer:
+        assert writer.find((0, 0), make_row(0).key) is not None
 
 
 def test_a_finished_file_is_not_written_again(tmp_path: Path) -> None:

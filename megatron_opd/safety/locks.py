@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time writes to it, and what a resume changed is written down there."""
+"""A lock that one process holds, on this host or through the file system on others, until it ends, however it ends."""
 
 from __future__ import annotations
 
@@ -8,35 +8,27 @@ import os
 import socket
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from megatron_opd.cost.meter import read_jsonl, write_jsonl
 from megatron_opd.errors import UserError
 from megatron_opd.safety.durable import file_system, make_folder
-from megatron_opd.train.identity import Resumption
 
-LOCK_FILE = ".lock"
-HISTORY_FILE = "history.jsonl"
+_FOLDER_LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_LOCK_SECONDS = 60.0  # a run that was asked to stop may still be saving when its successor starts
+_WAIT_SECONDS = 60.0  # a run that was asked to stop may still be saving when its successor starts
 
 
-def write_history(output: Path, going: Resumption) -> None:
-    """Put what changed at this resume, with its step, into the folder's history; rows of steps that are made again are cut first."""
-    path = output / HISTORY_FILE
-    rows = [row for row in read_jsonl(path, number="after_step") if row["after_step"] < going.step]
-    changed = {key: found for key, found in (("objective", going.new), ("settings", going.settings)) if found}
-    if changed:
-        rows.append({"after_step": going.step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **changed})
-    if rows or path.exists():
-        write_jsonl(path, rows)
+class Lock:
+    """On what is written to by one process at a time: a folder, or a file.
 
+    A folder's lock is its `.lock`, a file's is `.NAME.lock` beside it. The lock is of the process: children do not go on holding it, and
+    the process itself may take it twice. A context manager; raises UserError as `acquire` does.
+    """
 
-class OutputLock:
-    """Held by one run on its output folder, on this host or through the file system on others, until it ends, however it ends."""
-
-    def __init__(self, output: Path, *, wait_seconds: float = _LOCK_SECONDS):
-        self.path, self.wait_seconds = output / LOCK_FILE, wait_seconds
+    def __init__(self, path: Path, *, of_file: bool = False, wait_seconds: float = _WAIT_SECONDS):
+        self.path = path.with_name(f".{path.name}.lock") if of_file else path / _FOLDER_LOCK
+        self.wait_seconds, self._locked = wait_seconds, path
         self._file: Any = None
 
     def acquire(self) -> None:
@@ -53,7 +45,7 @@ class OutputLock:
                 if time.monotonic() > end:
                     self._file.seek(0)
                     raise UserError(
-                        f"{self.path.parent}: another run writes there ({self._file.read().strip() or 'it does not say which'}); "
+                        f"{self._locked}: another run writes there ({self._file.read().strip() or 'it does not say which'}); "
                         "wait until it has ended, end it, or take another output"
                     ) from None
                 time.sleep(0.5)
@@ -61,7 +53,7 @@ class OutputLock:
                 if error.errno not in _NO_LOCKS:
                     raise
                 raise UserError(
-                    f"{self.path.parent}: nothing can be locked there ({file_system(self.path.parent)}: {error.strerror}), so two runs could "
+                    f"{self._locked}: nothing can be locked there ({file_system(self.path.parent)}: {error.strerror}), so two runs could "
                     "write there at once; mount it with locks (Lustre: flock; NFS: not nolock, and lockd runs), or take another output"
                 ) from None
         self._file.truncate(0)
@@ -73,3 +65,10 @@ class OutputLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def __enter__(self) -> Lock:
+        self.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.release()
