@@ -21,7 +21,7 @@ for loss in opd reverse_kl forward_kl; do
     recipe=(demo "${small[@]}" run_dir="runs/$loss-s$seed" models.teacher="$base/teacher" models.student="$base/student"
       rollout.model="$base/sft-hf" rollout.store="$base/rollouts.opd.zarr" score.store="$base/rollouts.opd.zarr"
       train.store="$base/rollouts.opd.zarr" train.init="$base/sft-hf" eval.addition.prompts="$base/prompts/eval.jsonl" train.seed="$seed")
-    if [ "$loss" = opd ]; then recipe+=(train.loss.name=opd); else recipe+=("train.loss={name='$loss'}"); fi
+    if [ "$loss" = opd ]; then recipe+=("train.loss={name='opd',advantage_clip=0.5}"); else recipe+=("train.loss={name='$loss'}"); fi
     megatron-opd train "${recipe[@]}" train.eval_every=30 train.evals='["addition"]' train.eval_prompts=100
     megatron-opd convert trained "${recipe[@]}"
     megatron-opd eval demo addition --of sft opd "${recipe[@]:1}"
