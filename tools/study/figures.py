@@ -43,7 +43,7 @@ def _whiskers(estimates: Sequence[Estimate]) -> list[list[float]]:
 
 
 def _arms(found: Found, plt: Any) -> Any:
-    """A line an arm: accuracy, and reverse KL to the teacher that distilled it."""
+    """A line an arm: accuracy, and reverse KL to the teacher that distilled it; the mean with its interval, and each seed."""
     shown = [arm for arm in in_order(found.arms) if arm.group in _SHOWN]
     rows = [(start_name(student), f"SFT({student.upper()}), before distillation", _GREY) for student in ("a", "b")]
     rows = [*rows, *((arm.name, arm.title, _colour(arm)) for arm in shown)][::-1]
@@ -60,7 +60,12 @@ def _arms(found: Found, plt: Any) -> Any:
                 scale * estimate.mean, place, xerr=[[scale * side[0]] for side in _whiskers([estimate])], fmt="o", color=colour,
                 markersize=4, capsize=2, linewidth=1.2,
             )  # fmt: skip
+            if len(runs := found.of(arm)) > 1:
+                seeds = [scale * getattr(run, name)[0] for run in runs]
+                axis.plot(seeds, [place] * len(seeds), "o", color=colour, markerfacecolor="white", markersize=3.5, markeredgewidth=0.9)
         axis.set_title(title)
+    if len(found.of(rows[0][0])) > 1:
+        axes[0].set_xlabel("filled: mean and 95 % interval; open: each seed")
     axes[0].set_xlim(-2, 102)
     axes[1].set_xscale("symlog", linthresh=0.01)
     axes[1].set_xlim(left=0)
