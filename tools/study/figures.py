@@ -16,6 +16,7 @@ from .results import Found, start_name
 _PLAIN, _REVERSE_KL, _OTHER, _GREY = "#ff725c", "#4269d0", "#3ca951", "#777777"
 _SECONDS = (10, 20, 50, 100, 200, 500)  # ticks
 _MARKERS = {None: ("*", "rollouts once"), 50: ("s", "every 50 steps"), 20: ("D", "every 20"), 5: ("^", "every 5"), 1: ("o", "every step")}
+_OUTSIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}  # a legend that hides nothing
 _SHOWN = ("consistent", "rounds", "inconsistent", "controls")  # groups; the others have a figure or a table of their own
 _OF_LOSS = {"opd": ("plain", _PLAIN), "reverse_kl": (f"reverse KL, K = {TOP_K}", _REVERSE_KL)}
 
@@ -109,13 +110,13 @@ def _cost(found: Found, plt: Any) -> Any:
         axis.set_xlabel(title)
     axes[0].set_ylabel("accuracy, %")
     axes[0].set_ylim(-3, 105)
-    axes[0].legend(frameon=False, loc="lower left")
+    losses, labels = axes[0].get_legend_handles_labels()
     ages = {arm.every for arms in lines.values() for arm in arms}
     handles = [
         plt.Line2D([], [], color=_GREY, linestyle="", marker=marker, markersize=9 if marker == "*" else 5, label=words)
         for every, (marker, words) in _MARKERS.items() if every in ages
     ]  # fmt: skip
-    axes[1].legend(handles=handles, frameon=False, loc="lower left")
+    axes[1].legend([*losses, *handles], [*labels, *(handle.get_label() for handle in handles)], frameon=False, **_OUTSIDE)
     return figure
 
 
@@ -151,7 +152,7 @@ def _steps(found: Found, plt: Any) -> Any:
         axis.set_xlabel("steps")
     axes[0].set_ylim(-3, 103)
     axes[1].set_ylim(bottom=0)
-    axes[1].legend(frameon=False)
+    axes[1].legend(frameon=False, **_OUTSIDE)
     return figure
 
 
@@ -161,7 +162,7 @@ def _candidates(found: Found, plt: Any) -> Any:
     if len(arms) < 2:
         return None
     arms.sort(key=lambda arm: arm.top_k)
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(7.5, 3.6))
     estimates = [estimate for arm in arms if (estimate := found.estimate(arm.name, "accuracy")) is not None]
     bars = [[100 * value for value in side] for side in _whiskers(estimates)]
     axis.errorbar(
@@ -181,14 +182,14 @@ def _candidates(found: Found, plt: Any) -> Any:
     axis.set_xlabel("candidates K in the store (of 64 tokens in all)")
     axis.set_ylabel("accuracy, %")
     axis.set_ylim(0, 103)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, **_OUTSIDE)
     return figure
 
 
 def _save(figure: Any, path: Path, plt: Any) -> Path:
     figure.tight_layout()
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
+    figure.savefig(image, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)
     write_file(path, image.getvalue())
     return path
