@@ -151,7 +151,7 @@ def _solutions(formula: str) -> list[Any]:
     try:
         one_unknown = len(set().union(*(relation.free_symbols for relation in found))) == 1
         return [Union(*(relation.as_set() for relation in found))] if one_unknown and len(found) == len(parts) else []
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # SymPy's own, for relations that it can't make a set of
         return []
 
 
