@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+from megatron_opd.safety.processes import LISTENER
 
 TOOLS = str(Path(__file__).parents[1] / "tools")
 sys.path.insert(0, TOOLS)
@@ -42,6 +45,7 @@ _GRACE_SECONDS = 30.0  # of jobs beside one that failed
 class Job:
     """One process: a megatron-opd command, or with `script` a program; `log` has its output.
 
+    environment: those with a RANK meet at a socket of the server's, as a port that was free a moment ago may be taken.
     threads: of PyTorch; sums, and so last bits, depend on them.
     kill_at: kill -9 comes before the n-th file operation on a path with `below` in it, be it of the process or of one that it started.
     """
@@ -106,9 +110,14 @@ def shared_server() -> ForkServer:
     return server
 
 
-def _work(job: Job, count: Any) -> int:
+def _work(job: Job, count: Any, meeting: socket.socket) -> int:
     """In the fork."""
     os.environ |= job.environment
+    if "RANK" in job.environment:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.getsockname()[1]), LISTENER: str(meeting.fileno())}
+    if job.environment.get("RANK") == "0":
+        meeting.detach()  # it is torch's now
+    meeting.close()
     if job.threads > 1:
         import torch
 
@@ -141,10 +150,11 @@ def _serve() -> None:
         order = json.loads(line)
         jobs = [Job(**job) for job in order["jobs"]]
         counts = [context.Value("q", 0) for _ in jobs]
-        running = {
-            forks.fork(partial(_work, job, count), Path(job.log)): number
-            for number, (job, count) in enumerate(zip(jobs, counts, strict=True))
-        }
+        with socket.create_server(("127.0.0.1", 0), backlog=len(jobs)) as meeting:
+            running = {
+                forks.fork(partial(_work, job, count, meeting), Path(job.log)): number
+                for number, (job, count) in enumerate(zip(jobs, counts, strict=True))
+            }
         codes: dict[int, int | None] = {}
         end, late = time.monotonic() + order["seconds"], False
         while running:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from fork_server import Job, shared_server
 
+from megatron_opd.safety.processes import LISTENER
+
 WORKER = Path(__file__).with_name("worker.py")
 KERNEL_WORKER = Path(__file__).with_name("kernel_worker.py")
 LOSS_WORKER = Path(__file__).with_name("loss_worker.py")
@@ -33,15 +35,10 @@ def run_ranks(
     **arguments: Any,
 ) -> Any:
     """On CPUs unless `on_gpus`. Raises AssertionError with the failing rank's output; every rank has ended when this returns."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     result = folder / f"{function}.json"
     common = {
         **environment,
         "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         **({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
@@ -62,10 +59,18 @@ def run_ranks(
 
 
 def _processes(command: list[str], ranks: list[dict[str, str]], logs: list[Path], timeout: float) -> list[int | None]:
-    children = [
-        subprocess.Popen(command, env=os.environ | rank, stdout=log.open("w"), stderr=subprocess.STDOUT)
-        for rank, log in zip(ranks, logs, strict=True)
-    ]
+    with socket.create_server(("127.0.0.1", 0), backlog=len(ranks)) as meeting:
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.getsockname()[1]), LISTENER: str(meeting.fileno())}
+        children = [
+            subprocess.Popen(
+                command,
+                env=os.environ | world | rank,
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+                pass_fds=() if number else (meeting.fileno(),),
+            )
+            for number, (rank, log) in enumerate(zip(ranks, logs, strict=True))
+        ]
     try:
         for child in children:
             child.wait(timeout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,7 @@ SMALL = ("train.evals=['small']", "train.eval_prompts=3")
 def train(folder: Path, run: str, *more: str, ranks: int = 1, **options: Any) -> Ending:
     environment: list[dict[str, str]] = [{}]
     if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        world = {"WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
         environment = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     jobs = [Job(words(folder, run, *more), str(folder / f"{run}.log"), environment=variables, **options) for variables in environment]
     return shared_server().run(*jobs)[0]

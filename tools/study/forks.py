@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import signal
@@ -76,6 +77,7 @@ def fork(run: Callable[[], int], log: Path) -> int:
             os.dup2(os.open(path, flags, 0o644), number)
         os.dup2(1, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # a test runner has others
+        faulthandler.enable(2)  # an abort in a library says where
         code = run()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
