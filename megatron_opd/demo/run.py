@@ -27,9 +27,9 @@ class Demo:
 def run_demo(model: str, command_line: CommandLine, *, run_dir: str | None = None, overrides: list[str]) -> int:
     """Prepare a demo's models and prompts, and run its recipe; returns the exit code of the first stage that fails. Raises UserError."""
     demo = DEMOS[model]
-    folder = Path(run_dir or f"runs/demo-{model}")
-    typed = [demo.recipe, f"run_dir={str(folder)!r}", *overrides]
+    typed = [demo.recipe, f"run_dir={run_dir or f'runs/demo-{model}'!r}", *overrides]
     recipe = load_recipe(demo.recipe, typed[1:])
+    folder = Path(recipe.run_dir)  # an override may have another
     make_folder(folder)
     demo.prepare(folder)
     return run_recipe(recipe, command_line, typed=typed)

@@ -28,7 +28,7 @@ SMALL = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("programs") / "run"
-    return folder, command(folder.parent / "log", "demo", "--model", "programs", "--run-dir", str(folder), *SMALL)
+    return folder, command(folder.parent / "log", "demo", "--model", "programs", f"run_dir={folder}", *SMALL)
 
 
 def command(log: Path, *words: str) -> str:
