@@ -68,7 +68,8 @@ def results(found: Found) -> dict[str, Any]:
         arms[name] = {"title": title, "group": group, **figures_, **means, "cpu_seconds": seconds}
         arms[name] |= {"columns": columns[name]} if name in columns else {}
     differences = [{"arm": arm, "against": against, "accuracy": estimate.record()} for arm, against, estimate in found.differences()]
-    return {"arms": arms, "differences": differences}
+    teachers = {name: {"accuracy_by_seed": [interval[0] for interval in intervals]} for name, intervals in found.teachers.items()}
+    return {"teachers": teachers, "arms": arms, "differences": differences}
 
 
 _MEANS = ("stopped_share", "steps", "sft_tokens", "scored_tokens", "sampled_tokens", "trained_tokens", "distilling", "teacher_seconds")
