@@ -21,7 +21,6 @@ from . import figures
 from .arms import GROUPS, in_order
 from .estimates import Estimate
 from .results import COMPONENTS, Found, Run, start_name
-from .run import UNKNOWN
 from .subject import ARITHMETIC, Subject
 
 
@@ -96,7 +95,7 @@ def report(found: Found, about: dict[str, Any], drawn: Sequence[Path]) -> str:
     lines = [
         "# The study's results",
         "",
-        f"`{about['command']}`, {about['created'][:10]}, commit {str(about.get('git_commit', UNKNOWN))[:12]}, {machine['cores']} cores "
+        f"`{about['command']}`, {about['created'][:10]}, commit {' and '.join(commit[:12] for commit in found.commits)}, {machine['cores']} cores "
         f"({machine['processor']}), torch {about['versions'].get('torch', '?')}. {len(seeds)} seed{'s' if len(seeds) > 1 else ''}. "
         f"{about['cpu_seconds']:,.0f} s of CPU time in all. What the columns are, and what it means: [study.md](../../study.md).",
         "",
