@@ -1,11 +1,15 @@
-"""How the tests are divided among the processes of pytest-xdist (`make test`)."""
+"""How the tests are divided among the processes of pytest-xdist (`make test`), and what all of them need."""
 
 from __future__ import annotations
 
 import re
+import signal
 from typing import Any
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs have it so, and what the tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
