@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from float64 import definition, head_case, head_definition, random_case, tolerance
 from opd_kernels import linear_loss, topk_overlap, vocab_parallel_stats
+
+from megatron_opd.safety.processes import LISTENER
 
 
 def tensor_parallel(folder: Path, impl: str, dtype: str, vocab: int, padded: int) -> dict[str, float]:
@@ -93,7 +97,10 @@ FUNCTIONS = {"tensor_parallel": tensor_parallel, "linear_parallel": linear_paral
 
 if __name__ == "__main__":
     name, folder, result, arguments = sys.argv[1:]
-    dist.init_process_group("gloo")
+    rank, world, listener = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", LISTENER))
+    make_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    store = make_store("127.0.0.1", int(os.environ["MASTER_PORT"]), world, rank == 0, master_listen_fd=listener if rank == 0 else None)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     answer = FUNCTIONS[name](Path(folder), **json.loads(arguments))
     if dist.get_rank() == 0:
         Path(result).write_text(json.dumps(answer))
